@@ -1,0 +1,145 @@
+"""Turning a plan on in this process: once, in any order of imports, and off again."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any
+
+import wrapt
+
+from fp16_patch import processes
+from fp16_patch.errors import Conflict, PatchError, PlanError
+from fp16_patch.ledger import Ledger, Record
+from fp16_patch.patching import PatchSet
+from fp16_patch.plan import MODE_ENV, Plan
+
+logger = logging.getLogger(__name__)
+
+# Modules every run of a framework must import to train at all. Plugin loaders swallow exceptions, so a refusal is
+# repeated here, where the framework's own import statement passes it on.
+_CANNOT_TRAIN_WITHOUT = ("verl.trainer.ppo.v1.trainer_base", "verl.trainer.ppo.ray_trainer", "verl.workers.engine")
+
+
+class _State:
+    """This process's plan, patches and ledger."""
+
+    def __init__(self) -> None:
+        self.plan = Plan(mode="off")
+        self.patches = PatchSet(())
+        self.ledger = Ledger()
+        self.refusal: Exception | None = None
+
+
+_state = _State()
+
+
+def activate(plan: Plan | None = None) -> Plan:
+    """Compute as `plan` says in this process and in every process it starts from now on.
+
+    Args:
+        plan: the decision; by default the one carried by the environment, else what `FP16_PATCH` and
+            `FP16_PATCH_<SETTING>` say, else FP16.
+
+    Returns:
+        The plan in force. Calling again with the same plan, or with none, changes nothing.
+
+    Raises:
+        PlanError: a setting is wrong, or another plan is in force already.
+        PatchError: a framework's code is unknown to us and the plan is strict.
+    """
+    try:
+        return _activate(plan)
+    except Exception as refusal:
+        _refuse_to_train(refusal)
+        raise
+
+
+def deactivate() -> None:
+    """Take off every patch and forget the plan; environment variables set for children are removed."""
+    _state.patches.undo()
+    processes.stop_carrying()
+    _state.__init__()  # type: ignore[misc]
+
+
+def current_plan() -> Plan:
+    """The plan in force in this process; mode `off` when there is none."""
+    return _state.plan
+
+
+def ledger() -> Ledger:
+    """This process's ledger."""
+    return _state.ledger
+
+
+def attestation() -> Record:
+    """This process's record: whether our patches are live here, and the dtypes seen."""
+    record = _state.ledger.record(_state.plan, _state.patches.report())
+    if not _state.plan.active:
+        record["problem"] = str(_state.refusal) if _state.refusal else "fp16_patch is not active in this process"
+    return record
+
+
+def refine(settings: Mapping[str, Any], source: str) -> Plan:
+    """Put a framework configuration's own `fp16_patch` settings over the plan in force, and carry the result.
+
+    Raises:
+        PlanError: a setting is unknown or wrong.
+    """
+    refined = Plan.from_settings(settings, source, base=_state.plan)
+    if refined == _state.plan:
+        return refined
+    if (refined.changes, refined.strict) != (_state.plan.changes, _state.plan.strict):
+        _reinstall(refined)
+    _state.plan = refined
+    processes.carry(refined)
+    return refined
+
+
+def _activate(plan: Plan | None) -> Plan:
+    if _state.plan.active:
+        return _keep(plan)
+    plan = plan or Plan.from_environment(os.environ, default_mode="fp16")
+    if not plan.active:
+        return plan
+    _reinstall(plan)
+    _state.plan = plan
+    processes.carry(plan)
+    return plan
+
+
+def _keep(plan: Plan | None) -> Plan:
+    if plan not in (None, _state.plan):
+        raise PlanError(
+            [Conflict("fp16_patch", plan, f"{_state.plan} is in force already", "call fp16_patch.deactivate() first")]
+        )
+    return _state.plan
+
+
+def _reinstall(plan: Plan) -> None:
+    patches = PatchSet.declared(changes=plan.changes, strict=plan.strict)
+    _state.patches.undo()
+    patches.install()
+    _state.patches = patches
+
+
+def _refuse_to_train(refusal: Exception) -> None:
+    _state.refusal = refusal
+    print(f"fp16_patch: refused, this process will not train: {refusal}", file=sys.stderr, flush=True)
+    for name in _CANNOT_TRAIN_WITHOUT:
+        wrapt.register_post_import_hook(_raising(refusal), name)
+
+
+def _raising(refusal: Exception) -> Callable[[ModuleType], None]:
+    def on_import(module: ModuleType) -> None:
+        # Whoever mends the cause and activates in the same process is not held back.
+        if _state.refusal is refusal and not _state.plan.active:
+            raise PatchError(
+                f"{module.__name__} is not imported: fp16_patch refused to run ({refusal}). "
+                f"Set {MODE_ENV}=off to train without it."
+            )
+
+    return on_import

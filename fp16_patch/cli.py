@@ -1,0 +1,153 @@
+"""`fp16-patch`: doctor, run, report, demo."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fp16_patch import __version__
+from fp16_patch.errors import Fp16PatchError
+from fp16_patch.plan import Plan
+
+_PASS_THROUGH = {"ignore_unknown_options": True, "allow_interspersed_args": False}
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="fp16-patch")
+def main() -> None:
+    """One FP16 dtype for sampler and learner, proved in every process and measured."""
+
+
+@main.command(context_settings=_PASS_THROUGH)
+@click.option("--json", "as_json", is_flag=True, help="Print the whole examination as JSON.")
+@click.argument("command", nargs=-1, type=click.UNPROCESSED)
+def doctor(as_json: bool, command: tuple[str, ...]) -> None:
+    """Say whether this machine, and a command line, are fit for FP16. Exit code 0: fit, 1: not.
+
+    \b
+    Examples:
+      fp16-patch doctor
+      fp16-patch doctor -- python -m verl.trainer.main_ppo actor_rollout_ref.actor.strategy=fsdp2
+    """
+    from fp16_patch.doctor import examine
+
+    examination = examine(_plan("fp16"), command)
+    if as_json:
+        click.echo(json.dumps(examination.as_dict(), indent=1))
+    else:
+        _print_examination(examination)
+    sys.exit(0 if examination.fit else 1)
+
+
+@main.command(context_settings=_PASS_THROUGH)
+@click.option("--mode", default=None, help="fp16 (default), bf16, fp32 or observe.")
+@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+def run(mode: str | None, command: tuple[str, ...]) -> None:
+    """Run a training command under the plan, in every process it starts.
+
+    \b
+    Examples:
+      fp16-patch run -- python -m verl.trainer.main_ppo <your usual arguments>
+      fp16-patch run --mode observe -- python -m verl.trainer.main_ppo <your usual arguments>
+    """
+    from fp16_patch import processes
+
+    plan = _plan("fp16", mode)
+    if shutil.which(command[0]) is None:
+        raise click.ClickException(f"{command[0]}: no such program")
+    if plan.active:
+        processes.carry(plan)
+        # Unlike a plugin, a module listed here fails loudly when it cannot be imported.
+        _append("VERL_USE_EXTERNAL_MODULES", "fp16_patch.autoload")
+    os.execvp(command[0], list(command))
+
+
+@main.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option(
+    "--html", type=click.Path(path_type=Path), help="Write the page here [default: report.html in the first RUN]."
+)
+def report(runs: tuple[Path, ...], html: Path | None) -> None:
+    """Show what one or more runs measured: a table here, and a self-contained page with plots over steps.
+
+    RUN is a run's output directory, or the fp16_patch directory in it. Several are set side by side.
+
+    \b
+    Examples:
+      fp16-patch report checkpoints/my_project/my_run
+      fp16-patch report bf16_run fp16_run --html compare.html
+    """
+    from rich.console import Console
+
+    from fp16_patch.mismatch.report import load_run, print_comparison, write_html
+
+    try:
+        records = {path.name: load_run(path) for path in runs}
+    except FileNotFoundError as missing:
+        raise click.ClickException(str(missing)) from missing
+    print_comparison(records, Console())
+    page = html or runs[0] / "report.html"
+    write_html(records, page, "sampler against learner")
+    click.echo(f"page: {page}")
+
+
+@main.command()
+def demo() -> None:
+    """Train a tiny model with real verl on this machine's CPU in three precisions and compare (needs a checkout)."""
+    makefile = Path(__file__).parents[1] / "Makefile"
+    if not makefile.is_file():
+        raise click.ClickException(
+            "the demo is in the source checkout, not in the installed package: clone it, `make demo`"
+        )
+    os.execvp("make", ["make", "-C", str(makefile.parent), "demo"])
+
+
+def _plan(default_mode: str, mode: str | None = None) -> Plan:
+    try:
+        plan = Plan.from_environment(os.environ, default_mode=default_mode)
+        return plan if mode is None else Plan.from_settings({"mode": mode}, "--", base=replace(plan))
+    except Fp16PatchError as problem:
+        raise click.ClickException(str(problem)) from problem
+
+
+def _append(variable: str, module: str) -> None:
+    listed = [name for name in os.environ.get(variable, "").split(",") if name]
+    os.environ[variable] = ",".join(dict.fromkeys([*listed, module]))
+
+
+def _print_examination(examination: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(soft_wrap=True)
+    for problem in examination.problems:
+        console.print(f"[bold red]not fit[/]: {problem}", highlight=False)
+    if examination.fit:
+        console.print("[bold green]fit[/]", highlight=False)
+    found = ", ".join(f"{name} {release}" for name, release in examination.versions.items() if release)
+    console.print(f"installed: {found}", highlight=False)
+    for device in examination.hardware:
+        console.print(f"device: {device['name']} ({device['facts']})", highlight=False)
+    applying = sum("applies to" in verdict for verdict in examination.patches.values())
+    console.print(f"patches: {applying} of {len(examination.patches)} apply", highlight=False)
+    for verdict in examination.patches.values():
+        if "applies to" not in verdict:
+            console.print(f"  {verdict}", highlight=False)
+    if examination.roles:
+        table = Table("role", "computes in", "without fp16_patch")
+        for role, dtype in examination.roles.items():
+            table.add_row(role, dtype, examination.stock_roles[role])
+        console.print(table)
+    for line in examination.overridden:
+        console.print(f"overrides {line}", highlight=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""Is this machine, and this command line, fit for the plan? Facts first, a verdict for each, the reason at the top."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from fp16_patch.errors import Conflict, Fp16PatchError, PlanError
+from fp16_patch.patching import PatchSet, installed_release
+from fp16_patch.plan import MODE_ENV, Plan
+
+PACKAGES = ("torch", "transformers", "ray", "verl", "vllm", "openrlhf", "deepspeed", "wrapt")
+_MAIN_PPO = "verl.trainer.main_ppo"
+
+
+@dataclass(frozen=True)
+class Examination:
+    """What the doctor found.
+
+    Attributes:
+        problems: why this is not fit, most important first; empty when it is.
+        versions: package → installed release, or None.
+        hardware: device name → whether it computes FP16 natively, and what is known of it.
+        patches: patch → verdict.
+        roles: role → dtype it will compute in, for the examined command line.
+        stock_roles: the same without fp16_patch.
+        overridden: keys of the command line's configuration that say something else than the plan.
+    """
+
+    problems: list[str]
+    versions: dict[str, str | None]
+    hardware: list[dict[str, Any]]
+    patches: dict[str, str]
+    roles: dict[str, str] = field(default_factory=dict)
+    stock_roles: dict[str, str] = field(default_factory=dict)
+    overridden: list[str] = field(default_factory=list)
+
+    @property
+    def fit(self) -> bool:
+        return not self.problems
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"fit": self.fit, **asdict(self)}
+
+
+def examine(plan: Plan, command: Sequence[str] = ()) -> Examination:
+    """Look at what is installed and, given a verl command line, at the configuration it composes; starts nothing.
+
+    Args:
+        command: as for a shell, e.g. `python -m verl.trainer.main_ppo actor_rollout_ref.actor.strategy=fsdp2`.
+    """
+    patches = PatchSet.declared(changes=True, strict=plan.strict)
+    problems = [str(verdict) for verdict in patches.verdicts if verdict.refused]
+    versions = {name: _release(name) for name in PACKAGES}
+    if versions["verl"] is None and versions["openrlhf"] is None:
+        problems.append("no supported framework is installed here. Fix: pip install 'fp16-patch[verl]'")
+    examination = Examination(
+        problems, versions, list(_devices()), {verdict.patch.name: str(verdict) for verdict in patches.verdicts}
+    )
+    problems += [str(conflict) for conflict in _hardware_conflicts(examination.hardware, plan)]
+    problems += [str(conflict) for conflict in _loading_conflicts()]
+    if command:
+        _examine_command(examination, list(command), plan)
+    return examination
+
+
+def compose_verl(command: list[str]) -> Any:
+    """The configuration a `main_ppo` command line composes, without starting Ray.
+
+    Raises:
+        PlanError: this is not a verl command line, or hydra rejects it.
+    """
+    if _MAIN_PPO not in command:
+        fix = f"give it as you run it: python -m {_MAIN_PPO} key=value …"
+        raise PlanError([Conflict("command", " ".join(command), "not a verl command line", fix)])
+    arguments = command[command.index(_MAIN_PPO) + 1 :]
+    options, overrides = _split_hydra_options(arguments)
+    from hydra import compose, initialize_config_dir, initialize_config_module
+    from hydra.errors import HydraException
+
+    name = options.get("--config-name", "ppo_trainer")
+    path = options.get("--config-path")
+    where = (
+        initialize_config_dir(os.path.abspath(path), version_base=None)  # noqa: PTH100: hydra wants a string
+        if path
+        else initialize_config_module("verl.trainer.config", version_base=None)
+    )
+    try:
+        with where:
+            return compose(config_name=name, overrides=overrides)
+    except HydraException as problem:
+        raise PlanError([Conflict("command", " ".join(arguments), str(problem), "mend the override")]) from problem
+
+
+def _examine_command(examination: Examination, command: list[str], plan: Plan) -> None:
+    # Importing the framework's folder activates it; here it is only asked.
+    os.environ[MODE_ENV] = "off"
+    from fp16_patch.verl import config as settings
+
+    try:
+        config = compose_verl(command)
+        refined = Plan.from_settings(settings.plan_settings(config), settings.SECTION, base=plan)
+    except Fp16PatchError as problem:
+        examination.problems.append(str(problem))
+        return
+    examination.problems += [str(conflict) for conflict in settings.conflicts_of(config, refined) if refined.changes]
+    examination.stock_roles.update(settings.effective_dtypes(config, Plan(mode="observe")))
+    examination.roles.update(settings.effective_dtypes(config, refined))
+    if refined.changes:
+        examination.overridden += settings.apply_to(config, refined)
+
+
+def _split_hydra_options(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
+    options: dict[str, str] = {}
+    overrides = []
+    rest = iter(arguments)
+    for argument in rest:
+        if argument.startswith("--config"):
+            name, _, value = argument.partition("=")
+            options[name] = value or next(rest, "")
+        else:
+            overrides.append(argument)
+    return options, overrides
+
+
+def _release(package: str) -> str | None:
+    try:
+        return installed_release(package) or version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _devices() -> Iterator[dict[str, Any]]:
+    try:
+        import torch
+    except ImportError:
+        return
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        # FP16 matrix units came with compute capability 7.0; bfloat16 with 8.0.
+        facts = f"compute capability {major}.{minor}"
+        yield {"name": torch.cuda.get_device_name(index), "fp16": major >= 7, "facts": facts}
+    if not torch.cuda.is_available():
+        yield {"name": "CPU", "fp16": True, "facts": "no accelerator: FP16 is correct here, and slow"}
+
+
+def _hardware_conflicts(devices: list[dict[str, Any]], plan: Plan) -> Iterator[Conflict]:
+    for device in devices:
+        if plan.mode == "fp16" and not device["fp16"]:
+            reason = f"{device['facts']} has no FP16 matrix units"
+            yield Conflict("device", device["name"], reason, "use a GPU of compute capability 7.0 or later")
+
+
+def _loading_conflicts() -> Iterator[Conflict]:
+    for variable, name in (("VERL_USE_EXTERNAL_PLUGINS", "fp16_patch"), ("VLLM_PLUGINS", "fp16_patch")):
+        value = os.environ.get(variable)
+        listed = value is None or value.strip().lower() == "auto" or name in value.split(",")
+        if not listed:
+            fix = f"add {name} to the list, or unset it"
+            yield Conflict(variable, value, "it keeps our plugin from being loaded", fix)

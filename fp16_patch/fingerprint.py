@@ -1,0 +1,86 @@
+"""A hash of one function's source that is the same on every Python, and changes when the code does.
+
+`ast.dump`, `ast.unparse` and the token stream of f-strings differ between Python releases; positions in the source do
+not. So the text between a definition's positions is hashed, without its comments, docstring and blank space.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import io
+import textwrap
+import tokenize
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+
+Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+_DIGITS = 16
+
+
+def source_file(module: str) -> Path | None:
+    """Where the installed source of `module` lies, found without importing it; None when it is not installed."""
+    package, *rest = module.split(".")
+    spec = find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    for root in spec.submodule_search_locations:
+        stem = Path(root).joinpath(*rest)
+        for candidate in (stem.with_suffix(".py"), stem / "__init__.py"):
+            if candidate.is_file():
+                return candidate
+    return None
+
+
+def fingerprint(source: str, qualname: str) -> str | None:
+    """The fingerprint of the definition `qualname` (`Class.method` or `function`) in `source`; None if it is absent."""
+    node = _definitions_of(source).get(qualname)
+    return None if node is None else _digest(node, source.splitlines())
+
+
+def fingerprint_file(path: Path, qualname: str) -> str | None:
+    """Like `fingerprint`, for a file."""
+    return fingerprint(path.read_text(encoding="utf-8"), qualname)
+
+
+@lru_cache(maxsize=32)
+def _definitions_of(source: str) -> dict[str, Definition]:
+    return dict(_definitions(ast.parse(source).body, ""))
+
+
+def _definitions(body: list[ast.stmt], prefix: str) -> list[tuple[str, Definition]]:
+    found: list[tuple[str, Definition]] = []
+    for node in body:
+        if isinstance(node, Definition):
+            found.append((prefix + node.name, node))
+        if isinstance(node, ast.ClassDef):
+            found.extend(_definitions(node.body, f"{prefix}{node.name}."))
+        elif isinstance(node, ast.If | ast.Try):
+            found.extend(_definitions(node.body, prefix))
+    return found
+
+
+def _digest(node: Definition, lines: list[str]) -> str:
+    first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+    docstring = _docstring_rows(node)
+    rows = [row for row in range(first, (node.end_lineno or first) + 1) if row not in docstring]
+    code = _without_comments(textwrap.dedent("\n".join(lines[row - 1] for row in rows)))
+    kept = (line.rstrip() for line in code)
+    return hashlib.sha256("\n".join(filter(None, kept)).encode()).hexdigest()[:_DIGITS]
+
+
+def _without_comments(code: str) -> list[str]:
+    lines = code.splitlines()
+    for token in tokenize.generate_tokens(io.StringIO(code).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    return lines
+
+
+def _docstring_rows(node: Definition) -> range:
+    if ast.get_docstring(node, clean=False) is None:
+        return range(0)
+    docstring = node.body[0]
+    return range(docstring.lineno, (docstring.end_lineno or docstring.lineno) + 1)

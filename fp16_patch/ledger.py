@@ -1,0 +1,138 @@
+"""The dtypes each process really used, its proof that our patches are live, and the judgement of both.
+
+Every process keeps one `Ledger`. The driver reads all of them before it lets an optimizer step happen: a process that
+does not answer, whose patches are not live, or that computed in another dtype than the plan's stops the run.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from threading import Lock
+from typing import Any
+
+from fp16_patch.errors import Finding
+from fp16_patch.plan import Plan
+
+# role → quantity → torch's dtype names, sorted
+Roles = dict[str, dict[str, list[str]]]
+Record = dict[str, Any]
+
+COMPUTE = ("autocast", "parameter", "activation", "kv_cache")
+STAYS_FP32 = ("master", "gradient", "logits", "log_prob", "entropy")
+# Casting fp32 masters in the sampler rounds once, as sending them in the compute dtype does.
+COMPUTE_OR_FP32 = ("wire", "engine_weight", "value")
+
+
+@dataclass
+class Ledger:
+    """What this process saw.
+
+    Attributes:
+        kind: what the process is: `driver`, `task_runner`, `worker`, `server`, `engine_core`, `sampler_worker`.
+        rank: its rank in the learner's process group, if it has one.
+        cleared: the driver has judged the whole job and allows optimizer steps.
+    """
+
+    kind: str = "process"
+    rank: int | None = None
+    cleared: bool = False
+    problem: str | None = None
+    _seen: dict[str, dict[str, set[str]]] = field(default_factory=dict)
+    _lock: Lock = field(default_factory=Lock)
+
+    def note(self, role: str, quantity: str, *dtypes: object) -> bool:
+        """Record that `role` used these dtypes (torch dtypes or their names) for `quantity`; True if one is new."""
+        names = {str(dtype).removeprefix("torch.") for dtype in dtypes}
+        with self._lock:
+            seen = self._seen.setdefault(role, {}).setdefault(quantity, set())
+            new = not names <= seen
+            seen |= names
+        return new
+
+    @property
+    def roles(self) -> Roles:
+        with self._lock:
+            return {role: {name: sorted(seen) for name, seen in row.items()} for role, row in self._seen.items()}
+
+    def record(self, plan: Plan, patches: Mapping[str, str]) -> Record:
+        """This process's attestation and dtypes, as plain data."""
+        return {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "kind": self.kind,
+            "rank": self.rank,
+            "mode": plan.mode,
+            "patches": dict(patches),
+            "problem": self.problem,
+            "roles": self.roles,
+        }
+
+
+def missing_record(kind: str, problem: str, host: str = "?", pid: int | None = None) -> Record:
+    """What stands in the ledger for a process that left no attestation."""
+    return {"host": host, "pid": pid, "kind": kind, "problem": problem, "roles": {}, "patches": {}, "mode": None}
+
+
+def uniform(records: Iterable[Record]) -> Roles:
+    """All dtypes seen anywhere, by role and quantity."""
+    merged: dict[str, dict[str, set[str]]] = {}
+    for record in records:
+        for role, row in record["roles"].items():
+            for quantity, dtypes in row.items():
+                merged.setdefault(role, {}).setdefault(quantity, set()).update(dtypes)
+    return {role: {name: sorted(seen) for name, seen in row.items()} for role, row in merged.items()}
+
+
+def judge(records: Sequence[Record], plan: Plan, required: Mapping[str, Sequence[str]]) -> list[Finding]:
+    """Everything that speaks against training: empty when all processes attest and compute as planned.
+
+    Args:
+        records: one for every process that takes part, `missing_record` for one that did not answer.
+        required: role → quantities somebody must have seen by now.
+    """
+    findings = [finding for record in records for finding in _attestation_findings(record, plan)]
+    findings += [finding for record in records for finding in _dtype_findings(record, plan)]
+    findings += _unseen_findings(uniform(records), required)
+    return findings
+
+
+def allowed_dtypes(plan: Plan, quantity: str) -> set[str]:
+    """The dtypes a quantity may have under a plan that decides one."""
+    compute = {str(plan.dtype)}
+    if quantity in STAYS_FP32:
+        return {"float32"}
+    if quantity in COMPUTE_OR_FP32:
+        return compute | {"float32"}
+    return compute
+
+
+def _attestation_findings(record: Record, plan: Plan) -> list[Finding]:
+    problems = [record["problem"]] if record["problem"] else []
+    if not problems and record["mode"] != plan.mode:
+        problems.append(f"another plan: mode {record['mode']}")
+    # A symbol that changed is refused at once when strict; without strict the dtypes below decide alone.
+    where = record["host"], record["pid"], record["kind"]
+    return [Finding(*where, "attestation", problem, f"live, mode {plan.mode}") for problem in problems]
+
+
+def _dtype_findings(record: Record, plan: Plan) -> list[Finding]:
+    findings = []
+    for role, row in record["roles"].items():
+        for quantity, seen in row.items():
+            allowed = allowed_dtypes(plan, quantity)
+            if not set(seen) <= allowed:
+                wanted = " or ".join(sorted(allowed))
+                findings.append(Finding(record["host"], record["pid"], role, quantity, ", ".join(seen), wanted))
+    return findings
+
+
+def _unseen_findings(seen: Roles, required: Mapping[str, Sequence[str]]) -> list[Finding]:
+    return [
+        Finding("any", None, role, quantity, "never seen", "seen before the first optimizer step")
+        for role, quantities in required.items()
+        for quantity in quantities
+        if quantity not in seen.get(role, {})
+    ]

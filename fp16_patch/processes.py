@@ -1,0 +1,135 @@
+"""Reaching every process: the environment, Ray's runtime environment, and a folder for processes without Ray.
+
+The plan travels as an environment variable. Child processes inherit it; Ray's do where the cluster runs on this
+machine or the job's runtime environment names it, so it is added to `ray.init` and to each actor we see created.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import wrapt
+
+from fp16_patch.ledger import Record
+from fp16_patch.plan import MODE_ENV, PLAN_ENV, Plan
+
+SPOOL_ENV = "FP16_PATCH_SPOOL"
+ROLE_ENV = "FP16_PATCH_ROLE"
+DRIVER_ENV = "FP16_PATCH_DRIVER"
+# Without its frameworks' plugin settings a carried plan would not be picked up on another machine.
+_CARRIED = (MODE_ENV, PLAN_ENV, DRIVER_ENV, "VERL_USE_EXTERNAL_MODULES", "VERL_USE_EXTERNAL_PLUGINS", "VLLM_PLUGINS")
+
+_inherited = {name: os.environ.get(name) for name in _CARRIED}
+_hooked = False
+_expected_children: dict[str, int] = {}
+
+
+def carry(plan: Plan) -> None:
+    """Give `plan` to every process started from here on."""
+    os.environ[MODE_ENV] = plan.mode
+    os.environ[PLAN_ENV] = plan.to_json()
+    _hook_ray()
+
+
+def carry_driver_record(record: Record) -> None:
+    """Give the launching process's attestation to the process that judges: it cannot be asked, it only waits."""
+    os.environ[DRIVER_ENV] = json.dumps(record)
+
+
+def driver_record() -> Record | None:
+    """The attestation of the process that launched the job; None when it was not patched (it computes nothing)."""
+    carried = os.environ.get(DRIVER_ENV)
+    return None if carried is None else json.loads(carried)
+
+
+def stop_carrying() -> None:
+    """Processes started from here on get what this one was started with."""
+    for name in (MODE_ENV, PLAN_ENV, DRIVER_ENV):
+        value = _inherited[name]
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+
+
+def carried_environment() -> dict[str, str]:
+    """The variables a new process needs to activate the same plan."""
+    if PLAN_ENV not in os.environ:
+        return {}
+    return {name: os.environ[name] for name in _CARRIED if name in os.environ}
+
+
+def with_carried_environment(runtime_env: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A Ray runtime environment that has the plan as well as all that was in it."""
+    extended = dict(runtime_env or {})
+    extended["env_vars"] = {**(extended.get("env_vars") or {}), **carried_environment()}
+    return extended
+
+
+def _hook_ray() -> None:
+    global _hooked
+    if _hooked:
+        return
+    _hooked = True
+    wrapt.register_post_import_hook(_wrap_ray_init, "ray")
+    wrapt.register_post_import_hook(_wrap_actor_creation, "ray.actor")
+
+
+def _wrap_ray_init(ray: ModuleType) -> None:
+    wrapt.wrap_function_wrapper(ray, "init", _ray_init)
+
+
+def _wrap_actor_creation(actor: ModuleType) -> None:
+    wrapt.wrap_function_wrapper(actor, "ActorClass._remote", _actor_remote)
+
+
+def _ray_init(wrapped: Any, instance: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    if carried_environment():
+        kwargs = {**kwargs, "runtime_env": with_carried_environment(kwargs.get("runtime_env"))}
+    return wrapped(*args, **kwargs)
+
+
+def _actor_remote(wrapped: Any, instance: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    # An actor inherits its creator's runtime environment; only a plan made or refined here is news to it.
+    news = {name: value for name, value in carried_environment().items() if _inherited.get(name) != value}
+    if news:
+        from ray.runtime_env import RuntimeEnv
+
+        # Past `.options()`, Ray takes no plain mapping any more.
+        kwargs = {**kwargs, "runtime_env": RuntimeEnv(**with_carried_environment(kwargs.get("runtime_env")))}
+    return wrapped(*args, **kwargs)
+
+
+def expect_children(counts: Mapping[str, int]) -> None:
+    """Open a fresh folder where child processes leave their records, and say how many of each kind there will be."""
+    os.environ[SPOOL_ENV] = tempfile.mkdtemp(prefix="fp16_patch_")
+    _expected_children.clear()
+    _expected_children.update(counts)
+
+
+def expected_children() -> dict[str, int]:
+    """Kind → number of child processes that must attest."""
+    return dict(_expected_children)
+
+
+def children() -> list[Record]:
+    """The records this process's children have left."""
+    if not _expected_children:
+        return []
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(os.environ[SPOOL_ENV]).glob("*.json"))]
+
+
+def publish(record: Record) -> None:
+    """Leave this process's record with its parent, if that expects one. A reader never sees half a file."""
+    spool = os.environ.get(SPOOL_ENV)
+    if spool is None or _expected_children or not Path(spool).is_dir():
+        return
+    path = Path(spool) / f"{record['pid']}.json"
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(record), encoding="utf-8")
+    partial.replace(path)

@@ -1,0 +1,69 @@
+"""The loss scaler's state beside verl's checkpoints: one small file a rank."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fp16_patch.activation import current_plan
+from fp16_patch.verl.engine import history_of
+
+logger = logging.getLogger(__name__)
+
+_VERSION = 1
+_STATE = ("scale", "_growth_tracker")
+
+
+def save_checkpoint(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
+    """`FSDPEngine.save_checkpoint`: the scale, its growth counter and the step counters go with the model."""
+    result = wrapped(*args, **kwargs)
+    if engine.scaler is not None and current_plan().changes:
+        state = engine.scaler.state_dict()
+        saved = {
+            "version": _VERSION,
+            "scaler": {name: state[name] for name in _STATE},
+            "history": history_of(engine).state_dict(),
+        }
+        _state_file(_path_of(args, kwargs)).write_text(json.dumps(saved), encoding="utf-8")
+    return result
+
+
+def load_checkpoint(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
+    """`FSDPEngine.load_checkpoint`: go on with the saved scale; its factors and interval are the plan's."""
+    path = _path_of(args, kwargs)
+    # Read first: verl may delete the local copy after loading it.
+    saved = _read_state(path) if path is not None and engine.scaler is not None and current_plan().changes else None
+    result = wrapped(*args, **kwargs)
+    if saved is not None:
+        engine.scaler.load_state_dict({**engine.scaler.state_dict(), **saved["scaler"]})
+        history_of(engine).load_state_dict(saved["history"])
+    return result
+
+
+def _path_of(args: Any, kwargs: Any) -> Any:
+    return kwargs["local_path"] if "local_path" in kwargs else args[0]
+
+
+def _state_file(local_path: str) -> Path:
+    rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return Path(local_path) / f"fp16_patch_scaler_world_size_{world_size}_rank_{rank}.json"
+
+
+def _read_state(local_path: str) -> dict[str, Any] | None:
+    # All ranks have the same scale, so a run resumed on another number of ranks can take any of the files.
+    others = sorted(Path(local_path).glob("fp16_patch_scaler_*.json"))
+    candidates = [path for path in (_state_file(local_path), *others) if path.is_file()]
+    if candidates:
+        return json.loads(candidates[0].read_text(encoding="utf-8"))  # type: ignore[no-any-return]
+    if torch.distributed.get_rank() == 0:
+        logger.warning(
+            "fp16_patch: no loss-scaler state in %s (saved without fp16_patch?); the scale starts at %g and may skip "
+            "a few steps while it finds its level",
+            local_path,
+            current_plan().init_scale,
+        )
+    return None

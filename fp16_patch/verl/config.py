@@ -1,0 +1,217 @@
+"""verl's configuration under the plan: what is forced, what is refused, and where the plan's own settings are."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from fp16_patch.activation import current_plan
+from fp16_patch.errors import Conflict, PlanError
+from fp16_patch.plan import Plan
+
+logger = logging.getLogger(__name__)
+
+SECTION = "fp16_patch"
+ENGINES = ("fsdp", "fsdp2")
+SAMPLERS = ("vllm",)
+
+ACTOR, REF, CRITIC = "actor_rollout_ref.actor", "actor_rollout_ref.ref", "critic"
+ROLLOUT, REWARD = "actor_rollout_ref.rollout", "reward.reward_model.rollout"
+_ENGINE_CONFIG = {ACTOR: f"{ACTOR}.fsdp_config", REF: f"{REF}.fsdp_config", CRITIC: f"{CRITIC}.fsdp"}
+
+# verl's wire for weight differences stores bf16 and its vLLM receiver accepts nothing else.
+BF16_ONLY_WIRES = ("delta_sharded",)
+V0_CONFLICT = Conflict("trainer.use_v1", False, "the V0 trainer has no check of all processes", "set it to true")
+_HALF_NAMES = {"float16": ("float16", "fp16", "half"), "bfloat16": ("bfloat16", "bf16"), "float32": ("float32", "fp32")}
+
+
+def mixed_precision(plan: Plan) -> dict[str, str]:
+    """FSDP's mixed precision under the plan: forward and backward in its dtype, reductions and buffers in FP32."""
+    return {"param_dtype": str(plan.dtype), "reduce_dtype": "float32", "buffer_dtype": "float32"}
+
+
+def fsdp_engine_config(wrapped: Any, config: Any, args: Any, kwargs: Any) -> None:
+    """`FSDPEngineConfig.__post_init__`: actor, ref and critic take the plan's dtype, whatever their keys say."""
+    wrapped(*args, **kwargs)
+    plan = current_plan()
+    if not plan.changes:
+        return
+    force(config, dtype=plan.dtype, mixed_precision=mixed_precision(plan), model_dtype=_storage_dtype(config, plan))
+
+
+def rollout_config(wrapped: Any, config: Any, args: Any, kwargs: Any) -> None:
+    """`RolloutConfig.__post_init__`: rollout and reward-model servers take the plan's dtype."""
+    wrapped(*args, **kwargs)
+    plan = current_plan()
+    if plan.changes:
+        force(config, dtype=plan.dtype)
+
+
+def force(config: Any, **values: Any) -> None:
+    """Set fields of a verl dataclass that is frozen once built."""
+    for name, value in values.items():
+        object.__setattr__(config, name, value)
+
+
+def _storage_dtype(config: Any, plan: Plan) -> str:
+    # Parameters that an optimizer updates are FP32 masters: AdamW in FP16 divides by an epsilon that is zero there.
+    if config.forward_only and _is_half(config.model_dtype):
+        return str(plan.dtype)
+    return "float32"
+
+
+def _is_half(dtype: object) -> bool:
+    return str(dtype).removeprefix("torch.") in _HALF_NAMES["float16"] + _HALF_NAMES["bfloat16"]
+
+
+def plan_settings(config: Any) -> dict[str, Any]:
+    """The `fp16_patch.*` settings that ride in a run's configuration (`+fp16_patch.init_scale=1024`)."""
+    section = _select(config, SECTION)
+    return dict(section) if isinstance(section, Mapping) or hasattr(section, "items") else {}
+
+
+def check(config: Any, plan: Plan) -> None:
+    """Stop before anything is started if a setting of the run cannot be had under the plan.
+
+    Raises:
+        PlanError: with every such setting, its value and the fix.
+    """
+    conflicts = list(conflicts_of(config, plan)) if plan.changes else []
+    if conflicts:
+        raise PlanError(conflicts)
+
+
+def conflicts_of(config: Any, plan: Plan) -> Iterator[Conflict]:
+    """Settings of a composed verl configuration that cannot be had under the plan."""
+    yield from _engine_conflicts(config)
+    yield from _sampler_conflicts(config, plan)
+    if _select(config, "trainer.use_v1") is False:
+        yield V0_CONFLICT
+    if _select(config, "actor_rollout_ref.model.use_fused_kernels") and plan.scales_loss:
+        yield Conflict(
+            "actor_rollout_ref.model.use_fused_kernels",
+            True,
+            "verl's fused kernels divide by the temperature and return the entropy in float16",
+            "set it to false",
+        )
+
+
+def _engine_conflicts(config: Any) -> Iterator[Conflict]:
+    for role, engine_config in _engine_sections(config):
+        strategy = _select(config, f"{role}.strategy")
+        if strategy not in ENGINES:
+            fix = f"use {' or '.join(ENGINES)}, or FP16_PATCH=observe to measure without changing"
+            yield Conflict(f"{role}.strategy", strategy, "fp16_patch cannot vouch for this engine", fix)
+        if _select(config, f"{engine_config}.qat.enable"):
+            reason = "quantization-aware training computes in the quantized dtype"
+            yield Conflict(f"{engine_config}.qat.enable", True, reason, "set it to false")
+
+
+def _sampler_conflicts(config: Any, plan: Plan) -> Iterator[Conflict]:
+    for section in sampler_sections(config):
+        name = _select(config, f"{section}.name")
+        if name not in SAMPLERS:
+            fix = f"use {' or '.join(SAMPLERS)}, or FP16_PATCH=observe to measure without changing"
+            yield Conflict(f"{section}.name", name, "fp16_patch cannot vouch for this sampler", fix)
+        for key in ("quantization", "quantization_config_file"):
+            if value := _select(config, f"{section}.{key}"):
+                yield Conflict(f"{section}.{key}", value, f"a quantized sampler is not {plan.dtype}", "set it to null")
+        yield from _engine_argument_conflicts(config, section, plan)
+    wire = _select(config, f"{ROLLOUT}.checkpoint_engine.backend")
+    if wire in BF16_ONLY_WIRES and plan.dtype != "bfloat16":
+        reason = "it sends weights in bfloat16 and vLLM's side accepts nothing else"
+        yield Conflict(f"{ROLLOUT}.checkpoint_engine.backend", wire, reason, "use naive or nccl")
+
+
+def _engine_argument_conflicts(config: Any, section: str, plan: Plan) -> Iterator[Conflict]:
+    # These go to vLLM's command line after everything else, past the rollout's own dtype.
+    accepted = {"dtype": _HALF_NAMES[str(plan.dtype)], "kv_cache_dtype": ("auto", *_HALF_NAMES[str(plan.dtype)])}
+    for argument, values in accepted.items():
+        key = f"{section}.engine_kwargs.vllm.{argument}"
+        value = _select(config, key)
+        if value is not None and str(value) not in values:
+            yield Conflict(key, value, f"it overrides the plan's {plan.dtype}", "remove it")
+    if quantization := _select(config, f"{section}.engine_kwargs.vllm.quantization"):
+        key = f"{section}.engine_kwargs.vllm.quantization"
+        yield Conflict(key, quantization, f"a quantized sampler is not {plan.dtype}", "remove it")
+
+
+def apply_to(config: Any, plan: Plan) -> list[str]:
+    """Write the plan into a composed configuration, so that what is logged is what is computed.
+
+    Returns:
+        One line for each key that said something else, `key: before → after`.
+    """
+    from omegaconf import OmegaConf
+
+    changed = []
+    for key, after in _forced_keys(config, plan).items():
+        before = _select(config, key)
+        if before != after and not _same_dtype(before, after):
+            changed.append(f"{key}: {before} → {after}")
+        OmegaConf.update(config, key, after, force_add=True)
+    return changed
+
+
+def effective_dtypes(config: Any, plan: Plan) -> dict[str, str]:
+    """Role → the dtype it computes in on verl 0.9.1, with the plan or (mode `observe`) without it."""
+    roles = {}
+    for role, engine_config in _engine_sections(config):
+        # The engine reads mixed_precision and nothing else: its `dtype` key is accepted and ignored.
+        stock = _select(config, f"{engine_config}.mixed_precision.param_dtype") or "bfloat16"
+        roles[role.rpartition(".")[2]] = str(plan.dtype or _long_name(stock))
+    for section in sampler_sections(config):
+        role = "rollout" if section == ROLLOUT else "reward"
+        roles[role] = str(plan.dtype or _long_name(_select(config, f"{section}.dtype")))
+    return roles
+
+
+def sampler_sections(config: Any) -> list[str]:
+    """Keys of the sampler configurations this run starts servers for."""
+    return [ROLLOUT, *([REWARD] if _select(config, "reward.reward_model.enable") else [])]
+
+
+def uses_critic(config: Any) -> bool:
+    enabled = _select(config, "critic.enable")
+    return bool(enabled) if enabled is not None else _select(config, "algorithm.adv_estimator") == "gae"
+
+
+def uses_ref(config: Any) -> bool:
+    return bool(_select(config, "algorithm.use_kl_in_reward") or _select(config, f"{ACTOR}.use_kl_loss"))
+
+
+def bypasses_old_log_probs(config: Any) -> bool:
+    """Whether the run takes the sampler's log-probs for the learner's: nothing to compare then."""
+    return bool(_select(config, "algorithm.rollout_correction.bypass_mode"))
+
+
+def _engine_sections(config: Any) -> list[tuple[str, str]]:
+    roles = [ACTOR, *([REF] if uses_ref(config) else []), *([CRITIC] if uses_critic(config) else [])]
+    return [(role, _ENGINE_CONFIG[role]) for role in roles]
+
+
+def _forced_keys(config: Any, plan: Plan) -> dict[str, Any]:
+    forced: dict[str, Any] = {}
+    for _, engine_config in _engine_sections(config):
+        forced[f"{engine_config}.dtype"] = plan.dtype
+        forced[f"{engine_config}.mixed_precision"] = mixed_precision(plan)
+    for section in sampler_sections(config):
+        forced[f"{section}.dtype"] = plan.dtype
+    return forced
+
+
+def _same_dtype(before: object, after: object) -> bool:
+    if before is None or isinstance(after, dict):
+        return before is None
+    return _long_name(before) == after
+
+
+def _long_name(dtype: object) -> str:
+    return next((name for name, aliases in _HALF_NAMES.items() if str(dtype) in aliases), str(dtype))
+
+
+def _select(config: Any, key: str) -> Any:
+    from omegaconf import OmegaConf
+
+    return OmegaConf.select(config, key, default=None)

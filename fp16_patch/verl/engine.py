@@ -1,0 +1,211 @@
+"""The FSDP engine: its gradient scaler, what becomes of each optimizer step, and the dtypes it computes in."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from fp16_patch import census
+from fp16_patch.activation import current_plan, ledger
+from fp16_patch.errors import LossScaleCollapse
+from fp16_patch.scaling import StepHistory, StepOutcome, collapse_reason, nonfinite_parameters, sharded_scaler
+from fp16_patch.verl.config import force
+
+logger = logging.getLogger(__name__)
+
+_HISTORY = "_fp16_patch_history"
+
+
+def role_of(engine: Any) -> str:
+    """`actor`, `critic` or `ref`, from what the engine was built for."""
+    if engine.model_config.model_type == "value_model":
+        return "critic"
+    return "ref" if engine.engine_config.forward_only else "actor"
+
+
+def history_of(engine: Any) -> StepHistory:
+    """The engine's record of its optimizer steps."""
+    if not hasattr(engine, _HISTORY):
+        setattr(engine, _HISTORY, StepHistory())
+    return getattr(engine, _HISTORY)  # type: ignore[no-any-return]
+
+
+def build_fsdp_module(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> nn.Module:
+    """`FSDPEngine._build_fsdp_module`: a scaler that works on this device and has the plan's settings."""
+    plan = current_plan()
+    if plan.changes and engine.engine_config.strategy == "fsdp":
+        # Under FSDP1's no_sync, micro-batches add up in the compute dtype, still scaled.
+        force(engine.engine_config, use_no_sync_for_gradient_accumulation=False)
+    module: nn.Module = wrapped(*args, **kwargs)
+    if plan.changes:
+        trains = plan.scales_loss and not engine.engine_config.forward_only
+        engine.scaler = sharded_scaler(plan, _device_type()) if trains else None
+    ledger().rank = engine.rank
+    _watch_compute(module, role_of(engine))
+    return module
+
+
+def optimizer_step(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> float:
+    """`FSDPEngine.optimizer_step`: no step before the driver allows it, its outcome recorded, collapse raised."""
+    plan, history, role = current_plan(), history_of(engine), role_of(engine)
+    census.require_clearance()
+    _note_gradients(engine, role)
+    scale = _scale(engine)
+    culprits = _culprits(engine) if _may_collapse(engine, scale) else []
+    grad_norm: float = wrapped(*args, **kwargs)
+    outcome = StepOutcome(_scale(engine), _was_skipped(engine, scale, grad_norm), grad_norm)
+    history.add(outcome)
+    if outcome.skipped and plan.changes:
+        _announce_skip(engine, role, scale)
+        _raise_on_collapse(engine, role, scale, culprits)
+        _hold_floor(engine)
+    return grad_norm
+
+
+def lr_scheduler_step(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> float:
+    """`FSDPEngine.lr_scheduler_step`: the schedule counts updates, so it waits for one that was taken."""
+    history = history_of(engine)
+    if current_plan().changes and history.attempted and not history.taken_since_lr:
+        return engine.lr_scheduler.get_last_lr()[0]  # type: ignore[no-any-return]
+    history.taken_since_lr = False
+    return wrapped(*args, **kwargs)  # type: ignore[no-any-return]
+
+
+def train_batch(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
+    """`BaseEngine.train_batch`: the outcome of the step goes into verl's metrics, a skipped step's norm does not."""
+    outputs = wrapped(*args, **kwargs)
+    history = getattr(engine, _HISTORY, None)
+    if history is None or history.last is None or not engine.is_mp_src_rank_with_outputs():
+        return outputs
+    # Lists: the worker chains them over ranks and mini-batches.
+    outputs["metrics"].update({name: [value] for name, value in _wire_metrics(history).items()})
+    if history.last.skipped and current_plan().changes:
+        outputs["metrics"].pop("grad_norm", None)
+    return outputs
+
+
+def _wire_metrics(history: StepHistory) -> dict[str, float]:
+    # verl reduces over mini-batches by name: a mean, unless the name says min or max.
+    reduction = {"fp16/loss_scale": "/min", "fp16/skipped_total": "/max", "fp16/consecutive_skips": "/max"}
+    return {name + reduction.get(name, ""): value for name, value in history.metrics().items()}
+
+
+def _device_type() -> str:
+    from verl.utils.device import get_device_name
+
+    return str(get_device_name())
+
+
+def _scale(engine: Any) -> float:
+    return float(engine.scaler.get_scale()) if engine.scaler is not None else 1.0
+
+
+def _was_skipped(engine: Any, scale_before: float, grad_norm: float) -> bool:
+    if engine.scaler is not None:
+        return _scale(engine) < scale_before
+    return not math.isfinite(grad_norm)
+
+
+def _may_collapse(engine: Any, scale: float) -> bool:
+    plan, history = current_plan(), history_of(engine)
+    last_chance = history.consecutive_skips + 1 >= plan.max_consecutive_skips
+    return plan.changes and (last_chance or (plan.scales_loss and scale <= plan.min_scale))
+
+
+def _culprits(engine: Any) -> list[str]:
+    # Looked for before the step: clipping by a NaN norm makes every gradient NaN.
+    return nonfinite_parameters(local_gradients(engine.module))
+
+
+def _announce_skip(engine: Any, role: str, scale: float) -> None:
+    history = history_of(engine)
+    if engine.rank != 0:
+        return
+    if not history.calibrating:
+        logger.warning("fp16_patch: %s: optimizer step %d skipped at loss scale %g", role, history.attempted, scale)
+    elif history.attempted == 1:
+        logger.warning(
+            "fp16_patch: %s: gradients overflowed at loss scale %g; the scale now looks for its level, so the first "
+            "steps may be skipped. This is calibration and expected.",
+            role,
+            scale,
+        )
+
+
+def _raise_on_collapse(engine: Any, role: str, scale: float, culprits: list[str]) -> None:
+    reason = collapse_reason(current_plan(), history_of(engine), scale)
+    if reason is None:
+        return
+    # Every rank skipped the same step, so every rank comes here.
+    of_ranks: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(of_ranks, culprits)
+    raise LossScaleCollapse(role, history_of(engine).attempted, reason, dict(enumerate(of_ranks)))
+
+
+def _hold_floor(engine: Any) -> None:
+    plan = current_plan()
+    if engine.scaler is not None and _scale(engine) < plan.min_scale:
+        engine.scaler.update(float(plan.min_scale))
+
+
+def _note_gradients(engine: Any, role: str) -> None:
+    parameters = [parameter for parameter in engine.module.parameters() if parameter.grad is not None]
+    ledger().note(role, "gradient", *(parameter.grad.dtype for parameter in parameters))
+    ledger().note(role, "master", *(parameter.dtype for parameter in parameters))
+
+
+def local_gradients(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and local shard of every gradient, FSDP1's flat parameters taken apart into what they hold."""
+    for name, parameter in module.named_parameters():
+        if parameter.grad is None:
+            continue
+        name = name.replace("_fsdp_wrapped_module.", "")
+        gradient = parameter.grad
+        local = gradient.to_local() if hasattr(gradient, "to_local") else gradient
+        if hasattr(parameter, "_fqns"):
+            yield from _flat_gradients(name, parameter, local)
+        else:
+            yield name, local
+
+
+def _flat_gradients(name: str, flat: Any, gradient: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    prefix = name.removesuffix("_flat_param")
+    shards = getattr(flat, "_shard_param_infos", None)
+    if shards is None:
+        yield f"{prefix}{'|'.join(flat._fqns)}", gradient
+        return
+    for fqn, shard in zip(flat._fqns, shards, strict=True):
+        if shard.in_shard:
+            start = shard.offset_in_shard
+            yield prefix + fqn, gradient.flatten()[start : start + shard.numel_in_shard]
+
+
+def _watch_compute(module: nn.Module, role: str) -> None:
+    watched = _first_block_linear(module)
+    if watched is not None:
+        watched.register_forward_hook(_ComputeWatch(role))
+
+
+def _first_block_linear(module: nn.Module) -> nn.Linear | None:
+    linears = [(name, child) for name, child in module.named_modules() if isinstance(child, nn.Linear)]
+    inner = [child for name, child in linears if "layers." in name]
+    return (inner or [child for _, child in linears] or [None])[0]
+
+
+class _ComputeWatch:
+    """A forward hook that notes the dtypes a linear layer really computes in."""
+
+    def __init__(self, role: str) -> None:
+        self.role = role
+
+    def __call__(self, linear: nn.Linear, inputs: Any, output: torch.Tensor) -> None:
+        device = output.device.type
+        enabled = torch.is_autocast_enabled(device)
+        ledger().note(self.role, "autocast", torch.get_autocast_dtype(device) if enabled else output.dtype)
+        ledger().note(self.role, "parameter", linear.weight.dtype)
+        ledger().note(self.role, "activation", output.dtype)

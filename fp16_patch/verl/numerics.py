@@ -1,0 +1,46 @@
+"""What stays in FP32 between the model's logits and the loss: temperature, log-softmax, log-probs, entropy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fp16_patch.activation import current_plan, ledger
+from fp16_patch.verl.engine import role_of
+
+_SMALLEST_TEMPERATURE = 1e-8
+
+
+def scale_logits_by_temperature(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> torch.Tensor:
+    """`_scale_logits_by_temperature`: logits are divided in FP32, as vLLM divides them.
+
+    verl's bound on the temperature, 1e-8, is 0 once cast to FP16.
+    """
+    if not current_plan().changes:
+        return wrapped(*args, **kwargs)  # type: ignore[no-any-return]
+    return _in_fp32(*args, **kwargs)
+
+
+def _in_fp32(logits: torch.Tensor, temperature: torch.Tensor, *, is_unit_temperature: bool) -> torch.Tensor:
+    if is_unit_temperature and torch.is_autocast_enabled("cuda"):
+        # CUDA's autocast runs softmax, log_softmax and logsumexp in FP32; another copy of the logits would only cost.
+        return logits
+    logits = logits.float()
+    return logits if is_unit_temperature else logits / temperature.float().clamp(min=_SMALLEST_TEMPERATURE)
+
+
+def prepare_model_outputs(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    """`FSDPEngineWithLMHead.prepare_model_outputs`: note the dtypes of log-probs and entropy."""
+    outputs: dict[str, Any] = wrapped(*args, **kwargs)
+    for quantity, key in (("log_prob", "log_probs"), ("entropy", "entropy")):
+        if outputs.get(key) is not None:
+            ledger().note(role_of(engine), quantity, outputs[key].dtype)
+    return outputs
+
+
+def prepare_values(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    """`FSDPEngineWithValueHead.prepare_model_outputs`: note the dtype of the critic's values."""
+    outputs: dict[str, Any] = wrapped(*args, **kwargs)
+    ledger().note(role_of(engine), "value", outputs["values"].dtype)
+    return outputs

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fp16_patch import Plan, PlanError
+from fp16_patch.plan import PLAN_ENV
+
+
+@pytest.mark.parametrize(
+    ("value", "mode", "dtype"),
+    [("1", "fp16", "float16"), ("fp16", "fp16", "float16"), ("bf16", "bf16", "bfloat16"), ("FP32", "fp32", "float32")],
+)
+def test_one_knob_names_mode_and_dtype(value: str, mode: str, dtype: str) -> None:
+    plan = Plan.from_environment({"FP16_PATCH": value})
+    assert (plan.mode, plan.dtype, plan.changes) == (mode, dtype, True)
+
+
+@pytest.mark.parametrize("value", ["0", "off", "", "false"])
+def test_off_is_not_active(value: str) -> None:
+    assert not Plan.from_environment({"FP16_PATCH": value}).active
+
+
+def test_unset_is_off() -> None:
+    assert not Plan.from_environment({}).active
+
+
+def test_observe_decides_no_dtype() -> None:
+    plan = Plan(mode="observe")
+    assert plan.active
+    assert not plan.changes
+    with pytest.raises(ValueError, match="decides no dtype"):
+        _ = plan.torch_dtype
+
+
+def test_settings_come_from_the_environment() -> None:
+    plan = Plan.from_environment({"FP16_PATCH": "1", "FP16_PATCH_INIT_SCALE": "1024", "FP16_PATCH_STRICT": "0"})
+    assert plan == Plan(init_scale=1024.0, strict=False)
+
+
+@given(
+    st.builds(
+        Plan,
+        mode=st.sampled_from(["fp16", "bf16", "fp32", "observe"]),
+        init_scale=st.floats(1, 2**24),
+        growth_interval=st.integers(1, 10_000),
+        max_consecutive_skips=st.integers(1, 100),
+        strict=st.booleans(),
+        out_dir=st.none() | st.text(min_size=1),
+    )
+)
+def test_a_carried_plan_arrives_unchanged(plan: Plan) -> None:
+    assert Plan.from_environment({PLAN_ENV: plan.to_json(), "FP16_PATCH": "off"}) == plan
+
+
+def test_an_unknown_setting_is_named_with_the_nearest_known_one() -> None:
+    with pytest.raises(
+        PlanError, match=r"fp16_patch\.init_scal=8: fp16_patch has no such setting.*did you mean 'init_scale'"
+    ):
+        Plan.from_settings({"init_scal": 8}, source="fp16_patch")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mode": "fp8"}, r"mode=fp8: no such mode\. Fix: use one of fp16"),
+        ({"init_scale": "many"}, r"init_scale=many: the value cannot be read\. Fix: give a value of type float"),
+        ({"init_scale": 0}, r"init_scale=0.0: out of range"),
+        ({"init_scale": "inf"}, r"init_scale=inf: out of range"),
+        ({"growth_interval": 1.5}, r"growth_interval=1.5: the value cannot be read"),
+        ({"backoff_factor": 1}, r"backoff_factor=1.0: out of range"),
+        ({"max_consecutive_skips": 0}, r"max_consecutive_skips=0: out of range"),
+        ({"min_scale": 8, "init_scale": 4}, r"min_scale=8.0: above init_scale"),
+    ],
+)
+def test_a_wrong_setting_names_setting_value_and_fix(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        Plan.from_settings(settings, source="fp16_patch")
+
+
+def test_all_wrong_settings_are_named_at_once() -> None:
+    with pytest.raises(PlanError) as caught:
+        Plan.from_settings({"init_scal": 8, "strict": "perhaps"}, source="fp16_patch")
+    assert len(caught.value.conflicts) == 2

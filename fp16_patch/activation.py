@@ -105,10 +105,27 @@ def _activate(plan: Plan | None) -> Plan:
     plan = plan or Plan.from_environment(os.environ, default_mode="fp16")
     if not plan.active:
         return plan
-    _reinstall(plan)
+    # In force before the first patch is applied: loading a hook imports its framework's folder, which activates.
     _state.plan = plan
+    _speak_up()
+    try:
+        _reinstall(plan)
+    except Exception:
+        _state.plan = Plan(mode="off")
+        raise
     processes.carry(plan)
     return plan
+
+
+def _speak_up() -> None:
+    # A handler of our own, as frameworks silence the root logger's and these lines are few.
+    ours = logging.getLogger("fp16_patch")
+    if not ours.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("fp16_patch: %(message)s"))
+        ours.addHandler(handler)
+        ours.setLevel(logging.INFO)
+        ours.propagate = False
 
 
 def _keep(plan: Plan | None) -> Plan:

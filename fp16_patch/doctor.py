@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from fp16_patch.errors import Conflict, Fp16PatchError, PlanError
@@ -84,7 +85,7 @@ def compose_verl(command: list[str]) -> Any:
     name = options.get("--config-name", "ppo_trainer")
     path = options.get("--config-path")
     where = (
-        initialize_config_dir(os.path.abspath(path), version_base=None)  # noqa: PTH100: hydra wants a string
+        initialize_config_dir(str(Path(path).resolve()), version_base=None)
         if path
         else initialize_config_module("verl.trainer.config", version_base=None)
     )

@@ -193,7 +193,7 @@ class PatchSet:
         if refused and self.strict:
             raise PatchError("\n".join(str(verdict) for verdict in refused))
         for verdict in refused:
-            logger.warning("fp16_patch: %s", verdict)
+            logger.warning("%s", verdict)
         self._live = True
         for verdict in self.verdicts:
             if verdict.status is not Status.ABSENT:

@@ -114,7 +114,7 @@ class Monitor:
             return action()
         except Exception as failure:
             if not self._warned:
-                logger.warning("fp16_patch: the mismatch monitor failed, training goes on without it: %s", failure)
+                logger.warning("the mismatch monitor failed, training goes on without it: %s", failure)
             self._warned = True
             return None
 

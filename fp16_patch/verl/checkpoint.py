@@ -61,7 +61,7 @@ def _read_state(local_path: str) -> dict[str, Any] | None:
         return json.loads(candidates[0].read_text(encoding="utf-8"))  # type: ignore[no-any-return]
     if torch.distributed.get_rank() == 0:
         logger.warning(
-            "fp16_patch: no loss-scaler state in %s (saved without fp16_patch?); the scale starts at %g and may skip "
+            "no loss-scaler state in %s (saved without fp16_patch?); the scale starts at %g and may skip "
             "a few steps while it finds its level",
             local_path,
             current_plan().init_scale,

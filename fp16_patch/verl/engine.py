@@ -127,10 +127,10 @@ def _announce_skip(engine: Any, role: str, scale: float) -> None:
     if engine.rank != 0:
         return
     if not history.calibrating:
-        logger.warning("fp16_patch: %s: optimizer step %d skipped at loss scale %g", role, history.attempted, scale)
+        logger.warning("%s: optimizer step %d skipped at loss scale %g", role, history.attempted, scale)
     elif history.attempted == 1:
         logger.warning(
-            "fp16_patch: %s: gradients overflowed at loss scale %g; the scale now looks for its level, so the first "
+            "%s: gradients overflowed at loss scale %g; the scale now looks for its level, so the first "
             "steps may be skipped. This is calibration and expected.",
             role,
             scale,

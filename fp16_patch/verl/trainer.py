@@ -99,11 +99,9 @@ def prepare(config: Any) -> None:
     changed = verl_config.apply_to(config, plan) if plan.changes else []
     if changed:
         keys = "\n  ".join(changed)
-        logger.warning(
-            "fp16_patch: every role computes in %s; the configuration said otherwise:\n  %s", plan.dtype, keys
-        )
+        logger.warning("every role computes in %s; the configuration said otherwise:\n  %s", plan.dtype, keys)
     if reason := _unmeasured_because(config):
-        logger.warning("fp16_patch: the mismatch is not measured in this run: %s", reason)
+        logger.warning("the mismatch is not measured in this run: %s", reason)
 
 
 def judge_processes(trainer: Any) -> None:
@@ -124,7 +122,7 @@ def judge_processes(trainer: Any) -> None:
     if not asked:
         if plan.changes:
             census.clear(actors)
-        logger.warning("fp16_patch: %d processes attest mode %s: %s", len(records), plan.mode, _summary(records))
+        logger.warning("%d processes attest mode %s: %s", len(records), plan.mode, _summary(records))
     asked.append(step)
 
 

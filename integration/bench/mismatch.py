@@ -1,0 +1,100 @@
+"""Sampler against learner on real verl, arm by arm: the table in the README.
+
+    python -m integration.bench.mismatch            # every row, about three minutes a run on two cores
+    python -m integration.bench.mismatch fsdp2-2    # the rows whose name starts so
+
+Each row is one strategy and number of ranks; its runs differ in the arm alone. Ratios are of the bf16 run to each arm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from fp16_patch.mismatch.report import load_run
+from integration.cpu.arms import ARMS, record_of
+from integration.cpu.launch import LaunchConfig, run
+from integration.cpu.tiny_model import make_random_model
+from integration.demo import task
+
+STEPS = 3
+LORA_RANK = 8
+
+
+@dataclass(frozen=True)
+class Row:
+    name: str
+    strategy: str
+    ranks: int
+    lora_rank: int
+    arms: tuple[str, ...]
+
+
+ROWS = (
+    Row("fsdp-1", "fsdp", 1, 0, ("bf16", "stock-fp16", "fp16_patch")),
+    Row("fsdp2-1", "fsdp2", 1, 0, ("bf16", "fp16_patch")),
+    Row("fsdp-2", "fsdp", 2, 0, ("bf16", "fp16_patch")),
+    Row("fsdp2-2", "fsdp2", 2, 0, ("bf16", "fp16_patch")),
+    # verl's one working switch, so that what is left is the bf16 wire.
+    Row("fsdp2-1-lora", "fsdp2", 1, LORA_RANK, ("bf16", "switched-fp16", "fp16_patch")),
+)
+
+
+def measure(row: Row, arm: str, model: Path, data: tuple[Path, Path], out: Path) -> dict[str, float]:
+    """One run's mismatch over all its steps."""
+    train, val = data
+    config = LaunchConfig(
+        model,
+        train,
+        val,
+        Path(task.__file__),
+        out,
+        reward_name="share_of_digits",
+        steps=STEPS,
+        strategy=row.strategy,  # type: ignore[arg-type]
+        ranks=row.ranks,
+        lora_rank=row.lora_rank,
+    )
+    result = run(ARMS[arm].applied_to(config, out))
+    if not result.ok:
+        sys.exit(f"{row.name} {arm}: {result.reason or result.returncode}\n{result.tail()}")
+    summary = load_run(record_of(out)).summary()
+    return {**summary["mismatch"], "tokens": summary["tokens"], "wall_s": round(result.wall_seconds, 1)}
+
+
+def show(measured: dict[str, dict[str, dict[str, float]]], console: Console) -> None:
+    table = Table("run", "arm", "tokens", "mean |d|", "max |d|", "mean |Σd|", "bf16 ÷ this arm")
+    for row, arms in measured.items():
+        for arm, facts in arms.items():
+            ratio = arms["bf16"]["mean_abs"] / facts["mean_abs"] if "bf16" in arms else float("nan")
+            cells = (f"{facts[name]:.2e}" for name in ("mean_abs", "max_abs", "seq_mean_abs"))
+            table.add_row(row, arm, f"{facts['tokens']:.0f}", *cells, f"{ratio:.1f}")
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", nargs="*", help="names, or beginnings of names, of rows")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out")
+    arguments = parser.parse_args()
+    out: Path = arguments.out.resolve()
+    model = make_random_model(out / "model")
+    data = task.write_dataset(out / "data")
+    measured: dict[str, dict[str, dict[str, float]]] = {}
+    for row in ROWS:
+        if arguments.rows and not row.name.startswith(tuple(arguments.rows)):
+            continue
+        for arm in row.arms:
+            measured.setdefault(row.name, {})[arm] = measure(row, arm, model, data, out / row.name / arm)
+            (out / "mismatch.json").write_text(json.dumps(measured, indent=1) + "\n")
+            show(measured, Console())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""What the tests share: the folders of the CPU bed, and the tiny models that real frameworks run on."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CPU = ROOT / "integration" / "cpu"
+sys.path.insert(0, str(CPU))
+# Fixtures decide what is active; the caller's shell must not.
+for name in [name for name in os.environ if name.startswith("FP16_PATCH")]:
+    del os.environ[name]
+
+
+def verl_environment(extra: Mapping[str, str] = {}) -> dict[str, str]:  # noqa: B006  (never changed)
+    """The environment for verl processes on a CPU, started without the launcher."""
+    from integration.cpu.launch import ENVIRONMENT
+
+    return {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(CPU), **extra}
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model of 2.4 million parameters with its tokenizer."""
+    pytest.importorskip("transformers")
+    from integration.cpu.tiny_model import make_random_model
+
+    return make_random_model(tmp_path_factory.mktemp("tiny_model"))

@@ -1,0 +1,380 @@
+"""verl's own learner on gloo ranks, put through what FP16 training meets; prints nothing, leaves one JSON of facts.
+
+Started by `torch.distributed.run`; see `test_learner.py`. Nothing here looks at fp16_patch: the same facts are taken
+from stock verl and from verl under a plan.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tensordict import TensorDict
+from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+from torch.distributed.tensor import DTensor
+from verl.trainer.config import CheckpointConfig
+from verl.utils import tensordict_utils as tu
+from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
+from verl.workers.config.engine import TrainingWorkerConfig
+from verl.workers.engine_workers import TrainingWorker
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from tests.verl.folder import folder_facts  # noqa: E402  (found by the line above)
+
+# Large enough to overflow FP16 gradients, small enough for a finite FP32 loss.
+OVERFLOWING = 1e30
+SEQUENCES, TOKENS = 4, 12
+
+
+class Learner:
+    """One `TrainingWorker` with a loss that can be made to overflow on chosen ranks."""
+
+    def __init__(self, arguments: argparse.Namespace, **settings: Any) -> None:
+        self.poisoned_ranks: set[int] = set()
+        self.worker = TrainingWorker(worker_config(arguments, **settings))
+        self.worker.reset()
+        self.worker.set_loss_fn(self.loss)
+        self.engine = self.worker.engine
+
+    def loss(self, model_output: dict[str, Any], data: TensorDict, dp_group: Any) -> tuple[torch.Tensor, dict]:
+        output = model_output["log_probs"] if "log_probs" in model_output else model_output["values"]
+        factor = OVERFLOWING if dist.get_rank() in self.poisoned_ranks else 1.0
+        return -output.values().float().mean() * factor, {}
+
+    def step(self, poisoned: set[int] = frozenset()) -> dict[str, Any]:  # type: ignore[assignment]
+        """One optimizer step and the metrics the driver gets from it."""
+        self.poisoned_ranks = poisoned
+        data = batch()
+        tu.assign_non_tensor(data, update_lr_scheduler=True, global_token_num=[TOKENS] * SEQUENCES)
+        return dict(tu.get(self.worker.train_batch(data), "metrics"))
+
+    def two_mini_batches(self, poisoned_first: bool) -> dict[str, Any]:
+        """An update of two mini-batches, the first of which overflows; metrics as the driver reduces them."""
+        from verl.utils.metric import reduce_metrics
+
+        steps = iter([{0}, set()] if poisoned_first else [set(), set()])
+        inner = self.worker.train_batch
+
+        def train_batch(data: TensorDict) -> Any:
+            self.poisoned_ranks = next(steps)
+            return inner(data)
+
+        self.worker.train_batch = train_batch
+        data = batch(2 * SEQUENCES)
+        tu.assign_non_tensor(data, mini_batch_size=SEQUENCES * dist.get_world_size(), epochs=1)
+        metrics = tu.get(self.worker.train_mini_batch(data), "metrics")
+        self.worker.train_batch = inner
+        return {name: float(value) for name, value in reduce_metrics(dict(metrics)).items()}
+
+    def parameters(self) -> torch.Tensor:
+        """All local parameters, one after the other."""
+        return torch.cat([local(parameter).detach().flatten().clone() for parameter in self.engine.module.parameters()])
+
+    def lr(self) -> float:
+        return float(self.engine.optimizer.param_groups[0]["lr"])
+
+
+def worker_config(
+    arguments: argparse.Namespace,
+    *,
+    model_type: str = "language_model",
+    lora_rank: int = 0,
+    forward_only: bool = False,
+    engine: dict[str, Any] | None = None,
+) -> TrainingWorkerConfig:
+    model = HFModelConfig(
+        path=arguments.model,
+        use_remove_padding=False,
+        enable_gradient_checkpointing=False,
+        override_config={"attn_implementation": "sdpa"},
+        lora_rank=lora_rank,
+        lora_alpha=2 * lora_rank,
+        lora={"merge": True} if lora_rank else {},
+    )
+    engine_config = FSDPEngineConfig(
+        strategy=arguments.strategy,
+        forward_only=forward_only,
+        use_torch_compile=False,
+        use_dynamic_bsz=False,
+        micro_batch_size_per_gpu=2,
+        infer_micro_batch_size_per_gpu=2,
+        **(engine if engine is not None else STOCK_FP16),
+    )
+    optimizer = FSDPOptimizerConfig(lr=1e-3, lr_warmup_steps=4, total_training_steps=100, weight_decay=0.0)
+    # FSDP1 on several CPU ranks cannot gather a full state dict: offloading frees the storage it is about to read.
+    exportable = arguments.strategy == "fsdp2" or dist.get_world_size() == 1
+    checkpoint = CheckpointConfig(save_contents=["model", "optimizer", "extra", *(["hf_model"] if exportable else [])])
+    return TrainingWorkerConfig(
+        model_type=model_type,
+        model_config=model,
+        engine_config=engine_config,
+        optimizer_config=optimizer,
+        checkpoint_config=checkpoint,
+    )
+
+
+# The one switch verl's FSDP engine reads; under a plan it is overruled, and the runs below leave it as it is.
+STOCK_FP16 = {"mixed_precision": {"param_dtype": "fp16", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}}
+# What verl documents as the switch.
+DOCUMENTED_FP16 = {"dtype": "float16"}
+
+
+def batch(sequences: int = SEQUENCES) -> TensorDict:
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    rows = [torch.randint(2, 90, (TOKENS,), generator=generator) for _ in range(sequences)]
+    nested = {
+        "input_ids": rows,
+        "position_ids": [torch.arange(TOKENS) for _ in rows],
+        "loss_mask": [torch.ones(TOKENS, dtype=torch.int64) for _ in rows],
+    }
+    tensors = {name: torch.nested.as_nested_tensor(values, layout=torch.jagged) for name, values in nested.items()}
+    return tu.get_tensordict(tensors, non_tensor_dict={"temperature": 1.0})
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@contextmanager
+def watching_compute(module: torch.nn.Module) -> Iterator[set[str]]:
+    """The dtypes that a projection inside the model really multiplies in."""
+    seen: set[str] = set()
+    linear = next(child for name, child in module.named_modules() if "q_proj" in name and hasattr(child, "weight"))
+    handle = linear.register_forward_hook(lambda _layer, _inputs, output: seen.add(dtype_name(output.dtype)))
+    yield seen
+    handle.remove()
+
+
+def compute_dtypes(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What actor, critic and ref compute in when the documented key asks for float16."""
+    facts: dict[str, Any] = {}
+    for role, settings in (
+        ("actor", {}),
+        ("critic", {"model_type": "value_model"}),
+        ("ref", {"forward_only": True}),
+    ):
+        learner = Learner(arguments, engine=DOCUMENTED_FP16, **settings)
+        with watching_compute(learner.engine.module) as seen:
+            if role == "ref":
+                data = batch()
+                tu.assign_non_tensor(data, compute_loss=False)
+                learner.worker.infer_batch(data)
+            else:
+                learner.step()
+        scaler = learner.engine.scaler
+        facts[role] = {"dtypes": sorted(seen), "scaler": scaler is not None and scaler.is_enabled()}
+    return facts
+
+
+def overflow_on_one_rank(arguments: argparse.Namespace) -> dict[str, Any]:
+    """A clean step, then one whose gradients overflow on the last rank only, then a clean one."""
+    learner = Learner(arguments)
+    clean = learner.step()
+    before, lr_before = learner.parameters(), learner.lr()
+    overflow = learner.step(poisoned={dist.get_world_size() - 1})
+    after, lr_after = learner.parameters(), learner.lr()
+    last = learner.step()
+    return {
+        "clean_metrics": plain(clean),
+        "overflow_metrics": plain(overflow),
+        "last_metrics": plain(last),
+        "unchanged_on_every_rank": on_every_rank(torch.equal(before, after)),
+        "moved_by_a_clean_step": on_every_rank(not torch.equal(after, learner.parameters())),
+        "nan_parameters": sum_over_ranks(int(after.isnan().sum())),
+        "lr": [lr_before, lr_after, learner.lr()],
+        "scaler_enabled": learner.engine.scaler.is_enabled(),
+        "scale": learner.engine.scaler.get_scale(),
+    }
+
+
+def averaged_norm(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The grad_norm a user sees for an update in which one of two mini-batches was skipped."""
+    return Learner(arguments).two_mini_batches(poisoned_first=True)
+
+
+def resume(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Skip, step, save; then what a fresh learner goes on with after loading."""
+    learner = Learner(arguments)
+    for poisoned in (set(range(dist.get_world_size())), set(), set()):
+        learner.step(poisoned)
+    saved = scaler_facts(learner)
+    path = str(Path(arguments.out) / "checkpoint")
+    learner.engine.save_checkpoint(path, global_step=3)
+    fresh = Learner(arguments)
+    fresh.step()
+    fresh.engine.load_checkpoint(path, del_local_after_load=False)
+    resumed = scaler_facts(fresh)
+    fresh.step()
+    return {"saved": saved, "resumed": resumed, "next": scaler_facts(fresh), "path": path}
+
+
+def resume_from_stock(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Loading a checkpoint that holds no scaler state."""
+    path = Path(arguments.out) / "checkpoint"
+    dist.barrier()
+    if dist.get_rank() == 0:
+        for state in path.glob("fp16_patch_*"):
+            state.unlink()
+    dist.barrier()
+    fresh = Learner(arguments)
+    fresh.engine.load_checkpoint(str(path), del_local_after_load=False)
+    return scaler_facts(fresh)
+
+
+def endless_overflow(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Non-finite gradients in every step, on one rank: how far the scale falls and what the run says."""
+    learner = Learner(arguments)
+    module = learner.engine.module
+    learner.step()
+    for attempt in range(1, 201):
+        learner.engine.optimizer_zero_grad()
+        for parameter in module.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        if dist.get_rank() == dist.get_world_size() - 1:
+            local(next(p for p in module.parameters() if local(p).numel()).grad).view(-1)[-1] = math.nan
+        try:
+            learner.engine.optimizer_step()
+        except Exception as stopped:  # the facts are what is asserted on
+            return {
+                "attempt": attempt,
+                "error": type(stopped).__name__,
+                "message": str(stopped),
+                "scale": scale(learner),
+            }
+    return {"attempt": 200, "error": None, "message": "", "scale": scale(learner)}
+
+
+def merged_lora_wire(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Merged LoRA weights as the sampler gets them, against the FP32 merge."""
+    learner = Learner(arguments, lora_rank=4)
+    learner.step()
+    sent, _ = learner.engine.get_per_tensor_param(layered_summon=False, base_sync_done=True)
+    worst, dtypes = 0.0, set()
+    exact = fp32_merge(learner)
+    for name, weight in sent:
+        dtypes.add(dtype_name(weight.dtype))
+        if "q_proj.weight" in name:
+            reference = exact[name]
+            error = (weight.float() - reference).abs() / reference.abs().clamp(min=1e-3)
+            worst = max(worst, error.max().item())
+    return {"dtypes": sorted(dtypes), "largest_relative_error": worst}
+
+
+def fp32_merge(learner: Learner) -> dict[str, torch.Tensor]:
+    """The same merge in FP32, computed here from base and adapter."""
+    state = {name: full(value) for name, value in learner.engine.module.state_dict().items()}
+    merged = {}
+    for name, base in state.items():
+        if not name.endswith("q_proj.base_layer.weight"):
+            continue
+        stem = name.removesuffix("base_layer.weight")
+        a, b = state[f"{stem}lora_A.default.weight"], state[f"{stem}lora_B.default.weight"]
+        # alpha is twice the rank
+        merged[stem.replace("base_model.model.", "") + "weight"] = base + 2.0 * (b @ a)
+    return merged
+
+
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.full_tensor().float() if isinstance(tensor, DTensor) else tensor.float()
+
+
+def exports(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The `hf_model` folder of a checkpoint: what its label says and what it holds."""
+    folder = Path(arguments.out) / "checkpoint" / "huggingface"
+    return folder_facts(folder) if list(folder.glob("*.safetensors")) else {}
+
+
+def accumulation(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The dtype in which gradients of micro-batches add up when communication is deferred to the last one."""
+    learner = Learner(arguments, engine={**STOCK_FP16, "use_no_sync_for_gradient_accumulation": True})
+    seen: set[str] = set()
+    original = learner.engine.forward_step
+
+    def forward_step(*args: Any, **kwargs: Any) -> Any:
+        seen.update(dtype_name(p.grad.dtype) for p in learner.engine.module.parameters() if p.grad is not None)
+        seen.update(
+            dtype_name(p._saved_grad_shard.dtype)
+            for p in learner.engine.module.parameters()
+            if getattr(p, "_saved_grad_shard", None) is not None
+        )
+        return original(*args, **kwargs)
+
+    learner.engine.forward_step = forward_step
+    learner.step()
+    return {"dtypes": sorted(seen)}
+
+
+def scaler_facts(learner: Learner) -> dict[str, Any]:
+    state = learner.engine.scaler.state_dict()
+    return {"scale": state.get("scale"), "growth": state.get("_growth_tracker")}
+
+
+def scale(learner: Learner) -> float:
+    return float(learner.engine.scaler.get_scale())
+
+
+def plain(metrics: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in metrics.items() if name.startswith("fp16/") or name in ("grad_norm", "lr")}
+
+
+def on_every_rank(fact: bool) -> bool:
+    return sum_over_ranks(int(fact)) == dist.get_world_size()
+
+
+def sum_over_ranks(count: int) -> int:
+    total = torch.tensor(count)
+    dist.all_reduce(total)
+    return int(total)
+
+
+SCENARIOS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+    scenario.__name__: scenario
+    for scenario in (
+        compute_dtypes,
+        overflow_on_one_rank,
+        averaged_norm,
+        resume,
+        exports,
+        resume_from_stock,
+        endless_overflow,
+        merged_lora_wire,
+        accumulation,
+    )
+}
+
+
+def main() -> None:
+    dist.init_process_group("gloo")
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--strategy", choices=("fsdp", "fsdp2"), required=True)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--out", required=True)
+    # Stock verl builds its scaler for CUDA. Some of its defects show only where that scaler works, as it does on a GPU.
+    parser.add_argument("--working-scaler", action="store_true")
+    parser.add_argument("scenarios", nargs="+", choices=SCENARIOS)
+    arguments = parser.parse_args()
+    if arguments.working_scaler:
+        defaults = ShardedGradScaler.__init__.__defaults__
+        ShardedGradScaler.__init__.__defaults__ = ("cpu", *defaults[1:])
+    # A rank that fails ends the others through torchrun: nothing here waits for a collective it will not join.
+    facts = {name: SCENARIOS[name](arguments) for name in arguments.scenarios}
+    if dist.get_rank() == 0:
+        Path(arguments.out, "facts.json").write_text(json.dumps(facts, indent=1))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

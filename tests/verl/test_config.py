@@ -1,0 +1,157 @@
+"""What the plan makes of verl's own configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from fp16_patch import Plan, PlanError
+
+pytestmark = pytest.mark.verl
+
+KEY = "actor_rollout_ref.actor.fsdp_config"
+
+
+def conflicts(config: Any, **settings: Any) -> list[str]:
+    from fp16_patch.verl.config import conflicts_of
+
+    return [str(conflict) for conflict in conflicts_of(config, Plan(**settings))]
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "fsdp2"])
+def test_the_stock_configuration_has_no_conflict(activated: Any, compose: Callable[..., Any], strategy: str) -> None:
+    activated()
+    config = compose(f"actor_rollout_ref.actor.strategy={strategy}", "algorithm.adv_estimator=gae")
+    assert conflicts(config) == []
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value", "fix"),
+    [
+        (
+            "actor_rollout_ref.actor.strategy=megatron",
+            "actor_rollout_ref.actor.strategy",
+            "megatron",
+            "use fsdp or fsdp2",
+        ),
+        ("critic.strategy=veomni", "critic.strategy", "veomni", "use fsdp or fsdp2"),
+        (f"{KEY}.qat.enable=True", f"{KEY}.qat.enable", "True", "set it to false"),
+        (
+            "actor_rollout_ref.rollout.quantization=fp8",
+            "actor_rollout_ref.rollout.quantization",
+            "fp8",
+            "set it to null",
+        ),
+        ("actor_rollout_ref.rollout.name=sglang", "actor_rollout_ref.rollout.name", "sglang", "use vllm"),
+        (
+            "+actor_rollout_ref.rollout.engine_kwargs.vllm.dtype=bfloat16",
+            "actor_rollout_ref.rollout.engine_kwargs.vllm.dtype",
+            "bfloat16",
+            "remove it",
+        ),
+        (
+            "+actor_rollout_ref.rollout.engine_kwargs.vllm.kv_cache_dtype=fp8",
+            "actor_rollout_ref.rollout.engine_kwargs.vllm.kv_cache_dtype",
+            "fp8",
+            "remove it",
+        ),
+        (
+            "actor_rollout_ref.rollout.checkpoint_engine.backend=delta_sharded",
+            "actor_rollout_ref.rollout.checkpoint_engine.backend",
+            "delta_sharded",
+            "use naive or nccl",
+        ),
+        ("trainer.use_v1=False", "trainer.use_v1", "False", "set it to true"),
+        (
+            "actor_rollout_ref.model.use_fused_kernels=True",
+            "actor_rollout_ref.model.use_fused_kernels",
+            "True",
+            "set it to false",
+        ),
+    ],
+)
+def test_what_cannot_be_float16_is_refused_with_key_value_and_fix(
+    activated: Any, compose: Callable[..., Any], override: str, key: str, value: str, fix: str
+) -> None:
+    activated()
+    (message,) = conflicts(compose("algorithm.adv_estimator=gae", override))
+    assert message.startswith(f"{key}={value}: ")
+    assert f"Fix: {fix}" in message
+
+
+def test_all_refusals_come_at_once_and_before_anything_starts(activated: Any, compose: Callable[..., Any]) -> None:
+    from verl.utils.config import validate_config
+
+    activated()
+    config = compose("actor_rollout_ref.rollout.quantization=fp8", f"{KEY}.qat.enable=True")  # and no batch sizes
+    with pytest.raises(PlanError) as caught:
+        validate_config(config=config, use_reference_policy=False, use_critic=False)
+    assert len(caught.value.conflicts) == 2
+
+
+def test_observe_refuses_nothing(activated: Any, compose: Callable[..., Any]) -> None:
+    from fp16_patch.verl.config import check
+
+    plan = activated(mode="observe")
+    check(compose("actor_rollout_ref.rollout.quantization=fp8"), plan)
+
+
+def test_settings_ride_in_the_configuration(activated: Any, compose: Callable[..., Any]) -> None:
+    from fp16_patch.activation import current_plan
+    from fp16_patch.verl.trainer import prepare
+
+    activated()
+    prepare(compose("+fp16_patch.init_scale=1024", "+fp16_patch.max_consecutive_skips=5"))
+    assert (current_plan().init_scale, current_plan().max_consecutive_skips) == (1024.0, 5)
+
+
+def test_a_misspelt_setting_stops_the_run(activated: Any, compose: Callable[..., Any]) -> None:
+    from fp16_patch.verl.trainer import prepare
+
+    activated()
+    with pytest.raises(PlanError, match=r"fp16_patch\.init_scal=1024.*did you mean 'init_scale'"):
+        prepare(compose("+fp16_patch.init_scal=1024"))
+
+
+def test_the_configuration_says_what_is_computed_and_what_changed_is_named(
+    activated: Any, compose: Callable[..., Any]
+) -> None:
+    from fp16_patch.verl.config import apply_to
+
+    config = compose("actor_rollout_ref.rollout.dtype=half", f"+{KEY}.mixed_precision.param_dtype=bf16")
+    changed = apply_to(config, activated())
+    assert config.actor_rollout_ref.rollout.dtype == "float16"
+    assert config.actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype == "float16"
+    assert f"{KEY}.dtype: bfloat16 → float16" in changed
+    assert any(line.startswith(f"{KEY}.mixed_precision") for line in changed)
+    assert not any("rollout.dtype" in line for line in changed)  # half is float16
+    assert apply_to(config, Plan()) == []
+
+
+@pytest.mark.parametrize(("mode", "dtype"), [("fp16", "float16"), ("bf16", "bfloat16"), ("fp32", "float32")])
+def test_engine_and_rollout_take_the_plans_dtype(activated: Any, mode: str, dtype: str) -> None:
+    from verl.workers.config import FSDPEngineConfig, RolloutConfig
+
+    activated(mode=mode)
+    engine = FSDPEngineConfig(dtype="garbage", mixed_precision={"param_dtype": "fp32"}, model_dtype="bf16")
+    assert (engine.dtype, engine.mixed_precision["param_dtype"]) == (dtype, dtype)
+    assert (engine.mixed_precision["reduce_dtype"], engine.model_dtype) == ("float32", "float32")
+    assert RolloutConfig(name="vllm", dtype="bfloat16").dtype == dtype
+
+
+def test_a_forward_only_model_kept_in_half_is_kept_in_the_plans_half(activated: Any) -> None:
+    from verl.workers.config import FSDPEngineConfig
+
+    activated()
+    assert FSDPEngineConfig(forward_only=True, model_dtype="bf16").model_dtype == "float16"
+    assert FSDPEngineConfig(forward_only=True, model_dtype="fp32").model_dtype == "float32"
+
+
+def test_stock_configuration_is_left_alone_by_observe(activated: Any) -> None:
+    from verl.workers.config import FSDPEngineConfig, RolloutConfig
+
+    activated(mode="observe")
+    assert FSDPEngineConfig().mixed_precision is None
+    assert RolloutConfig(name="vllm").dtype == "bfloat16"

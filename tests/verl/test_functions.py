@@ -1,0 +1,121 @@
+"""Single functions of verl, stock and under a plan, in one process."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+pytestmark = pytest.mark.verl
+
+torch = pytest.importorskip("torch")
+
+
+def scaled(logits: Any, temperature: float) -> Any:
+    from verl.workers.engine.fsdp import transformer_impl
+
+    return transformer_impl._scale_logits_by_temperature(
+        logits, torch.tensor([[temperature]]), is_unit_temperature=temperature == 1.0
+    )
+
+
+def test_stock_divides_by_zero_at_temperature_zero_in_float16(verl_on_a_cpu: None) -> None:
+    logits = torch.tensor([[1.0, 0.0, 2.0]], dtype=torch.float16)
+    assert not scaled(logits, 0.0).isfinite().all()
+
+
+def test_temperature_is_applied_in_float32(activated: Callable[..., Any]) -> None:
+    activated()
+    logits = torch.tensor([[40.0, 0.0, 13.0]], dtype=torch.float16)
+    exact = logits.float() / 0.7
+    assert torch.equal(scaled(logits, 0.7), exact)
+    assert not torch.equal((logits / torch.tensor(0.7).half()).float(), exact)
+    assert scaled(logits, 0.0).isfinite().all()
+    assert scaled(logits, 1.0).dtype == torch.float32
+
+
+def test_log_probs_and_entropy_come_out_in_float32(activated: Callable[..., Any]) -> None:
+    from verl.utils.torch_functional import entropy_from_logits, logprobs_from_logits
+
+    activated()
+    logits = scaled(torch.randn(5, 11, dtype=torch.float16), 0.7)
+    assert logprobs_from_logits(logits, torch.arange(5)).dtype == torch.float32
+    assert entropy_from_logits(logits).dtype == torch.float32
+
+
+class CastingEngine:
+    """Takes what verl's mooncake and kimi engines take."""
+
+    def __init__(self, bucket_size: int, rollout_dtype: Any = torch.bfloat16) -> None:
+        self.bucket_size, self.rollout_dtype = bucket_size, rollout_dtype
+
+
+class VerbatimEngine:
+    """Takes no dtype, as verl's colocated engine."""
+
+    def __init__(self, bucket_size: int) -> None:
+        self.bucket_size = bucket_size
+
+
+@pytest.fixture
+def new_engine(verl_on_a_cpu: None, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+    from verl.checkpoint_engine.base import CheckpointEngineRegistry
+
+    engines = {"casting": CastingEngine, "verbatim": VerbatimEngine}
+    monkeypatch.setattr(CheckpointEngineRegistry, "_registry", engines)
+    return lambda name: CheckpointEngineRegistry.new(name, bucket_size=8)
+
+
+def test_stock_checkpoint_engines_cast_to_bfloat16(new_engine: Callable[[str], Any]) -> None:
+    assert new_engine("casting").rollout_dtype == torch.bfloat16
+
+
+def test_checkpoint_engines_cast_to_the_plans_dtype(
+    activated: Callable[..., Any], new_engine: Callable[[str], Any]
+) -> None:
+    activated()
+    assert new_engine("casting").rollout_dtype == torch.float16
+    assert new_engine("verbatim").bucket_size == 8
+
+
+@pytest.mark.parametrize("module", ["kimi", "mooncake"])
+def test_verls_casting_engines_take_the_argument(module: str) -> None:
+    from fp16_patch.fingerprint import source_file
+
+    path = source_file(f"verl.checkpoint_engine.{module}_checkpoint_engine")
+    assert path is not None
+    tree = ast.parse(path.read_text())
+    inits = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "__init__"]
+    arguments = {argument.arg for init in inits for argument in (*init.args.args, *init.args.kwonlyargs)}
+    assert "rollout_dtype" in arguments
+
+
+def test_an_exported_weight_outside_the_range_is_an_error(activated: Callable[..., Any]) -> None:
+    from fp16_patch.verl.export import in_plan_dtype
+
+    activated()
+    with pytest.raises(OverflowError, match=r"lm_head: 70000 is outside the range of float16"):
+        in_plan_dtype({"lm_head": torch.tensor([7e4])})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "children"),
+    [
+        ({"tensor_parallel_size": 2}, {"engine_core": 1, "sampler_worker": 2}),
+        (
+            {"tensor_parallel_size": 2, "data_parallel_size": 4, "data_parallel_size_local": 4},
+            {"engine_core": 4, "sampler_worker": 8},
+        ),
+        ({"tensor_parallel_size": 16, "nnodes": 2, "node_rank": 0}, {"engine_core": 1, "sampler_worker": 8}),
+        ({"tensor_parallel_size": 16, "nnodes": 2, "node_rank": 1}, {"engine_core": 0, "sampler_worker": 8}),
+    ],
+)
+def test_a_server_knows_how_many_children_must_attest(
+    activated: Callable[..., Any], arguments: dict[str, int], children: dict[str, int]
+) -> None:
+    activated()
+    from fp16_patch.verl.rollout import _children_of
+
+    assert _children_of(arguments) == children

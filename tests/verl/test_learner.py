@@ -1,0 +1,221 @@
+"""verl's FSDP learner with and without a plan: each defect is seen on stock verl first, then gone."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import verl_environment
+
+pytestmark = [pytest.mark.verl, pytest.mark.e2e]
+pytest.importorskip("verl")
+
+Facts = dict[str, Any]
+LEARNER = Path(__file__).parent / "learner.py"
+STRATEGIES = ("fsdp", "fsdp2")
+ON_A_CPU = ("compute_dtypes", "overflow_on_one_rank", "merged_lora_wire", "accumulation")
+WITH_A_SCALER = ("overflow_on_one_rank", "averaged_norm", "resume", "exports", "endless_overflow")
+ALL = ("compute_dtypes", *WITH_A_SCALER, "resume_from_stock", "merged_lora_wire", "accumulation")
+
+
+@pytest.fixture(scope="session")
+def learner(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Facts]:
+    """Run scenarios once for each arm, strategy and number of ranks; what they found."""
+    known: dict[tuple[str, str, int], Facts] = {}
+
+    def run(arm: str, strategy: str, ranks: int) -> Facts:
+        if (arm, strategy, ranks) not in known:
+            out = tmp_path_factory.mktemp(f"{arm}_{strategy}_{ranks}")
+            known[arm, strategy, ranks] = {"out": out, **_run_scenarios(arm, strategy, ranks, tiny_model, out)}
+        return known[arm, strategy, ranks]
+
+    return run
+
+
+def _run_scenarios(arm: str, strategy: str, ranks: int, model: Path, out: Path) -> Facts:
+    options, scenarios, env = {
+        "stock": ([], ON_A_CPU, {}),
+        "stock-with-scaler": (["--working-scaler"], WITH_A_SCALER, {}),
+        "plan": ([], ALL, {"FP16_PATCH": "1"}),
+    }[arm]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", str(LEARNER)]
+    where = ["--strategy", strategy, "--model", str(model), "--out", str(out)]
+    with (out / "log.txt").open("w") as log:
+        process = subprocess.run(
+            [*launch, *where, *options, *scenarios],
+            env=verl_environment(env),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            timeout=600,
+            check=False,
+        )
+    assert process.returncode == 0, (out / "log.txt").read_text()[-3000:]
+    facts: Facts = json.loads((out / "facts.json").read_text())
+    return facts
+
+
+@pytest.fixture(params=STRATEGIES)
+def strategy(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(params=(1, 2), ids=("one-rank", "two-ranks"))
+def ranks(request: pytest.FixtureRequest) -> int:
+    return int(request.param)
+
+
+def test_stock_ignores_the_documented_dtype_key(learner: Callable[..., Facts], strategy: str) -> None:
+    facts = learner("stock", strategy, 2)["compute_dtypes"]
+    assert {role: fact["dtypes"] for role, fact in facts.items()} == dict.fromkeys(facts, ["bfloat16"])
+
+
+def test_actor_critic_and_ref_compute_in_float16(learner: Callable[..., Facts], strategy: str, ranks: int) -> None:
+    facts = learner("plan", strategy, ranks)["compute_dtypes"]
+    assert {role: fact["dtypes"] for role, fact in facts.items()} == dict.fromkeys(
+        ("actor", "critic", "ref"), ["float16"]
+    )
+
+
+def test_only_engines_that_train_have_a_scaler(learner: Callable[..., Facts], strategy: str, ranks: int) -> None:
+    facts = learner("plan", strategy, ranks)["compute_dtypes"]
+    assert {role: fact["scaler"] for role, fact in facts.items()} == {"actor": True, "critic": True, "ref": False}
+
+
+def test_stock_scaler_is_off_away_from_cuda_and_steps_on_nan(learner: Callable[..., Facts], strategy: str) -> None:
+    facts = learner("stock", strategy, 2)["overflow_on_one_rank"]
+    assert not facts["scaler_enabled"]
+    assert facts["nan_parameters"] > 0
+
+
+def test_an_overflow_on_one_rank_changes_no_parameter(learner: Callable[..., Facts], strategy: str, ranks: int) -> None:
+    facts = learner("plan", strategy, ranks)["overflow_on_one_rank"]
+    assert facts["scaler_enabled"]
+    assert facts["unchanged_on_every_rank"]
+    assert facts["nan_parameters"] == 0
+    assert facts["moved_by_a_clean_step"]
+
+
+def test_stock_advances_the_schedule_on_a_skip_and_says_nothing(learner: Callable[..., Facts], strategy: str) -> None:
+    facts = learner("stock-with-scaler", strategy, 2)["overflow_on_one_rank"]
+    assert facts["unchanged_on_every_rank"]  # it did skip
+    before, after, _ = facts["lr"]
+    assert after > before
+    assert not [name for name in facts["overflow_metrics"] if name.startswith("fp16/")]
+
+
+def test_the_schedule_holds_on_a_skip_and_goes_on_after_it(
+    learner: Callable[..., Facts], strategy: str, ranks: int
+) -> None:
+    before, after, last = learner("plan", strategy, ranks)["overflow_on_one_rank"]["lr"]
+    assert before == after < last
+
+
+def test_a_skip_is_in_the_metrics_of_every_rank(learner: Callable[..., Facts], strategy: str, ranks: int) -> None:
+    facts = learner("plan", strategy, ranks)["overflow_on_one_rank"]
+
+    def seen(metrics: str) -> list[set[float]]:
+        names = ("loss_scale/min", "step_skipped", "skipped_total/max", "consecutive_skips/max")
+        return [{value for [value] in facts[metrics][f"fp16/{name}"]} for name in names]
+
+    assert seen("clean_metrics") == [{65536.0}, {0.0}, {0.0}, {0.0}]
+    assert seen("overflow_metrics") == [{32768.0}, {1.0}, {1.0}, {1.0}]
+    assert seen("last_metrics") == [{32768.0}, {0.0}, {1.0}, {0.0}]
+
+
+def test_stock_averages_the_norm_of_a_skipped_step(learner: Callable[..., Facts], strategy: str) -> None:
+    norm = learner("stock-with-scaler", strategy, 2)["averaged_norm"]["grad_norm"]
+    assert norm != norm or norm == float("inf")
+
+
+def test_the_norm_of_a_skipped_step_is_averaged_into_nothing(
+    learner: Callable[..., Facts], strategy: str, ranks: int
+) -> None:
+    metrics = learner("plan", strategy, ranks)["averaged_norm"]
+    assert 0 < metrics["grad_norm"] < 1e3
+    assert metrics["fp16/step_skipped"] == 0.5
+    assert metrics["fp16/skipped_total/max"] == 1.0
+
+
+def test_stock_resumes_at_the_initial_scale(learner: Callable[..., Facts], strategy: str) -> None:
+    facts = learner("stock-with-scaler", strategy, 2)["resume"]
+    assert facts["saved"]["scale"] == 32768.0
+    assert facts["resumed"]["scale"] == 65536.0
+
+
+def test_a_resumed_run_goes_on_with_scale_and_growth_counter(
+    learner: Callable[..., Facts], strategy: str, ranks: int
+) -> None:
+    facts = learner("plan", strategy, ranks)["resume"]
+    assert facts["saved"] == facts["resumed"] == {"scale": 32768.0, "growth": 2}
+    assert facts["next"] == {"scale": 32768.0, "growth": 3}
+
+
+def test_a_checkpoint_without_scaler_state_resumes_with_one_warning(
+    learner: Callable[..., Facts], strategy: str, ranks: int
+) -> None:
+    facts = learner("plan", strategy, ranks)
+    assert facts["resume_from_stock"]["scale"] == 65536.0
+    assert (facts["out"] / "log.txt").read_text().count("no loss-scaler state in") == 1
+
+
+def test_stock_lets_the_scale_fall_to_zero_in_silence(learner: Callable[..., Facts], strategy: str) -> None:
+    facts = learner("stock-with-scaler", strategy, 2)["endless_overflow"]
+    assert facts["error"] is None
+    assert facts["scale"] == 0.0
+
+
+def test_endless_overflow_stops_and_names_rank_step_and_parameter(
+    learner: Callable[..., Facts], strategy: str, ranks: int
+) -> None:
+    facts = learner("plan", strategy, ranks)["endless_overflow"]
+    assert facts["error"] == "LossScaleCollapse"
+    assert f"optimizer step {facts['attempt'] + 1}:" in facts["message"]
+    assert "fp16_patch.min_scale=1" in facts["message"]
+    assert f"rank {ranks - 1}: model." in facts["message"]
+
+
+def test_stock_rounds_merged_lora_through_bfloat16(learner: Callable[..., Facts], strategy: str) -> None:
+    facts = learner("stock", strategy, 2)["merged_lora_wire"]
+    assert facts["dtypes"] == ["bfloat16"]
+    assert facts["largest_relative_error"] > 2**-9
+
+
+def test_merged_lora_is_rounded_once(learner: Callable[..., Facts], strategy: str, ranks: int) -> None:
+    facts = learner("plan", strategy, ranks)["merged_lora_wire"]
+    assert facts["dtypes"] == ["float16"]
+    assert facts["largest_relative_error"] <= 2**-11
+
+
+def test_stock_accumulates_in_float16_under_no_sync(learner: Callable[..., Facts]) -> None:
+    assert learner("stock", "fsdp", 2)["accumulation"]["dtypes"] == ["float16"]
+
+
+def test_micro_batches_add_up_in_float32(learner: Callable[..., Facts], ranks: int) -> None:
+    assert learner("plan", "fsdp", ranks)["accumulation"]["dtypes"] == ["float32"]
+
+
+def test_stock_exports_float32_labelled_bfloat16(learner: Callable[..., Facts]) -> None:
+    assert learner("stock-with-scaler", "fsdp2", 2)["exports"] == {"label": "bfloat16", "held": ["float32"]}
+
+
+@pytest.mark.parametrize(("strategy", "ranks"), [("fsdp", 1), ("fsdp2", 1), ("fsdp2", 2)])
+def test_exports_are_float16_and_say_so(learner: Callable[..., Facts], strategy: str, ranks: int) -> None:
+    assert learner("plan", strategy, ranks)["exports"] == {"label": "float16", "held": ["float16"]}
+
+
+@pytest.mark.parametrize(("env", "dtype"), [({}, "bfloat16"), ({"FP16_PATCH": "1"}, "float16")], ids=["stock", "plan"])
+def test_merged_checkpoints_hold_what_their_label_says(
+    learner: Callable[..., Facts], tmp_path: Path, env: dict[str, str], dtype: str
+) -> None:
+    from tests.verl.folder import folder_facts
+
+    shards = learner("plan", "fsdp2", 2)["resume"]["path"]
+    merge = [sys.executable, "-m", "verl.model_merger", "merge", "--backend", "fsdp", "--local_dir", shards]
+    subprocess.run([*merge, "--target_dir", str(tmp_path)], env=verl_environment(env), check=True, timeout=300)
+    assert folder_facts(tmp_path) == {"label": dtype, "held": [dtype]}

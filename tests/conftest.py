@@ -17,7 +17,7 @@ for name in [name for name in os.environ if name.startswith("FP16_PATCH")]:
     del os.environ[name]
 
 
-def verl_environment(extra: Mapping[str, str] = {}) -> dict[str, str]:  # noqa: B006  (never changed)
+def verl_environment(extra: Mapping[str, str] = {}) -> dict[str, str]:
     """The environment for verl processes on a CPU, started without the launcher."""
     from integration.cpu.launch import ENVIRONMENT
 

@@ -60,7 +60,8 @@ POLL_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """A tiny verl run. What is not named here goes into ``overrides``, in hydra's syntax, which come last and win."""
+    """A tiny verl run. What is not named here goes into ``overrides``, in hydra's syntax, which come last and win;
+    ``prefix`` is a command that runs the trainer's."""
 
     model: Path
     train_files: Path
@@ -80,6 +81,7 @@ class LaunchConfig:
     max_response_tokens: int = 32
     learning_rate: float = 1e-4
     overrides: tuple[str, ...] = ()
+    prefix: tuple[str, ...] = ()
     env: Mapping[str, str] = field(default_factory=dict)
     timeout_seconds: float = 600.0
     quiet_seconds: float = 180.0
@@ -151,7 +153,8 @@ def command(config: LaunchConfig, ray_directory: Path) -> list[str]:
         **(_lora(config) if config.lora_rank else {}),
     }
     assignments = [f"{key}={value}" for key, value in settings.items()]
-    return [sys.executable, "-u", "-m", "verl.trainer.main_ppo", *assignments, *config.overrides]
+    trainer = [sys.executable, "-u", "-m", "verl.trainer.main_ppo"]
+    return [*config.prefix, *trainer, *assignments, *config.overrides]
 
 
 def _data(config: LaunchConfig) -> dict[str, object]:

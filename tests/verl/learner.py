@@ -27,7 +27,7 @@ from verl.workers.config.engine import TrainingWorkerConfig
 from verl.workers.engine_workers import TrainingWorker
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from tests.verl.folder import folder_facts  # noqa: E402  (found by the line above)
+from tests.verl.folder import folder_facts
 
 # Large enough to overflow FP16 gradients, small enough for a finite FP32 loss.
 OVERFLOWING = 1e30

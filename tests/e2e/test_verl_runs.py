@@ -1,0 +1,208 @@
+"""verl's own trainer from its own command line, to the end: what a user types and what a user gets."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+pytestmark = [pytest.mark.verl, pytest.mark.e2e]
+pytest.importorskip("verl")
+pytest.importorskip("vllm")
+
+from fp16_patch.cli import main
+from fp16_patch.mismatch.report import load_run
+from integration.cpu.arms import ARMS, record_of
+from integration.cpu.launch import LaunchConfig, RunResult, run
+from integration.demo import task
+
+TIMEOUT_S = 900
+STEPS = 2
+FP16_PATCH = str(Path(sys.executable).with_name("fp16-patch"))
+
+
+@pytest.fixture(scope="session")
+def start(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RunResult]:
+    """Run verl with an arm's overrides and further settings."""
+    train, val = task.write_dataset(tmp_path_factory.mktemp("data"))
+
+    def started(arm: str, **settings: Any) -> RunResult:
+        out = tmp_path_factory.mktemp(arm)
+        config = LaunchConfig(
+            tiny_model,
+            train,
+            val,
+            Path(task.__file__),
+            out,
+            reward_name="share_of_digits",
+            **{"steps": STEPS, "timeout_seconds": TIMEOUT_S, **settings},
+        )
+        return run(ARMS[arm].applied_to(config, out) if not config.prefix else config)
+
+    return started
+
+
+@pytest.fixture(scope="session")
+def one_flag(start: Callable[..., RunResult]) -> RunResult:
+    """`external_lib=fp16_patch.verl` in an otherwise stock configuration, with a reference model and a checkpoint."""
+    return finished(start("fp16_patch", use_ref=True, overrides=(f"trainer.save_freq={STEPS}",)))
+
+
+@pytest.fixture(scope="session")
+def stock_fp16(start: Callable[..., RunResult]) -> RunResult:
+    """verl's documented float16 keys, observed."""
+    return finished(start("stock-fp16"))
+
+
+@pytest.fixture(scope="session")
+def calibrating(start: Callable[..., RunResult]) -> RunResult:
+    """`fp16-patch run`, FSDP2 on two ranks with a critic, at a loss scale that overflows, beside a foreign cluster."""
+    return finished(
+        start(
+            "fp16_patch",
+            prefix=(FP16_PATCH, "run", "--"),
+            strategy="fsdp2",
+            ranks=2,
+            adv_estimator="gae",
+            env={"RAY_ADDRESS": "127.0.0.1:1"},
+            overrides=("+fp16_patch.init_scale=1e12", "algorithm.gamma=1.0"),
+        )
+    )
+
+
+@pytest.fixture(scope="session")
+def broken_sampler(start: Callable[..., RunResult]) -> RunResult:
+    """The one flag, where our plugin cannot be imported in vLLM's worker process."""
+    return start("fp16_patch", env={"PYTHONPATH": str(Path(__file__).parent / "broken_sampler")})
+
+
+def finished(result: RunResult) -> RunResult:
+    assert result.ok, f"{result.reason}\n{result.tail(60)}"
+    assert len(result.steps) == STEPS
+    return result
+
+
+def record(result: RunResult) -> Path:
+    return record_of(result.log.parent)
+
+
+def ledger(result: RunResult) -> dict[str, Any]:
+    return dict(json.loads((record(result) / "ledger.json").read_text()))
+
+
+@pytest.mark.timeout(TIMEOUT_S)
+def test_one_flag_puts_every_role_into_float16(one_flag: RunResult) -> None:
+    roles = ledger(one_flag)["roles"]
+    assert set(roles) == {"actor", "ref", "rollout"}
+    for role in ("actor", "ref"):
+        assert {name: roles[role][name] for name in ("autocast", "parameter", "activation")} == dict.fromkeys(
+            ("autocast", "parameter", "activation"), ["float16"]
+        )
+        assert roles[role]["log_prob"] == ["float32"]
+    assert roles["actor"]["gradient"] == roles["actor"]["master"] == ["float32"]
+    rollout = {name: roles["rollout"][name] for name in ("engine_weight", "kv_cache", "activation", "wire")}
+    assert rollout == {
+        "engine_weight": ["float16"],
+        "kv_cache": ["float16"],
+        "activation": ["float16"],
+        "wire": ["float32"],
+    }
+
+
+def test_every_process_attests(one_flag: RunResult) -> None:
+    processes = ledger(one_flag)["processes"]
+    kinds = sorted(process["kind"] for process in processes)
+    assert kinds == ["engine_core", "sampler_worker", "server", "task_runner", "worker"]
+    assert len({process["pid"] for process in processes}) == 5
+    assert {(process["mode"], process["problem"]) for process in processes} == {("fp16", None)}
+
+
+def test_what_the_configuration_said_otherwise_is_named_once(one_flag: RunResult) -> None:
+    log = one_flag.log.read_text()
+    assert log.count("every role computes in float16; the configuration said otherwise") == 1
+    assert log.count("actor_rollout_ref.rollout.dtype: bfloat16 → float16") == 1
+
+
+def test_mismatch_and_step_outcome_are_in_verls_metrics(one_flag: RunResult) -> None:
+    for step in one_flag.steps:
+        assert step["fp16/loss_scale"] == 65536.0
+        assert step["fp16/step_skipped"] == step["fp16/skipped_total"] == step["fp16/consecutive_skips"] == 0.0
+        assert step["mismatch/tokens"] > 500
+        assert step["mismatch/nonfinite_tokens"] == 0
+        # verl's own figure of the same tokens
+        assert step["mismatch/prob_mean_abs"] == pytest.approx(step["training/rollout_probs_diff_mean"], rel=1e-3)
+
+
+def test_three_more_bits_show_on_the_same_keys_and_seeds(one_flag: RunResult, stock_fp16: RunResult) -> None:
+    stock, ours = (load_run(record(result)).summary()["mismatch"]["mean_abs"] for result in (stock_fp16, one_flag))
+    assert ours < 1.2e-3
+    assert stock / ours > 6
+
+
+def test_stock_learner_stays_in_bfloat16_under_the_documented_keys(stock_fp16: RunResult) -> None:
+    roles = ledger(stock_fp16)["roles"]
+    assert roles["actor"]["autocast"] == ["bfloat16"]
+    assert roles["rollout"]["engine_weight"] == ["float16"]
+
+
+def test_the_checkpoint_holds_the_loss_scale(one_flag: RunResult) -> None:
+    (state,) = one_flag.log.parent.rglob("fp16_patch_scaler_world_size_1_rank_0.json")
+    saved = json.loads(state.read_text())
+    assert saved["scaler"] == {"scale": 65536.0, "_growth_tracker": STEPS}
+    assert saved["history"]["attempted"] == STEPS
+
+
+def test_the_report_command_reads_the_run(one_flag: RunResult, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    shown = CliRunner().invoke(main, ["report", str(record(one_flag).parent), "--html", str(page)])
+    assert shown.exit_code == 0, shown.output
+    assert "float16" in shown.output
+    assert "<svg" in page.read_text()
+
+
+def test_skips_are_counted_the_schedule_holds_and_no_norm_is_averaged(calibrating: RunResult) -> None:
+    for count, step in enumerate(calibrating.steps, start=1):
+        for prefix in ("fp16/", "fp16/critic/"):
+            assert step[f"{prefix}loss_scale"] == 1e12 / 2**count
+            assert step[f"{prefix}step_skipped"] == 1.0
+            assert step[f"{prefix}skipped_total"] == step[f"{prefix}consecutive_skips"] == count
+        assert "actor/grad_norm" not in step
+        assert "critic/grad_norm" not in step
+    assert len({step["actor/lr"] for step in calibrating.steps}) == 1
+
+
+def test_calibration_is_announced_once_for_each_engine(calibrating: RunResult) -> None:
+    log = calibrating.log.read_text()
+    assert log.count("actor: gradients overflowed at loss scale 1e+12") == 1
+    assert log.count("critic: gradients overflowed at loss scale 1e+12") == 1
+
+
+def test_run_reaches_driver_critic_and_both_ranks(calibrating: RunResult) -> None:
+    found = ledger(calibrating)
+    kinds = sorted(process["kind"] for process in found["processes"])
+    assert kinds == [
+        "driver",
+        *["engine_core"] * 2,
+        *["sampler_worker"] * 2,
+        *["server"] * 2,
+        "task_runner",
+        *["worker"] * 2,
+    ]
+    assert sorted(process["rank"] for process in found["processes"] if process["kind"] == "worker") == [0, 1]
+    assert found["roles"]["critic"]["autocast"] == ["float16"]
+
+
+def test_a_plugin_that_fails_in_one_process_stops_the_run_before_the_first_step(broken_sampler: RunResult) -> None:
+    assert broken_sampler.returncode not in (0, None)
+    assert broken_sampler.steps == []
+    log = broken_sampler.log.read_text()
+    assert "PrecisionError" in log
+    (row,) = {
+        line.partition(") ")[2].strip() for line in log.splitlines() if "no attestation" in line and "live" in line
+    } or {""}
+    assert "sampler_worker" in row

@@ -62,6 +62,7 @@ def deactivate() -> None:
     """Take off every patch and forget the plan; environment variables set for children are removed."""
     _state.patches.undo()
     processes.stop_carrying()
+    logging.getLogger("fp16_patch").handlers.clear()
     _state.__init__()  # type: ignore[misc]
 
 

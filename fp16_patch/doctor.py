@@ -107,11 +107,11 @@ def _examine_command(examination: Examination, command: list[str], plan: Plan) -
     except Fp16PatchError as problem:
         examination.problems.append(str(problem))
         return
-    examination.problems += [str(conflict) for conflict in settings.conflicts_of(config, refined) if refined.changes]
     examination.stock_roles.update(settings.effective_dtypes(config, Plan(mode="observe")))
     examination.roles.update(settings.effective_dtypes(config, refined))
     if refined.changes:
-        examination.overridden += settings.apply_to(config, refined)
+        examination.problems.extend(str(conflict) for conflict in settings.conflicts_of(config, refined))
+        examination.overridden.extend(settings.apply_to(config, refined))
 
 
 def _split_hydra_options(arguments: list[str]) -> tuple[dict[str, str], list[str]]:

@@ -80,7 +80,7 @@ class Plan:
 
         if self.dtype is None:
             raise ValueError(f"a plan of mode {self.mode!r} decides no dtype")
-        return getattr(torch, self.dtype)  # type: ignore[no-any-return]
+        return getattr(torch, self.dtype)
 
     @property
     def scales_loss(self) -> bool:

@@ -6,12 +6,10 @@ happened, and state to save.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from fp16_patch.errors import LossScaleCollapse
 from fp16_patch.plan import Plan
 
 if TYPE_CHECKING:
@@ -132,18 +130,8 @@ def nonfinite_parameters(named_gradients: Iterable[tuple[str, torch.Tensor]], li
     """Names of the first parameters whose gradient holds inf or NaN."""
     culprits = []
     for name, gradient in named_gradients:
-        if not math.isfinite(gradient.detach().float().abs().sum().item()):
+        if not gradient.detach().isfinite().all():
             culprits.append(name)
         if len(culprits) == limit:
             break
     return culprits
-
-
-__all__ = [
-    "LossScaleCollapse",
-    "StepHistory",
-    "StepOutcome",
-    "collapse_reason",
-    "nonfinite_parameters",
-    "sharded_scaler",
-]

@@ -16,12 +16,15 @@ sys.path.insert(0, str(CPU))
 for name in [name for name in os.environ if name.startswith("FP16_PATCH")]:
     del os.environ[name]
 
+from integration.cpu.launch import ENVIRONMENT
+
+# verl reads its platform from here when any test first imports it.
+os.environ.update(ENVIRONMENT)
+
 
 def verl_environment(extra: Mapping[str, str] = {}) -> dict[str, str]:
     """The environment for verl processes on a CPU, started without the launcher."""
-    from integration.cpu.launch import ENVIRONMENT
-
-    return {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(CPU), **extra}
+    return {**os.environ, "PYTHONPATH": str(CPU), **extra}
 
 
 @pytest.fixture(scope="session")

@@ -297,7 +297,7 @@ def _mismatch_verdict(runs: Runs) -> str:
     if best == worst:
         return f"{best}: mean |d| is {_number(measured[best])} over {_number(runs[best].total().tokens)} tokens."
     factor = _times(_ratio(measured[worst], measured[best]))
-    return f"{best} has the smallest mismatch: mean |d| is {_number(measured[best])}, {factor} below {worst}."
+    return f"{best} has the smallest mismatch: mean |d| is {_number(measured[best])}, {factor} less than in {worst}."
 
 
 def _ledger_verdict(name: str, run: RunRecord) -> str:
@@ -309,7 +309,7 @@ def _ledger_verdict(name: str, run: RunRecord) -> str:
     if not deviations:
         return f"{name}: every recorded dtype is as planned, {run.planned_dtype()}."
     listed = "; ".join(f"{role} {quantity} in {_dtypes_text(dtypes)}" for role, quantity, dtypes in deviations)
-    return f"{name}: planned {run.planned_dtype()}, but saw {listed}."
+    return f"▲ {name}: planned {run.planned_dtype()}, but saw {listed}."
 
 
 def _plan_text(plan: dict[str, Any]) -> str:
@@ -346,13 +346,23 @@ def _number(value: float | None) -> str:
         return "–"
     if float(value).is_integer() and abs(value) < 1e15:
         return f"{int(value):,}".replace(",", "\u202f")
-    return f"{value:.3g}" if 1e-2 <= abs(value) < 1e4 else f"{value:.2e}".replace("e-0", "e-").replace("e+0", "e")
+    return f"{value:.3g}" if 0.1 <= abs(value) < 1e4 else _short_exponent(f"{value:.2e}")
+
+
+def _short_number(value: float) -> str:
+    """As many digits as a tick needs: 0.25, 2e-3, 1 500."""
+    return _number(value) if float(value).is_integer() else _short_exponent(f"{value:.6g}" if abs(value) >= 0.01 else f"{value:.6e}")
+
+
+def _short_exponent(number: str) -> str:
+    mantissa, e, exponent = number.partition("e")
+    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}" if e else mantissa
 
 
 # --- charts: inline SVG
 
 WIDTH, HEIGHT = 560, 300
-LEFT, RIGHT, TOP, BOTTOM = 66, 12, 10, 44
+LEFT, RIGHT, TOP, BOTTOM = 74, 14, 10, 44
 MARKED_POINTS = 60
 HOVER_POINTS = 240
 COLOURS = 6
@@ -380,7 +390,7 @@ class Axis:
 
     def tick_text(self, tick: float) -> str:
         if self.base is None:
-            return _number(0.0 if abs(tick) < 1e-12 * (self.high - self.low) else tick)
+            return _short_number(tick)
         exponent = math.floor(math.log(tick, self.base) + 1e-9)
         factor = round(tick / self.base**exponent)
         power = f"{self.base}{str(exponent).translate(SUPERSCRIPTS)}"
@@ -417,11 +427,11 @@ def linear_axis(label: str, values: Iterable[float], snug: bool = False, whole: 
         least, greatest = least - (abs(least) or 1) / 10, greatest + (abs(greatest) or 1) / 10
     step = _round_step((greatest - least) / 5 or 1.0)
     step = max(1.0, round(step)) if whole else step
-    outward = (math.ceil, math.floor) if snug else (math.floor, math.ceil)
-    first, last = outward[0](least / step + 1e-9), outward[1](greatest / step - 1e-9)
-    last = max(last, first)
-    ticks = tuple(index * step for index in range(first, last + 1))
-    return Axis(label, least, greatest, ticks) if snug else Axis(label, ticks[0], ticks[-1], ticks)
+    if snug:
+        inside = range(math.ceil(least / step - 1e-9), math.floor(greatest / step + 1e-9) + 1)
+        return Axis(label, least, greatest, tuple(index * step for index in inside))
+    around = range(math.floor(least / step + 1e-9), math.ceil(greatest / step - 1e-9) + 1)
+    return Axis(label, around[0] * step, around[-1] * step, tuple(index * step for index in around))
 
 
 def decade_axis(label: str, values: Iterable[float]) -> Axis:
@@ -619,7 +629,7 @@ def _skip_mark(chart: Chart, name: str, style: int, step: int) -> str:
 
 
 def _histogram_chart(runs: Runs) -> Chart | None:
-    """The share of finite tokens in each twelfth of a decade of |d|, from the merged histograms."""
+    """The share of finite tokens in each sixth of a decade of |d|, from the merged histograms."""
     lines = [
         Line(name, style, _histogram_points(run.total()), marks=True) for style, (name, run) in enumerate(runs.items())
     ]
@@ -630,11 +640,11 @@ def _histogram_chart(runs: Runs) -> Chart | None:
     shares = [share for line in lines for share in line.points.values()]
     zeros = ", ".join(f"{name} {_zero_share(run.total()):.2g} %" for name, run in runs.items() if run.total().tokens)
     x, y = decade_axis("|d| (nats)", magnitudes), decade_axis("share of tokens", shares)
-    caption = f"Share of tokens in each twelfth of a decade. Below 1e-9, hence not drawn: {zeros}."
+    caption = f"Share of tokens in each sixth of a decade. Below 1e-9, hence not drawn: {zeros}."
     return Chart("Distribution of |d|", lines, x, y, caption)
 
 
-def _histogram_points(stats: MismatchStats, bins: int = BINS_PER_DECADE // 12) -> dict[float, float]:
+def _histogram_points(stats: MismatchStats, bins: int = BINS_PER_DECADE // 6) -> dict[float, float]:
     if not stats.finite_tokens:
         return {}
     counts = stats.abs_histogram()[1:].reshape(BINS_PER_SIGN // bins, bins).sum(dim=1)

@@ -77,8 +77,8 @@ def _rounded(name: str, value: Any) -> Any:
 def _bfloat16_means_plan_dtype() -> Iterator[None]:
     # The merger rounds with `tensor.bfloat16()` deep inside one long function, and does nothing else with it.
     bfloat16 = torch.Tensor.bfloat16
-    torch.Tensor.bfloat16 = lambda tensor: _rounded("a weight", tensor)  # type: ignore[method-assign,assignment]
+    torch.Tensor.bfloat16 = lambda tensor: _rounded("a weight", tensor)
     try:
         yield
     finally:
-        torch.Tensor.bfloat16 = bfloat16  # type: ignore[method-assign]
+        torch.Tensor.bfloat16 = bfloat16

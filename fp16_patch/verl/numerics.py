@@ -18,7 +18,7 @@ def scale_logits_by_temperature(wrapped: Any, instance: Any, args: Any, kwargs: 
     verl's bound on the temperature, 1e-8, is 0 once cast to FP16.
     """
     if not current_plan().changes:
-        return wrapped(*args, **kwargs)  # type: ignore[no-any-return]
+        return wrapped(*args, **kwargs)
     return _in_fp32(*args, **kwargs)
 
 

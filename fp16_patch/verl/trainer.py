@@ -65,7 +65,7 @@ def calculate_debug_metrics(wrapped: Any, instance: Any, args: Any, kwargs: Any)
     """`calculate_debug_metrics`, where verl has both log-probs of the tokens just sampled."""
     metrics: dict[str, Any] = wrapped(*args, **kwargs)
     if _monitor is not None:
-        batch = kwargs.get("data", args[0] if args else None).batch  # type: ignore[union-attr]
+        batch = kwargs.get("data", args[0] if args else None).batch
         _monitor.observe(batch["rollout_log_probs"], batch["old_log_probs"], batch["response_mask"])
     return metrics
 
@@ -144,7 +144,7 @@ def required_quantities(trainer: Any, *, trained: bool) -> dict[str, tuple[str, 
     config = trainer.config
     computed = ("autocast", "parameter", "activation")
     updated = ("gradient", "master") if trained else ()
-    required = {"rollout": ("wire", "engine_weight", "kv_cache", "activation")}
+    required: dict[str, tuple[str, ...]] = {"rollout": ("wire", "engine_weight", "kv_cache", "activation")}
     if not verl_config.bypasses_old_log_probs(config) or trained:
         required["actor"] = (*computed, "log_prob", *updated)
     if trainer.use_reference_policy and not trainer.ref_in_actor:

@@ -82,12 +82,12 @@ def test_what_cannot_be_float16_is_refused_with_key_value_and_fix(
 
 
 def test_all_refusals_come_at_once_and_before_anything_starts(activated: Any, compose: Callable[..., Any]) -> None:
-    from verl.utils.config import validate_config
+    from verl.utils import config as verl_config
 
     activated()
     config = compose("actor_rollout_ref.rollout.quantization=fp8", f"{KEY}.qat.enable=True")  # and no batch sizes
     with pytest.raises(PlanError) as caught:
-        validate_config(config=config, use_reference_policy=False, use_critic=False)
+        verl_config.validate_config(config=config, use_reference_policy=False, use_critic=False)
     assert len(caught.value.conflicts) == 2
 
 

@@ -21,7 +21,7 @@ def scaled(logits: Any, temperature: float) -> Any:
     )
 
 
-def test_stock_divides_by_zero_at_temperature_zero_in_float16(verl_on_a_cpu: None) -> None:
+def test_stock_divides_by_zero_at_temperature_zero_in_float16() -> None:
     logits = torch.tensor([[1.0, 0.0, 2.0]], dtype=torch.float16)
     assert not scaled(logits, 0.0).isfinite().all()
 
@@ -60,7 +60,7 @@ class VerbatimEngine:
 
 
 @pytest.fixture
-def new_engine(verl_on_a_cpu: None, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
+def new_engine(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Any]:
     from verl.checkpoint_engine.base import CheckpointEngineRegistry
 
     engines = {"casting": CastingEngine, "verbatim": VerbatimEngine}

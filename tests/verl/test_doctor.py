@@ -1,0 +1,73 @@
+"""The doctor on an installed verl: facts, verdicts and exit codes, without starting anything."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import verl_environment
+
+pytestmark = pytest.mark.verl
+COMMAND = (
+    "python",
+    "-m",
+    "verl.trainer.main_ppo",
+    "actor_rollout_ref.rollout.name=vllm",
+    "algorithm.adv_estimator=gae",
+)
+
+
+def doctor(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    # A process of its own: composing imports verl, which reads the environment then.
+    command = [sys.executable, "-m", "fp16_patch.cli", "doctor", *arguments]
+    return subprocess.run(command, env={**verl_environment(), **env}, capture_output=True, text=True, check=False)
+
+
+def examined(*arguments: str, **env: str) -> dict:
+    return dict(json.loads(doctor("--json", *arguments, **env).stdout))
+
+
+def test_a_fit_command_line_shows_the_dtype_of_every_role() -> None:
+    overrides = ("actor_rollout_ref.actor.fsdp_config.dtype=float16", "actor_rollout_ref.actor.use_kl_loss=True")
+    found = examined("--", *COMMAND, *overrides)
+    assert found["fit"], found["problems"]
+    assert found["roles"] == dict.fromkeys(("actor", "ref", "critic", "rollout"), "float16")
+    # verl accepts the key and computes in bfloat16.
+    assert found["stock_roles"]["actor"] == "bfloat16"
+    assert "actor_rollout_ref.rollout.dtype: bfloat16 → float16" in found["overridden"]
+    assert found["versions"]["verl"] == "0.9.1"
+    assert all("applies to verl 0.9.1" in verdict for verdict in found["patches"].values())
+
+
+def test_an_unfit_command_line_exits_with_1_and_the_reason_first() -> None:
+    run = doctor("--", *COMMAND, "actor_rollout_ref.rollout.quantization=fp8")
+    assert run.returncode == 1
+    assert run.stdout.splitlines()[0].startswith("not fit: actor_rollout_ref.rollout.quantization=fp8")
+    assert "Fix: set it to null" in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "env", "reason"),
+    [
+        (("--", *COMMAND, "no.such.key=1"), {}, "no.such.key"),
+        (("--", "python", "train.py"), {}, "not a verl command line"),
+        (("--", *COMMAND, "+fp16_patch.init_scal=2"), {}, "did you mean 'init_scale'"),
+        ((), {"VERL_USE_EXTERNAL_PLUGINS": "none"}, "VERL_USE_EXTERNAL_PLUGINS=none"),
+        ((), {"VLLM_PLUGINS": "other"}, "VLLM_PLUGINS=other"),
+    ],
+)
+def test_what_is_wrong_is_said(arguments: tuple[str, ...], env: dict[str, str], reason: str) -> None:
+    found = examined(*arguments, **env)
+    assert not found["fit"]
+    assert any(reason in problem for problem in found["problems"])
+
+
+def test_a_wrong_setting_in_the_environment_is_named() -> None:
+    run = doctor(FP16_PATCH="fp8")
+    assert run.returncode == 1
+    assert "mode=fp8" in run.stderr
+    assert os.environ.get("FP16_PATCH") is None

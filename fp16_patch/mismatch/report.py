@@ -346,17 +346,20 @@ def _number(value: float | None) -> str:
         return "–"
     if float(value).is_integer() and abs(value) < 1e15:
         return f"{int(value):,}".replace(",", "\u202f")
-    return f"{value:.3g}" if 0.1 <= abs(value) < 1e4 else _short_exponent(f"{value:.2e}")
+    return f"{value:.3g}" if 0.1 <= abs(value) < 1e4 else _scientific(f"{value:.2e}")
 
 
-def _short_number(value: float) -> str:
-    """As many digits as a tick needs: 0.25, 2e-3, 1 500."""
-    return _number(value) if float(value).is_integer() else _short_exponent(f"{value:.6g}" if abs(value) >= 0.01 else f"{value:.6e}")
+def _tick_number(value: float) -> str:
+    """As many digits as the tick has, without rounding noise: 0.25, 2e-3, 1 500."""
+    if value == 0 or 0.01 <= abs(value) < 1e4:
+        return _number(value) if float(value).is_integer() else f"{value:.6g}"
+    mantissa, exponent = f"{value:.6e}".split("e")
+    return _scientific(f"{float(mantissa):g}e{exponent}")
 
 
-def _short_exponent(number: str) -> str:
-    mantissa, e, exponent = number.partition("e")
-    return f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}" if e else mantissa
+def _scientific(number: str) -> str:
+    mantissa, exponent = number.split("e")
+    return f"{mantissa}e{int(exponent)}"
 
 
 # --- charts: inline SVG
@@ -390,7 +393,7 @@ class Axis:
 
     def tick_text(self, tick: float) -> str:
         if self.base is None:
-            return _short_number(tick)
+            return _tick_number(tick)
         exponent = math.floor(math.log(tick, self.base) + 1e-9)
         factor = round(tick / self.base**exponent)
         power = f"{self.base}{str(exponent).translate(SUPERSCRIPTS)}"

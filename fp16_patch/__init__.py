@@ -12,13 +12,14 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from fp16_patch.activation import activate, deactivate
-    from fp16_patch.errors import LossScaleCollapse, PatchError, PlanError, PrecisionError
+    from fp16_patch.errors import Fp16PatchError, LossScaleCollapse, PatchError, PlanError, PrecisionError
     from fp16_patch.plan import Plan
 
 _HOME = {
     "activate": "fp16_patch.activation",
     "deactivate": "fp16_patch.activation",
     "Plan": "fp16_patch.plan",
+    "Fp16PatchError": "fp16_patch.errors",
     "LossScaleCollapse": "fp16_patch.errors",
     "PatchError": "fp16_patch.errors",
     "PlanError": "fp16_patch.errors",
@@ -26,6 +27,7 @@ _HOME = {
 }
 
 __all__ = [
+    "Fp16PatchError",
     "LossScaleCollapse",
     "PatchError",
     "Plan",

@@ -21,7 +21,12 @@ logger = logging.getLogger(__name__)
 
 # Modules every run of a framework must import to train at all. Plugin loaders swallow exceptions, so a refusal is
 # repeated here, where the framework's own import statement passes it on.
-_CANNOT_TRAIN_WITHOUT = ("verl.trainer.ppo.v1.trainer_base", "verl.trainer.ppo.ray_trainer", "verl.workers.engine")
+_CANNOT_TRAIN_WITHOUT = (
+    "verl.trainer.constants_ppo",  # in the launching process, before Ray
+    "verl.trainer.ppo.v1.trainer_base",
+    "verl.trainer.ppo.ray_trainer",
+    "verl.workers.engine",
+)
 
 
 class _State:
@@ -32,6 +37,7 @@ class _State:
         self.patches = PatchSet(())
         self.ledger = Ledger()
         self.refusal: Exception | None = None
+        self.handler: logging.Handler = logging.StreamHandler()
 
 
 _state = _State()
@@ -60,10 +66,11 @@ def activate(plan: Plan | None = None) -> Plan:
 
 def deactivate() -> None:
     """Take off every patch and forget the plan; environment variables set for children are removed."""
+    global _state
     _state.patches.undo()
     processes.stop_carrying()
-    logging.getLogger("fp16_patch").handlers.clear()
-    _state.__init__()  # type: ignore[misc]
+    logging.getLogger("fp16_patch").removeHandler(_state.handler)
+    _state = _State()
 
 
 def current_plan() -> Plan:
@@ -84,16 +91,25 @@ def attestation() -> Record:
     return record
 
 
+def owed_patches(kind: str) -> tuple[str, ...]:
+    """Patches that must be live in a process of this kind once it computes; without them its dtypes prove little."""
+    return tuple(patch.name for patch in _state.patches.patches if kind in patch.live_in)
+
+
 def refine(settings: Mapping[str, Any], source: str) -> Plan:
     """Put a framework configuration's own `fp16_patch` settings over the plan in force, and carry the result.
 
     Raises:
         PlanError: a setting is unknown or wrong.
     """
+    if "strict" in settings:
+        fix = "set FP16_PATCH_STRICT=0 in the environment"
+        key = f"{source}.strict"
+        raise PlanError([Conflict(key, settings["strict"], "patches are checked before this is read", fix)])
     refined = Plan.from_settings(settings, source, base=_state.plan)
     if refined == _state.plan:
         return refined
-    if (refined.changes, refined.strict) != (_state.plan.changes, _state.plan.strict):
+    if refined.changes != _state.plan.changes:
         _reinstall(refined)
     _state.plan = refined
     processes.carry(refined)
@@ -120,13 +136,12 @@ def _activate(plan: Plan | None) -> Plan:
 
 def _speak_up() -> None:
     # A handler of our own, as frameworks silence the root logger's and these lines are few.
+    _state.handler = logging.StreamHandler(sys.stderr)
+    _state.handler.setFormatter(logging.Formatter("fp16_patch: %(message)s"))
     ours = logging.getLogger("fp16_patch")
-    if not ours.handlers:
-        handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("fp16_patch: %(message)s"))
-        ours.addHandler(handler)
-        ours.setLevel(logging.INFO)
-        ours.propagate = False
+    ours.addHandler(_state.handler)
+    ours.setLevel(logging.INFO)
+    ours.propagate = False
 
 
 def _keep(plan: Plan | None) -> Plan:

@@ -22,5 +22,14 @@ def load() -> None:
         activate()
 
 
+def load_in_vllm() -> None:
+    """As `load`, in a process vLLM started: its attestation goes to the process that started it."""
+    if wanted():
+        load()
+        from fp16_patch.vllm import attest_this_process
+
+        attest_this_process()
+
+
 # verl imports an entry point without calling it; vLLM calls what it names. Activation happens once either way.
 load()

@@ -89,7 +89,7 @@ def report(runs: tuple[Path, ...], html: Path | None) -> None:
     from fp16_patch.mismatch.report import load_run, print_comparison, write_html
 
     try:
-        records = {path.name: load_run(path) for path in runs}
+        records = {label: load_run(path) for label, path in _labelled(runs).items()}
     except FileNotFoundError as missing:
         raise click.ClickException(str(missing)) from missing
     print_comparison(records, Console())
@@ -107,6 +107,12 @@ def demo() -> None:
             "the demo is in the source checkout, not in the installed package: clone it, `make demo`"
         )
     os.execvp("make", ["make", "-C", str(makefile.parent), "demo"])
+
+
+def _labelled(paths: tuple[Path, ...]) -> dict[str, Path]:
+    """Each run under its folder's name, or under its whole path where names repeat."""
+    names = [path.resolve().name for path in paths]
+    return {str(path) if names.count(name) > 1 else name: path for name, path in zip(names, paths, strict=True)}
 
 
 def _plan(default_mode: str, mode: str | None = None) -> Plan:

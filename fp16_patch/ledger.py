@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any
@@ -20,10 +20,10 @@ from fp16_patch.plan import Plan
 Roles = dict[str, dict[str, list[str]]]
 Record = dict[str, Any]
 
-COMPUTE = ("autocast", "parameter", "activation", "kv_cache")
-STAYS_FP32 = ("master", "gradient", "logits", "log_prob", "entropy")
+STAYS_FP32 = ("master", "gradient", "log_prob", "entropy")
 # Casting fp32 masters in the sampler rounds once, as sending them in the compute dtype does.
 COMPUTE_OR_FP32 = ("wire", "engine_weight", "value")
+# Every other quantity is in the plan's compute dtype: autocast, parameter, activation, kv_cache.
 
 
 @dataclass
@@ -46,6 +46,8 @@ class Ledger:
     def note(self, role: str, quantity: str, *dtypes: object) -> bool:
         """Record that `role` used these dtypes (torch dtypes or their names) for `quantity`; True if one is new."""
         names = {str(dtype).removeprefix("torch.") for dtype in dtypes}
+        if not names:
+            return False
         with self._lock:
             seen = self._seen.setdefault(role, {}).setdefault(quantity, set())
             new = not names <= seen
@@ -76,26 +78,32 @@ def missing_record(kind: str, problem: str, host: str = "?", pid: int | None = N
     return {"host": host, "pid": pid, "kind": kind, "problem": problem, "roles": {}, "patches": {}, "mode": None}
 
 
-def uniform(records: Iterable[Record]) -> Roles:
+def merged(records: Iterable[Record]) -> Roles:
     """All dtypes seen anywhere, by role and quantity."""
-    merged: dict[str, dict[str, set[str]]] = {}
+    together: dict[str, dict[str, set[str]]] = {}
     for record in records:
         for role, row in record["roles"].items():
             for quantity, dtypes in row.items():
-                merged.setdefault(role, {}).setdefault(quantity, set()).update(dtypes)
-    return {role: {name: sorted(seen) for name, seen in row.items()} for role, row in merged.items()}
+                together.setdefault(role, {}).setdefault(quantity, set()).update(dtypes)
+    return {role: {name: sorted(seen) for name, seen in row.items()} for role, row in together.items()}
 
 
-def judge(records: Sequence[Record], plan: Plan, required: Mapping[str, Sequence[str]]) -> list[Finding]:
+def judge(
+    records: Sequence[Record],
+    plan: Plan,
+    required: Mapping[str, Sequence[str]],
+    owed: Callable[[str], Sequence[str]] = lambda kind: (),
+) -> list[Finding]:
     """Everything that speaks against training: empty when all processes attest and compute as planned.
 
     Args:
         records: one for every process that takes part, `missing_record` for one that did not answer.
         required: role → quantities somebody must have seen by now.
+        owed: kind of process → patches that must be applied in it.
     """
-    findings = [finding for record in records for finding in _attestation_findings(record, plan)]
+    findings = [finding for record in records for finding in _attestation_findings(record, plan, owed)]
     findings += [finding for record in records for finding in _dtype_findings(record, plan)]
-    findings += _unseen_findings(uniform(records), required)
+    findings += _unseen_findings(merged(records), required)
     return findings
 
 
@@ -109,11 +117,12 @@ def allowed_dtypes(plan: Plan, quantity: str) -> set[str]:
     return compute
 
 
-def _attestation_findings(record: Record, plan: Plan) -> list[Finding]:
+def _attestation_findings(record: Record, plan: Plan, owed: Callable[[str], Sequence[str]]) -> list[Finding]:
     problems = [record["problem"]] if record["problem"] else []
     if not problems and record["mode"] != plan.mode:
         problems.append(f"another plan: mode {record['mode']}")
-    # A symbol that changed is refused at once when strict; without strict the dtypes below decide alone.
+    if not problems and (idle := [name for name in owed(record["kind"]) if record["patches"].get(name) != "applied"]):
+        problems.append(f"patches not live: {', '.join(idle)}")
     where = record["host"], record["pid"], record["kind"]
     return [Finding(*where, "attestation", problem, f"live, mode {plan.mode}") for problem in problems]
 

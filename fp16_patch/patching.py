@@ -59,7 +59,7 @@ class Verdict:
     def __str__(self) -> str:
         package = self.patch.package
         if self.status is Status.ABSENT:
-            return f"{self.patch.name}: {self.patch.target} is not in the installed {package}"
+            return f"{self.patch.name}: {package} is not installed"
         if self.status is Status.APPLIES:
             return f"{self.patch.name}: applies to {package} {self.release}"
         known = ", ".join(sorted(self.patch.releases))
@@ -78,6 +78,7 @@ class Patch:
         target: `module:qualname` of the symbol, where it is defined.
         hook: `module:function` of ours, a wrapt wrapper.
         observes: the hook only watches, so `observe` mode installs it too.
+        live_in: kinds of process (`worker`, `server`, …) that must have it applied by the first optimizer step.
         bound: further `module:name` where the framework has bound the symbol by `from … import`.
         releases: release → fingerprint of the target's source in it.
     """
@@ -90,13 +91,14 @@ class Patch:
     retire: str
     releases: dict[str, str]
     observes: bool = False
+    live_in: tuple[str, ...] = ()
     upstream: tuple[str, ...] = ()
     bound: tuple[str, ...] = ()
 
     @classmethod
     def from_toml(cls, path: Path) -> Patch:
         declared = tomllib.loads(path.read_text(encoding="utf-8"))
-        for plural in ("upstream", "bound"):
+        for plural in ("upstream", "bound", "live_in"):
             declared[plural] = tuple(declared.get(plural, ()))
         return cls(name=path.stem, framework=path.parent.name, **declared)
 
@@ -117,8 +119,8 @@ class Patch:
         release = installed_release(self.package)
         path = source_file(self.module)
         found = None if path is None else fingerprint_file(path, self.qualname)
-        if found is None:
-            status = Status.ABSENT if release is None or release not in self.releases else Status.CHANGED
+        if release is None:
+            status = Status.ABSENT
         else:
             status = Status.APPLIES if found in self.releases.values() else Status.CHANGED
         return Verdict(self, status, release, found)
@@ -166,7 +168,7 @@ class PatchSet:
 
     patches: tuple[Patch, ...]
     strict: bool = True
-    applied: dict[str, str] = field(default_factory=dict)
+    applied: set[str] = field(default_factory=set)
     _replaced: list[_Replaced] = field(default_factory=list)
     _live: bool = False
 
@@ -196,7 +198,8 @@ class PatchSet:
             logger.warning("%s", verdict)
         self._live = True
         for verdict in self.verdicts:
-            if verdict.status is not Status.ABSENT:
+            # A symbol that is gone has nothing to wrap; its absence has been warned of.
+            if verdict.fingerprint is not None:
                 self._apply_when_imported(verdict.patch)
 
     def undo(self) -> None:
@@ -207,12 +210,13 @@ class PatchSet:
         self.applied.clear()
 
     def report(self) -> dict[str, str]:
-        """Patch name → `applied`, `waiting` (its module is not imported in this process), `changed` or `absent`."""
-        states = {}
-        for verdict in self.verdicts:
-            pending = "waiting" if verdict.status is not Status.ABSENT else verdict.status.value
-            states[verdict.patch.name] = self.applied.get(verdict.patch.name, pending)
-        return states
+        """Patch name → `applied`, `waiting` (its module is not imported in this process) or `absent`."""
+        return {verdict.patch.name: self._state_of(verdict) for verdict in self.verdicts}
+
+    def _state_of(self, verdict: Verdict) -> str:
+        if verdict.patch.name in self.applied:
+            return "applied"
+        return "absent" if verdict.status is Status.ABSENT else "waiting"
 
     def _apply_when_imported(self, patch: Patch) -> None:
         def on_import(module: ModuleType) -> None:
@@ -228,7 +232,7 @@ class PatchSet:
         self._replace(owner, name, wrapper)
         for reference in patch.bound:
             self._rebind(reference, original, wrapper)
-        self.applied[patch.name] = "applied"
+        self.applied.add(patch.name)
 
     def _rebind(self, reference: str, original: Any, wrapper: Any) -> None:
         # Only modules imported before us hold the old object; later ones import the wrapper.

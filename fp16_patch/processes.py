@@ -1,13 +1,20 @@
 """Reaching every process: the environment, Ray's runtime environment, and a folder for processes without Ray.
 
-The plan travels as an environment variable. Child processes inherit it; Ray's do where the cluster runs on this
-machine or the job's runtime environment names it, so it is added to `ray.init` and to each actor we see created.
+Out: the plan travels as an environment variable. Child processes inherit it; Ray's do where the cluster runs on this
+machine or the job's runtime environment names it, so it is added to `ray.init` and to each actor we see created. In
+each process an entry point (`autoload`) or the framework's own import of `fp16_patch.<framework>` activates it.
+
+Back: the driver asks every Ray actor for its record (`census`). Processes that are no Ray actors, vLLM's EngineCore and
+workers, leave theirs in a folder their server opened (`expect_children`, `publish`), and the server answers for them.
+Then the driver allows each worker to step; one that was never allowed refuses (`census.require_clearance`).
 """
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -71,6 +78,12 @@ def with_carried_environment(runtime_env: Mapping[str, Any] | None) -> dict[str,
     return extended
 
 
+def _submitted_names() -> set[str]:
+    """Variables that `ray job submit` has set for the whole job; Ray refuses to be told them twice."""
+    config = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    return set((config.get("runtime_env") or {}).get("env_vars") or {})
+
+
 def _hook_ray() -> None:
     global _hooked
     if _hooked:
@@ -90,7 +103,10 @@ def _wrap_actor_creation(actor: ModuleType) -> None:
 
 def _ray_init(wrapped: Any, instance: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if carried_environment():
-        kwargs = {**kwargs, "runtime_env": with_carried_environment(kwargs.get("runtime_env"))}
+        extended = with_carried_environment(kwargs.get("runtime_env"))
+        for name in _submitted_names() & carried_environment().keys():
+            del extended["env_vars"][name]
+        kwargs = {**kwargs, "runtime_env": extended}
     return wrapped(*args, **kwargs)
 
 
@@ -107,29 +123,38 @@ def _actor_remote(wrapped: Any, instance: Any, args: Any, kwargs: dict[str, Any]
 
 def expect_children(counts: Mapping[str, int]) -> None:
     """Open a fresh folder where child processes leave their records, and say how many of each kind there will be."""
-    os.environ[SPOOL_ENV] = tempfile.mkdtemp(prefix="fp16_patch_")
+    spool = tempfile.mkdtemp(prefix="fp16_patch_")
+    atexit.register(shutil.rmtree, spool, ignore_errors=True)
+    # The owner's pid goes with it: a child that is forked inherits everything else.
+    os.environ[SPOOL_ENV] = f"{os.getpid()}:{spool}"
     _expected_children.clear()
     _expected_children.update(counts)
 
 
 def expected_children() -> dict[str, int]:
     """Kind → number of child processes that must attest."""
-    return dict(_expected_children)
+    return dict(_expected_children) if _spool()[0] == os.getpid() else {}
+
+
+def _spool() -> tuple[int | None, Path]:
+    owner, _, spool = os.environ.get(SPOOL_ENV, "").partition(":")
+    return int(owner) if owner else None, Path(spool)
 
 
 def children() -> list[Record]:
     """The records this process's children have left."""
-    if not _expected_children:
+    owner, spool = _spool()
+    if owner != os.getpid():
         return []
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(Path(os.environ[SPOOL_ENV]).glob("*.json"))]
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(spool.glob("*.json"))]
 
 
 def publish(record: Record) -> None:
     """Leave this process's record with its parent, if that expects one. A reader never sees half a file."""
-    spool = os.environ.get(SPOOL_ENV)
-    if spool is None or _expected_children or not Path(spool).is_dir():
+    owner, spool = _spool()
+    if owner in (None, os.getpid()) or not spool.is_dir():
         return
-    path = Path(spool) / f"{record['pid']}.json"
+    path = spool / f"{record['pid']}.json"
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(record), encoding="utf-8")
     partial.replace(path)

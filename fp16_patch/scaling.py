@@ -45,12 +45,12 @@ class StepOutcome:
     """What became of one optimizer step.
 
     Attributes:
-        loss_scale: the scale of the next step; 1 without a scaler.
+        loss_scale: the scale of the next step; None without a scaler.
         skipped: the step was not taken, its gradients were not finite.
         grad_norm: norm of the unscaled gradients before clipping; not finite when skipped.
     """
 
-    loss_scale: float
+    loss_scale: float | None
     skipped: bool
     grad_norm: float
 
@@ -88,11 +88,12 @@ class StepHistory:
             self.taken_since_lr = True
 
     def metrics(self) -> dict[str, float]:
-        """`fp16/*` of the last step: loss_scale, step_skipped (0 or 1), skipped_total, consecutive_skips."""
+        """`fp16/*` of the last step: loss_scale (with a scaler), step_skipped (0 or 1), skipped_total, consecutive_skips."""
         if self.last is None:
             return {}
+        scale = {} if self.last.loss_scale is None else {"fp16/loss_scale": self.last.loss_scale}
         return {
-            "fp16/loss_scale": self.last.loss_scale,
+            **scale,
             "fp16/step_skipped": float(self.last.skipped),
             "fp16/skipped_total": float(self.skipped_total),
             "fp16/consecutive_skips": float(self.consecutive_skips),
@@ -108,15 +109,15 @@ class StepHistory:
             setattr(self, name, value)
 
 
-def collapse_reason(plan: Plan, history: StepHistory, scale_before: float) -> str | None:
+def collapse_reason(plan: Plan, history: StepHistory, scale_before: float | None) -> str | None:
     """Why the run must stop after a skipped step, or None while skips are still calibration.
 
     Args:
-        scale_before: the loss scale the skipped step was computed with.
+        scale_before: the loss scale the skipped step was computed with; None without a scaler.
     """
     if history.last is None or not history.last.skipped:
         return None
-    if scale_before <= plan.min_scale and plan.scales_loss:
+    if scale_before is not None and scale_before <= plan.min_scale:
         return f"overflow at the smallest loss scale allowed (fp16_patch.min_scale={plan.min_scale:g})"
     if history.consecutive_skips >= plan.max_consecutive_skips:
         return (

@@ -24,7 +24,7 @@ os.environ.update(ENVIRONMENT)
 
 def verl_environment(extra: Mapping[str, str] = {}) -> dict[str, str]:
     """The environment for verl processes on a CPU, started without the launcher."""
-    return {**os.environ, "PYTHONPATH": str(CPU), **extra}
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(CPU), str(ROOT)]), **extra}
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fp16_patch.activation import current_plan
-from fp16_patch.verl.engine import history_of
+from fp16_patch.verl.engine import history_of, scaler_of
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ _STATE = ("scale", "_growth_tracker")
 def save_checkpoint(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
     """`FSDPEngine.save_checkpoint`: the scale, its growth counter and the step counters go with the model."""
     result = wrapped(*args, **kwargs)
-    if engine.scaler is not None and current_plan().changes:
+    if scaler_of(engine) is not None and current_plan().changes:
         state = engine.scaler.state_dict()
         saved = {
             "version": _VERSION,
@@ -36,7 +36,8 @@ def load_checkpoint(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
     """`FSDPEngine.load_checkpoint`: go on with the saved scale; its factors and interval are the plan's."""
     path = _path_of(args, kwargs)
     # Read first: verl may delete the local copy after loading it.
-    saved = _read_state(path) if path is not None and engine.scaler is not None and current_plan().changes else None
+    wanted = path is not None and scaler_of(engine) is not None and current_plan().changes
+    saved = _agreed_state(path) if wanted else None
     result = wrapped(*args, **kwargs)
     if saved is not None:
         engine.scaler.load_state_dict({**engine.scaler.state_dict(), **saved["scaler"]})
@@ -53,17 +54,24 @@ def _state_file(local_path: str) -> Path:
     return Path(local_path) / f"fp16_patch_scaler_world_size_{world_size}_rank_{rank}.json"
 
 
-def _read_state(local_path: str) -> dict[str, Any] | None:
-    # All ranks have the same scale, so a run resumed on another number of ranks can take any of the files.
-    others = sorted(Path(local_path).glob("fp16_patch_scaler_*.json"))
-    candidates = [path for path in (_state_file(local_path), *others) if path.is_file()]
-    if candidates:
-        return json.loads(candidates[0].read_text(encoding="utf-8"))  # type: ignore[no-any-return]
-    if torch.distributed.get_rank() == 0:
-        logger.warning(
-            "no loss-scaler state in %s (saved without fp16_patch?); the scale starts at %g and may skip "
-            "a few steps while it finds its level",
-            local_path,
-            current_plan().init_scale,
-        )
+def _agreed_state(local_path: str) -> dict[str, Any] | None:
+    """What rank 0 finds, on every rank: ranks that scale differently would add up gradients of different size."""
+    found = [_read_state(Path(local_path)) if torch.distributed.get_rank() == 0 else None]
+    torch.distributed.broadcast_object_list(found, src=0)
+    return found[0]
+
+
+def _read_state(local_path: Path) -> dict[str, Any] | None:
+    # The scale is the same on all ranks, so a run resumed on another number of ranks can take any of the files.
+    for path in [_state_file(str(local_path)), *sorted(local_path.glob("fp16_patch_scaler_*.json"))]:
+        if path.is_file():
+            saved: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            if saved["version"] == _VERSION:
+                return saved
+    logger.warning(
+        "no loss-scaler state in %s that this version can read (saved without fp16_patch?); the scale starts at %g and "
+        "may skip a few steps while it finds its level",
+        local_path,
+        current_plan().init_scale,
+    )
     return None

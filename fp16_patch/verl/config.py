@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from fp16_patch.activation import current_plan
@@ -23,7 +25,7 @@ _ENGINE_CONFIG = {ACTOR: f"{ACTOR}.fsdp_config", REF: f"{REF}.fsdp_config", CRIT
 # verl's wire for weight differences stores bf16 and its vLLM receiver accepts nothing else.
 BF16_ONLY_WIRES = ("delta_sharded",)
 V0_CONFLICT = Conflict("trainer.use_v1", False, "the V0 trainer has no check of all processes", "set it to true")
-_HALF_NAMES = {"float16": ("float16", "fp16", "half"), "bfloat16": ("bfloat16", "bf16"), "float32": ("float32", "fp32")}
+_ALIASES = {"float16": ("float16", "fp16", "half"), "bfloat16": ("bfloat16", "bf16"), "float32": ("float32", "fp32")}
 
 
 def mixed_precision(plan: Plan) -> dict[str, str]:
@@ -56,13 +58,16 @@ def force(config: Any, **values: Any) -> None:
 
 def _storage_dtype(config: Any, plan: Plan) -> str:
     # Parameters that an optimizer updates are FP32 masters: AdamW in FP16 divides by an epsilon that is zero there.
-    if config.forward_only and _is_half(config.model_dtype):
-        return str(plan.dtype)
-    return "float32"
+    return stored_dtype(config.model_dtype, trains=not config.forward_only, plan=plan)
+
+
+def stored_dtype(configured: object, *, trains: bool, plan: Plan) -> str:
+    """The dtype parameters are kept in, apart from the dtype they are computed in."""
+    return str(plan.dtype) if not trains and _is_half(configured) else "float32"
 
 
 def _is_half(dtype: object) -> bool:
-    return str(dtype).removeprefix("torch.") in _HALF_NAMES["float16"] + _HALF_NAMES["bfloat16"]
+    return str(dtype).removeprefix("torch.") in _ALIASES["float16"] + _ALIASES["bfloat16"]
 
 
 def plan_settings(config: Any) -> dict[str, Any]:
@@ -86,6 +91,7 @@ def conflicts_of(config: Any, plan: Plan) -> Iterator[Conflict]:
     """Settings of a composed verl configuration that cannot be had under the plan."""
     yield from _engine_conflicts(config)
     yield from _sampler_conflicts(config, plan)
+    yield from _model_conflicts(config, plan)
     if _select(config, "trainer.use_v1") is False:
         yield V0_CONFLICT
     if _select(config, "actor_rollout_ref.model.use_fused_kernels") and plan.scales_loss:
@@ -126,7 +132,7 @@ def _sampler_conflicts(config: Any, plan: Plan) -> Iterator[Conflict]:
 
 def _engine_argument_conflicts(config: Any, section: str, plan: Plan) -> Iterator[Conflict]:
     # These go to vLLM's command line after everything else, past the rollout's own dtype.
-    accepted = {"dtype": _HALF_NAMES[str(plan.dtype)], "kv_cache_dtype": ("auto", *_HALF_NAMES[str(plan.dtype)])}
+    accepted = {"dtype": _ALIASES[str(plan.dtype)], "kv_cache_dtype": ("auto", *_ALIASES[str(plan.dtype)])}
     for argument, values in accepted.items():
         key = f"{section}.engine_kwargs.vllm.{argument}"
         value = _select(config, key)
@@ -135,6 +141,29 @@ def _engine_argument_conflicts(config: Any, section: str, plan: Plan) -> Iterato
     if quantization := _select(config, f"{section}.engine_kwargs.vllm.quantization"):
         key = f"{section}.engine_kwargs.vllm.quantization"
         yield Conflict(key, quantization, f"a quantized sampler is not {plan.dtype}", "remove it")
+    executor = _select(config, f"{section}.engine_kwargs.vllm.distributed_executor_backend")
+    if executor not in (None, "mp"):
+        key = f"{section}.engine_kwargs.vllm.distributed_executor_backend"
+        yield Conflict(key, executor, "its workers are not processes we know how to ask", "remove it")
+
+
+def _model_conflicts(config: Any, plan: Plan) -> Iterator[Conflict]:
+    keys = {"actor_rollout_ref.model.path", *(["critic.model.path"] if uses_critic(config) else [])}
+    if REWARD in sampler_sections(config):
+        keys.add("reward.reward_model.model_path")
+    for key in sorted(keys):
+        method = _quantization_of(_select(config, key))
+        if method is not None:
+            reason = f"the model is stored quantized ({method}), and would be served so"
+            yield Conflict(key, _select(config, key), reason, f"use its {plan.dtype} or bfloat16 weights")
+
+
+def _quantization_of(model: object) -> str | None:
+    path = Path(str(model)).expanduser() / "config.json"
+    if not path.is_file():
+        return None  # on a hub or a remote file system: verl reads it later
+    quantized = json.loads(path.read_text(encoding="utf-8")).get("quantization_config")
+    return None if quantized is None else str(quantized.get("quant_method", "unknown method"))
 
 
 def apply_to(config: Any, plan: Plan) -> list[str]:
@@ -181,6 +210,11 @@ def uses_ref(config: Any) -> bool:
     return bool(_select(config, "algorithm.use_kl_in_reward") or _select(config, f"{ACTOR}.use_kl_loss"))
 
 
+def replays_rollouts(config: Any) -> bool:
+    """Whether the run reads saved rollouts and may never sample."""
+    return bool(_select(config, "skip.rollout_tq.enable") or _select(config, "skip.rollout.enable"))
+
+
 def bypasses_old_log_probs(config: Any) -> bool:
     """Whether the run takes the sampler's log-probs for the learner's: nothing to compare then."""
     return bool(_select(config, "algorithm.rollout_correction.bypass_mode"))
@@ -193,9 +227,13 @@ def _engine_sections(config: Any) -> list[tuple[str, str]]:
 
 def _forced_keys(config: Any, plan: Plan) -> dict[str, Any]:
     forced: dict[str, Any] = {}
-    for _, engine_config in _engine_sections(config):
+    for role, engine_config in _engine_sections(config):
         forced[f"{engine_config}.dtype"] = plan.dtype
         forced[f"{engine_config}.mixed_precision"] = mixed_precision(plan)
+        key = f"{engine_config}.model_dtype"
+        forced[key] = stored_dtype(_select(config, key), trains=role != REF, plan=plan)
+        if _select(config, f"{role}.strategy") == "fsdp":
+            forced[f"{engine_config}.use_no_sync_for_gradient_accumulation"] = False
     for section in sampler_sections(config):
         forced[f"{section}.dtype"] = plan.dtype
     return forced
@@ -208,7 +246,7 @@ def _same_dtype(before: object, after: object) -> bool:
 
 
 def _long_name(dtype: object) -> str:
-    return next((name for name, aliases in _HALF_NAMES.items() if str(dtype) in aliases), str(dtype))
+    return next((name for name, aliases in _ALIASES.items() if str(dtype) in aliases), str(dtype))
 
 
 def _select(config: Any, key: str) -> Any:

@@ -35,6 +35,11 @@ def history_of(engine: Any) -> StepHistory:
     return getattr(engine, _HISTORY)  # type: ignore[no-any-return]
 
 
+def scaler_of(engine: Any) -> Any:
+    """The engine's gradient scaler or None; subclasses that build their module another way never set one."""
+    return getattr(engine, "scaler", None)
+
+
 def build_fsdp_module(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> nn.Module:
     """`FSDPEngine._build_fsdp_module`: a scaler that works on this device and has the plan's settings."""
     plan = current_plan()
@@ -58,7 +63,8 @@ def optimizer_step(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> float:
     scale = _scale(engine)
     culprits = _culprits(engine) if _may_collapse(engine, scale) else []
     grad_norm: float = wrapped(*args, **kwargs)
-    outcome = StepOutcome(_scale(engine), _was_skipped(engine, scale, grad_norm), grad_norm)
+    after = _scale(engine)
+    outcome = StepOutcome(after, _was_skipped(engine, scale, after, grad_norm), grad_norm)
     history.add(outcome)
     if outcome.skipped and plan.changes:
         _announce_skip(engine, role, scale)
@@ -101,20 +107,22 @@ def _device_type() -> str:
     return str(get_device_name())
 
 
-def _scale(engine: Any) -> float:
-    return float(engine.scaler.get_scale()) if engine.scaler is not None else 1.0
+def _scale(engine: Any) -> float | None:
+    scaler = scaler_of(engine)
+    return float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else None
 
 
-def _was_skipped(engine: Any, scale_before: float, grad_norm: float) -> bool:
-    if engine.scaler is not None:
-        return _scale(engine) < scale_before
-    return not math.isfinite(grad_norm)
+def _was_skipped(engine: Any, before: float | None, after: float | None, grad_norm: float) -> bool:
+    if scaler_of(engine) is None:
+        return not math.isfinite(grad_norm)  # what verl looks at then
+    # torch lowers the scale after an overflow and never otherwise; a scaler it has disabled skips nothing.
+    return before is not None and after is not None and after < before
 
 
-def _may_collapse(engine: Any, scale: float) -> bool:
+def _may_collapse(engine: Any, scale: float | None) -> bool:
     plan, history = current_plan(), history_of(engine)
     last_chance = history.consecutive_skips + 1 >= plan.max_consecutive_skips
-    return plan.changes and (last_chance or (plan.scales_loss and scale <= plan.min_scale))
+    return plan.changes and (last_chance or (scale is not None and scale <= plan.min_scale))
 
 
 def _culprits(engine: Any) -> list[str]:
@@ -122,12 +130,12 @@ def _culprits(engine: Any) -> list[str]:
     return nonfinite_parameters(local_gradients(engine.module))
 
 
-def _announce_skip(engine: Any, role: str, scale: float) -> None:
+def _announce_skip(engine: Any, role: str, scale: float | None) -> None:
     history = history_of(engine)
     if engine.rank != 0:
         return
-    if not history.calibrating:
-        logger.warning("%s: optimizer step %d skipped at loss scale %g", role, history.attempted, scale)
+    if scale is None or not history.calibrating:
+        logger.warning("%s: optimizer step %d skipped, loss scale %s", role, history.attempted, scale)
     elif history.attempted == 1:
         logger.warning(
             "%s: gradients overflowed at loss scale %g; the scale now looks for its level, so the first "
@@ -137,7 +145,7 @@ def _announce_skip(engine: Any, role: str, scale: float) -> None:
         )
 
 
-def _raise_on_collapse(engine: Any, role: str, scale: float, culprits: list[str]) -> None:
+def _raise_on_collapse(engine: Any, role: str, scale: float | None, culprits: list[str]) -> None:
     reason = collapse_reason(current_plan(), history_of(engine), scale)
     if reason is None:
         return
@@ -149,7 +157,8 @@ def _raise_on_collapse(engine: Any, role: str, scale: float, culprits: list[str]
 
 def _hold_floor(engine: Any) -> None:
     plan = current_plan()
-    if engine.scaler is not None and _scale(engine) < plan.min_scale:
+    scale = _scale(engine)
+    if scale is not None and scale < plan.min_scale:
         engine.scaler.update(float(plan.min_scale))
 
 
@@ -186,15 +195,18 @@ def _flat_gradients(name: str, flat: Any, gradient: torch.Tensor) -> Iterator[tu
 
 
 def _watch_compute(module: nn.Module, role: str) -> None:
-    watched = _first_block_linear(module)
-    if watched is not None:
-        watched.register_forward_hook(_ComputeWatch(role))
+    for linear in _first_linear_of_each_tower(module):
+        linear.register_forward_hook(_ComputeWatch(role))
 
 
-def _first_block_linear(module: nn.Module) -> nn.Linear | None:
-    linears = [(name, child) for name, child in module.named_modules() if isinstance(child, nn.Linear)]
-    inner = [child for name, child in linears if "layers." in name]
-    return (inner or [child for _, child in linears] or [None])[0]
+def _first_linear_of_each_tower(module: nn.Module) -> list[nn.Linear]:
+    """One linear layer of each stack of blocks: of several (vision, audio, language) a batch may use only some."""
+    towers: dict[str, nn.Linear] = {}
+    for name, child in module.named_modules():
+        if isinstance(child, nn.Linear):
+            tower, blocks, _ = name.partition("layers.")
+            towers.setdefault(tower if blocks else "", child)
+    return list(towers.values())
 
 
 class _ComputeWatch:

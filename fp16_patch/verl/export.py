@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 import torch
 
 from fp16_patch.activation import current_plan
+
+logger = logging.getLogger(__name__)
 
 _LABELS = ("dtype", "torch_dtype")
 
@@ -46,11 +49,7 @@ def save_merged(wrapped: Any, merger: Any, args: Any, kwargs: Any) -> Any:
 
 
 def in_plan_dtype(state: dict[str, Any]) -> dict[str, Any]:
-    """A state dict with its floating-point tensors in the plan's dtype.
-
-    Raises:
-        OverflowError: a weight is outside that dtype's range; names it.
-    """
+    """A state dict with its floating-point tensors in the plan's dtype; one that is out of its range stays as it is."""
     return {name: _rounded(name, value) for name, value in state.items()}
 
 
@@ -69,7 +68,10 @@ def _rounded(name: str, value: Any) -> Any:
         return value
     rounded = value.to(current_plan().torch_dtype)
     if rounded.isinf().any() and not value.isinf().any():
-        raise OverflowError(f"{name}: {value.abs().max().item():g} is outside the range of {current_plan().dtype}")
+        # Only rank 0 exports; raising here would leave the others at a barrier.
+        largest = value.abs().max().item()
+        logger.warning("%s holds %g, out of %s's range: exported in %s", name, largest, rounded.dtype, value.dtype)
+        return value
     return rounded
 
 

@@ -23,11 +23,11 @@ def scale_logits_by_temperature(wrapped: Any, instance: Any, args: Any, kwargs: 
 
 
 def _in_fp32(logits: torch.Tensor, temperature: torch.Tensor, *, is_unit_temperature: bool) -> torch.Tensor:
-    if is_unit_temperature and torch.is_autocast_enabled("cuda"):
-        # CUDA's autocast runs softmax, log_softmax and logsumexp in FP32; another copy of the logits would only cost.
-        return logits
-    logits = logits.float()
-    return logits if is_unit_temperature else logits / temperature.float().clamp(min=_SMALLEST_TEMPERATURE)
+    if not is_unit_temperature:
+        # One FP32 temperature a row promotes the quotient; upcasting the logits first would cost a copy of them.
+        return logits / temperature.float().clamp(min=_SMALLEST_TEMPERATURE)
+    # CUDA's autocast runs softmax, log_softmax and logsumexp in FP32 by itself.
+    return logits if torch.is_autocast_enabled("cuda") else logits.float()
 
 
 def prepare_model_outputs(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> dict[str, Any]:

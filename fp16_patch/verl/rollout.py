@@ -74,8 +74,24 @@ def _note_engine(worker: Any) -> bool:
     runner = worker.model_runner
     weights = {parameter.dtype for parameter in runner.model.parameters() if parameter.is_floating_point()}
     new_weight = ledger().note(_role(), "engine_weight", *weights)
-    new_cache = ledger().note(_role(), "kv_cache", *{cache.dtype for cache in _tensors(runner.kv_caches)})
+    new_cache = ledger().note(_role(), "kv_cache", *_attention_cache_dtypes(runner))
     return new_weight or new_cache
+
+
+def _attention_cache_dtypes(runner: Any) -> set[torch.dtype]:
+    """Dtypes of the KV cache as allocated, or as specified where other state shares its pages.
+
+    Next to state-space layers, vLLM allocates pages of bytes and views them as each layer needs.
+    """
+    specs = list(_layer_specs(getattr(runner, "kv_cache_config", None)))
+    if any(not hasattr(spec, "dtype") for spec in specs):
+        return {spec.dtype for spec in specs if hasattr(spec, "dtype")}
+    return {cache.dtype for cache in _tensors(runner.kv_caches)}
+
+
+def _layer_specs(cache_config: Any) -> Iterator[Any]:
+    for group in getattr(cache_config, "kv_cache_groups", ()):
+        yield from getattr(group.kv_cache_spec, "kv_cache_specs", {"": group.kv_cache_spec}).values()
 
 
 def _tensors(caches: Any) -> Iterator[torch.Tensor]:

@@ -3,22 +3,43 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 from fp16_patch import census, processes
-from fp16_patch.activation import attestation, current_plan, ledger, refine
+from fp16_patch.activation import attestation, current_plan, ledger, owed_patches, refine
 from fp16_patch.errors import PlanError, PrecisionError
-from fp16_patch.ledger import Record, judge, uniform
+from fp16_patch.ledger import Record, judge, merged
 from fp16_patch.mismatch.collect import Monitor
 from fp16_patch.verl import config as verl_config
 
 logger = logging.getLogger(__name__)
 
-_ASKED = "_fp16_patch_asked_steps"
+_CENSUS = "_fp16_patch_census"
 _OUTCOME_SUFFIXES = ("/min", "/max")
 _monitor: Monitor | None = None
+
+
+@dataclass
+class _Census:
+    """When this trainer's processes were asked, and which engines had updated by then."""
+
+    first_step: int | None = None
+    last_step: int | None = None
+    asked_with: frozenset[str] = frozenset()
+    updated: set[str] = field(default_factory=set)
+
+    def due(self, step: int, every: int) -> bool:
+        """At first, again once an engine has updated (gradients exist then), and each so many steps."""
+        if self.first_step is None or self.asked_with != self.updated:
+            return True
+        return step != self.last_step and (step - self.first_step) % every == 0
+
+    def took(self, step: int) -> None:
+        self.first_step = step if self.first_step is None else self.first_step
+        self.last_step, self.asked_with = step, frozenset(self.updated)
 
 
 def validate_config(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
@@ -38,7 +59,7 @@ def init_dataloader(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
     ledger().kind = "task_runner"
     prepare(trainer.config)
     _monitor = Monitor(_out_dir(trainer.config))
-    _monitor.write("plan.json", {"framework": "verl", **_plan_facts()})
+    _monitor.write("plan.json", {"framework": "verl", **_plan_facts(trainer.config)})
     return wrapped(*args, **kwargs)
 
 
@@ -51,14 +72,12 @@ def refuse_v0(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
 
 def update_actor(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
     """`PPOTrainer._update_actor`: no update before every process is judged."""
-    judge_processes(trainer)
-    return _with_outcome("actor", wrapped, args, kwargs)
+    return _judged_update("actor", wrapped, trainer, args, kwargs)
 
 
 def update_critic(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
     """`PPOTrainer._update_critic`: as for the actor; the critic is updated first."""
-    judge_processes(trainer)
-    return _with_outcome("critic", wrapped, args, kwargs)
+    return _judged_update("critic", wrapped, trainer, args, kwargs)
 
 
 def calculate_debug_metrics(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> dict[str, Any]:
@@ -73,8 +92,9 @@ def calculate_debug_metrics(wrapped: Any, instance: Any, args: Any, kwargs: Any)
 def compute_metrics(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
     """`PPOTrainer._compute_metrics`, the end of a step: our metrics join verl's, and the step goes on record."""
     result = wrapped(*args, **kwargs)
-    metrics = kwargs.get("metrics", args[1] if len(args) > 1 else None)
-    if _monitor is not None and metrics is not None:
+    metrics = kwargs["metrics"] if "metrics" in kwargs else args[1]
+    rename_outcomes(metrics)
+    if _monitor is not None:
         _monitor.end_step(trainer.global_steps, metrics)
     return result
 
@@ -100,8 +120,8 @@ def prepare(config: Any) -> None:
     if changed:
         keys = "\n  ".join(changed)
         logger.warning("every role computes in %s; the configuration said otherwise:\n  %s", plan.dtype, keys)
-    if reason := _unmeasured_because(config):
-        logger.warning("the mismatch is not measured in this run: %s", reason)
+    for caveat in caveats_of(config):
+        logger.warning("the mismatch of this run: %s", caveat)
 
 
 def judge_processes(trainer: Any) -> None:
@@ -110,20 +130,20 @@ def judge_processes(trainer: Any) -> None:
     Raises:
         PrecisionError: with host, pid, role, quantity, what was seen and what was wanted.
     """
-    plan, step = current_plan(), trainer.global_steps
-    asked = _asked_steps(trainer)
-    if step in asked or not _due(len(asked), step - min(asked, default=step)):
+    plan, step, past = current_plan(), trainer.global_steps, _census_of(trainer)
+    if not past.due(step, plan.ledger_every):
         return
     actors = actors_of(trainer)
     records = [record for record in (processes.driver_record(), attestation()) if record] + census.ask(actors)
     _publish_ledger(records)
-    if plan.changes and (findings := judge(records, plan, required_quantities(trainer, trained=bool(asked)))):
+    required = required_quantities(trainer, past.updated)
+    if plan.changes and (findings := judge(records, plan, required, owed_patches)):
         raise PrecisionError(findings)
-    if not asked:
+    if past.first_step is None:
         if plan.changes:
             census.clear(actors)
-        logger.warning("%d processes attest mode %s: %s", len(records), plan.mode, _summary(records))
-    asked.append(step)
+        logger.info("%d processes attest mode %s: %s", len(records), plan.mode, _summary(records))
+    past.took(step)
 
 
 def actors_of(trainer: Any) -> list[tuple[str, Any]]:
@@ -135,84 +155,109 @@ def actors_of(trainer: Any) -> list[tuple[str, Any]]:
     return list({handle._actor_id: (kind, handle) for kind, handle in workers + servers}.values())
 
 
-def required_quantities(trainer: Any, *, trained: bool) -> dict[str, tuple[str, ...]]:
+def required_quantities(trainer: Any, updated: Collection[str]) -> dict[str, tuple[str, ...]]:
     """Role → quantities that must have been seen by now.
 
     Args:
-        trained: an optimizer step has happened.
+        updated: the engines that have taken part in an update.
     """
     config = trainer.config
-    computed = ("autocast", "parameter", "activation")
-    updated = ("gradient", "master") if trained else ()
-    required: dict[str, tuple[str, ...]] = {"rollout": ("wire", "engine_weight", "kv_cache", "activation")}
-    if not verl_config.bypasses_old_log_probs(config) or trained:
-        required["actor"] = (*computed, "log_prob", *updated)
+    computed, trained = ("autocast", "parameter", "activation"), ("gradient", "master")
+    generated = () if verl_config.replays_rollouts(config) else ("activation",)
+    required: dict[str, tuple[str, ...]] = {"rollout": ("wire", "engine_weight", "kv_cache", *generated)}
+    if not verl_config.bypasses_old_log_probs(config) or "actor" in updated:
+        required["actor"] = (*computed, "log_prob")
     if trainer.use_reference_policy and not trainer.ref_in_actor:
         required["ref"] = (*computed, "log_prob")
     if trainer.use_critic:
-        required["critic"] = (*computed, "value", *updated)
+        required["critic"] = (*computed, "value")
     if verl_config.REWARD in verl_config.sampler_sections(config):
         required["reward"] = ("engine_weight",)
-    return required
+    return {role: (*seen, *(trained if role in updated else ())) for role, seen in required.items()}
+
+
+def caveats_of(config: Any) -> list[str]:
+    """What, besides precision, sampler and learner differ in for this configuration, or why nothing is measured."""
+    return [caveat for holds, caveat in _CAVEATS if holds(config)]
+
+
+def rename_outcomes(metrics: dict[str, Any]) -> None:
+    """`actor/fp16/loss_scale/min` → `fp16/loss_scale`; the critic's become `fp16/critic/…`.
+
+    The suffix is what verl aggregates by, so it goes last.
+    """
+    for role, prefix in (("actor", "fp16/"), ("critic", "fp16/critic/")):
+        for raw in [name for name in metrics if name.startswith(f"{role}/fp16/")]:
+            name = raw.removeprefix(f"{role}/fp16/")
+            for suffix in _OUTCOME_SUFFIXES:
+                name = name.removesuffix(suffix)
+            metrics[prefix + name] = metrics.pop(raw)
 
 
 def _replicas(trainer: Any) -> list[Any]:
-    replicas = list(trainer.llm_server_manager.get_replicas())
+    """Every sampler this run has started: hybrid and standalone rollout, reward model, teachers."""
+    replicas = [replica for manager in trainer._rollout_server_managers() for replica in manager.get_replicas()]
     reward = getattr(trainer.reward_loop_manager, "reward_model_manager", None)
-    return replicas + (list(reward.rollout_replicas) if reward is not None else [])
+    teachers = getattr(trainer.teacher_model_manager, "teacher_model_managers", {})
+    for manager in [reward, *teachers.values()]:
+        replicas += manager.rollout_replicas if manager is not None else []
+    return replicas
 
 
-def _asked_steps(trainer: Any) -> list[int]:
-    if not hasattr(trainer, _ASKED):
-        setattr(trainer, _ASKED, [])
-    return getattr(trainer, _ASKED)  # type: ignore[no-any-return]
+def _census_of(trainer: Any) -> _Census:
+    if not hasattr(trainer, _CENSUS):
+        setattr(trainer, _CENSUS, _Census())
+    return getattr(trainer, _CENSUS)  # type: ignore[no-any-return]
 
 
-def _due(times_asked: int, steps_since_first: int) -> bool:
-    # Gradients exist from the second time on.
-    return times_asked < 2 or steps_since_first % current_plan().ledger_every == 0
+def _judged_update(role: str, wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
+    judge_processes(trainer)
+    result = wrapped(*args, **kwargs)
+    _census_of(trainer).updated.add(role)
+    return result
 
 
 def _publish_ledger(records: list[Record]) -> None:
     if _monitor is not None:
-        _monitor.write("ledger.json", {"processes": records, "roles": uniform(records)})
+        _monitor.write("ledger.json", {"processes": records, "roles": merged(records)})
 
 
 def _summary(records: list[Record]) -> str:
     return "; ".join(
         f"{role}: " + ", ".join(f"{quantity}={'|'.join(seen)}" for quantity, seen in row.items())
-        for role, row in uniform(records).items()
+        for role, row in merged(records).items()
     )
-
-
-def _with_outcome(role: str, wrapped: Any, args: Any, kwargs: Any) -> Any:
-    result = wrapped(*args, **kwargs)
-    metrics = kwargs.get("metrics", args[1] if len(args) > 1 else {})
-    _rename_outcome(metrics, role)
-    return result
-
-
-def _rename_outcome(metrics: dict[str, Any], role: str) -> None:
-    """`actor/fp16/loss_scale/min` → `fp16/loss_scale`; the critic's become `fp16/critic/…`."""
-    raw_prefix, prefix = f"{role}/fp16/", "fp16/" if role == "actor" else f"fp16/{role}/"
-    for raw in [name for name in metrics if name.startswith(raw_prefix)]:
-        name = raw.removeprefix(raw_prefix)
-        for suffix in _OUTCOME_SUFFIXES:
-            name = name.removesuffix(suffix)
-        metrics[prefix + name] = metrics.pop(raw)
 
 
 def _out_dir(config: Any) -> Path:
     return Path(current_plan().out_dir or Path(config.trainer.default_local_dir) / "fp16_patch")
 
 
-def _plan_facts() -> dict[str, Any]:
-    return {**asdict(current_plan()), "dtype": current_plan().dtype}
+def _plan_facts(config: Any) -> dict[str, Any]:
+    return {**asdict(current_plan()), "dtype": current_plan().dtype, "caveats": caveats_of(config)}
 
 
-def _unmeasured_because(config: Any) -> str | None:
-    if verl_config.bypasses_old_log_probs(config):
-        return "algorithm.rollout_correction.bypass_mode=True takes the sampler's log-probs for the learner's"
-    if not config.actor_rollout_ref.rollout.calculate_log_probs:
-        return "actor_rollout_ref.rollout.calculate_log_probs=False keeps none of the sampler's log-probs"
-    return None
+def _samples_from_a_part(config: Any) -> bool:
+    rollout = config.actor_rollout_ref.rollout
+    return bool(rollout.top_p < 1 or rollout.top_k > 0)
+
+
+_CAVEATS: tuple[tuple[Callable[[Any], bool], str], ...] = (
+    (
+        verl_config.bypasses_old_log_probs,
+        "is not measured: algorithm.rollout_correction.bypass_mode takes the sampler's log-probs for the learner's",
+    ),
+    (
+        lambda config: not config.actor_rollout_ref.rollout.calculate_log_probs,
+        "is not measured: actor_rollout_ref.rollout.calculate_log_probs=False keeps none of the sampler's log-probs",
+    ),
+    (
+        lambda config: config.trainer.v1.trainer_mode != "sync",
+        "includes the age of the sampler's weights: trainer.v1.trainer_mode is not sync",
+    ),
+    (
+        lambda config: config.actor_rollout_ref.rollout.logprobs_mode != "processed_logprobs",
+        "includes the temperature: actor_rollout_ref.rollout.logprobs_mode is not processed_logprobs",
+    ),
+    (_samples_from_a_part, "includes the renormalization by top_p or top_k, which the learner does not do"),
+)

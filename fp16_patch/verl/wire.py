@@ -1,4 +1,4 @@
-"""Weights on their way to the sampler: rounded once, from FP32 masters to the plan's dtype, never through bfloat16."""
+"""Weights on their way to the sampler: FP32 masters, rounded once by the sampler, never through bfloat16."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ _FSDP_ENGINE = "verl.workers.engine.fsdp.transformer_impl"
 
 
 def merged_lora_weights(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """`FSDPEngine._merged_lora_per_tensor_param`: base plus adapter, in the plan's dtype."""
+    """`FSDPEngine._merged_lora_per_tensor_param`: base plus adapter, as they are.
+
+    As on verl's plain path: the sampler rounds each weight to the dtype it has there, and a few have none but FP32.
+    """
     if not current_plan().changes:
         return wrapped(*args, **kwargs)  # type: ignore[no-any-return]
     return _merged(engine)
@@ -41,9 +44,8 @@ def _merged(engine: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _copy_to_send(weight: torch.Tensor, device: Any) -> torch.Tensor:
     if isinstance(weight, DTensor):
-        weight = weight.to(device, non_blocking=True).full_tensor()
-    dtype = current_plan().torch_dtype if weight.is_floating_point() else weight.dtype
-    return weight.detach().to(dtype, copy=True)
+        return weight.to(device, non_blocking=True).full_tensor().detach()
+    return weight.detach().clone()
 
 
 def new_checkpoint_engine(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:

@@ -1,28 +1,19 @@
-"""vLLM's side: what its `vllm.general_plugins` entry point runs in the server, EngineCore and worker processes."""
+"""vLLM's side of the ledger: which of its processes this is, and its record left with the process that started it."""
 
 from __future__ import annotations
 
-import multiprocessing
+from multiprocessing import current_process
+
+from fp16_patch import processes
+from fp16_patch.activation import attestation, ledger
 
 # vLLM's own names for the processes it starts, as multiprocessing knows them.
 _KINDS = {"EngineCore": "engine_core", "VllmWorker": "sampler_worker"}
 
 
-def register() -> None:
-    """Activate the carried plan in this vLLM process and attest it to the process that started it."""
-    from fp16_patch import autoload
-
-    autoload.load()
-    kind = next(
-        (kind for name, kind in _KINDS.items() if multiprocessing.current_process().name.startswith(name)), None
-    )
-    if kind is not None and autoload.wanted():
-        _attest(kind)
-
-
-def _attest(kind: str) -> None:
-    from fp16_patch import processes
-    from fp16_patch.activation import attestation, ledger
-
-    ledger().kind = kind
-    processes.publish(attestation())
+def attest_this_process() -> None:
+    """Leave an attestation if this is EngineCore or a worker; the server is asked by the driver itself."""
+    kind = next((kind for name, kind in _KINDS.items() if current_process().name.startswith(name)), None)
+    if kind is not None:
+        ledger().kind = kind
+        processes.publish(attestation())

@@ -23,6 +23,8 @@ from integration.demo import task
 
 TIMEOUT_S = 900
 STEPS = 2
+# Far above what FP16 gradients bear, and a power of two.
+OVERFLOWING = 2**40
 FP16_PATCH = str(Path(sys.executable).with_name("fp16-patch"))
 
 
@@ -70,7 +72,7 @@ def calibrating(start: Callable[..., RunResult]) -> RunResult:
             ranks=2,
             adv_estimator="gae",
             env={"RAY_ADDRESS": "127.0.0.1:1"},
-            overrides=("+fp16_patch.init_scale=1e12", "algorithm.gamma=1.0"),
+            overrides=(f"+fp16_patch.init_scale={OVERFLOWING}", "algorithm.gamma=1.0"),
         )
     )
 
@@ -168,7 +170,7 @@ def test_the_report_command_reads_the_run(one_flag: RunResult, tmp_path: Path) -
 def test_skips_are_counted_the_schedule_holds_and_no_norm_is_averaged(calibrating: RunResult) -> None:
     for count, step in enumerate(calibrating.steps, start=1):
         for prefix in ("fp16/", "fp16/critic/"):
-            assert step[f"{prefix}loss_scale"] == 1e12 / 2**count
+            assert step[f"{prefix}loss_scale"] == OVERFLOWING / 2**count
             assert step[f"{prefix}step_skipped"] == 1.0
             assert step[f"{prefix}skipped_total"] == step[f"{prefix}consecutive_skips"] == count
         assert "actor/grad_norm" not in step
@@ -178,8 +180,8 @@ def test_skips_are_counted_the_schedule_holds_and_no_norm_is_averaged(calibratin
 
 def test_calibration_is_announced_once_for_each_engine(calibrating: RunResult) -> None:
     log = calibrating.log.read_text()
-    assert log.count("actor: gradients overflowed at loss scale 1e+12") == 1
-    assert log.count("critic: gradients overflowed at loss scale 1e+12") == 1
+    assert log.count("actor: gradients overflowed at loss scale 1.09951e+12") == 1
+    assert log.count("critic: gradients overflowed at loss scale 1.09951e+12") == 1
 
 
 def test_run_reaches_driver_critic_and_both_ranks(calibrating: RunResult) -> None:

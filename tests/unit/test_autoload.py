@@ -15,8 +15,7 @@ import json, sys
 before = set(sys.modules)
 from fp16_patch import autoload
 autoload.load()
-from fp16_patch.vllm import register
-register()
+autoload.load_in_vllm()
 print(json.dumps(sorted(set(sys.modules) - before)))
 """
 
@@ -30,8 +29,8 @@ def imported(**env: str) -> list[str]:
 
 
 @pytest.mark.parametrize("env", [{}, {"FP16_PATCH": "off"}, {"FP16_PATCH": "0"}], ids=str)
-def test_unset_or_off_imports_three_small_files_and_nothing_else(env: dict[str, str]) -> None:
-    ours = {"fp16_patch", "fp16_patch.autoload", "fp16_patch.vllm"}
+def test_unset_or_off_imports_two_small_files_and_nothing_else(env: dict[str, str]) -> None:
+    ours = {"fp16_patch", "fp16_patch.autoload"}
     new = set(imported(**env))
     assert ours <= new
     assert not [name for name in new - ours if name.startswith(("fp16_patch", "torch", "ray", "verl", "vllm", "wrapt"))]

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from fp16_patch.ledger import Ledger, judge, missing_record, uniform
+from fp16_patch.ledger import Ledger, judge, merged, missing_record
 from fp16_patch.plan import Plan
 
 FP16 = Plan()
@@ -59,6 +59,20 @@ def test_a_process_without_attestation_is_found() -> None:
     assert (finding.role, finding.quantity, finding.seen) == ("sampler_worker", "attestation", "no attestation")
 
 
+def test_a_process_without_a_patch_it_owes_is_found() -> None:
+    ledger = Ledger(kind="worker")
+    records = [ledger.record(FP16, {"fsdp-scaler": state}) for state in ("applied", "waiting")]
+    (finding,) = judge(records, FP16, {}, lambda kind: ["fsdp-scaler"] if kind == "worker" else [])
+    assert finding.seen == "patches not live: fsdp-scaler"
+
+
+def test_a_quantity_noted_without_a_dtype_is_unseen() -> None:
+    ledger = Ledger()
+    assert not ledger.note("rollout", "kv_cache")
+    (finding,) = judge([ledger.record(FP16, {})], FP16, {"rollout": ("kv_cache",)})
+    assert finding.seen == "never seen"
+
+
 def test_a_process_under_another_plan_is_found() -> None:
     findings = judge([record(plan=Plan(mode="observe"))], FP16, {})
     assert [finding.quantity for finding in findings] == ["attestation"]
@@ -69,6 +83,6 @@ def test_what_nobody_has_seen_is_found() -> None:
     assert (finding.role, finding.quantity, finding.seen) == ("critic", "autocast", "never seen")
 
 
-def test_uniform_merges_all_processes() -> None:
-    merged = uniform([record(), record(actor_autocast="bfloat16")])
-    assert merged["actor"]["autocast"] == ["bfloat16", "float16"]
+def test_merged_holds_all_processes() -> None:
+    together = merged([record(), record(actor_autocast="bfloat16")])
+    assert together["actor"]["autocast"] == ["bfloat16", "float16"]

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
-from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,12 +46,30 @@ def test_deactivating_gives_children_the_environment_this_process_had() -> None:
 def test_a_child_leaves_its_record_with_the_parent_that_expects_it() -> None:
     processes.expect_children({"engine_core": 1})
     record = Ledger(kind="engine_core").record(Plan(), {})
-    expected = dict(processes._expected_children)
-    processes._expected_children.clear()  # as in the child, which inherits the environment only
-    processes.publish(record)
-    processes._expected_children.update(expected)
+    publish = f"from fp16_patch import processes; processes.publish({record!r})"
+    subprocess.run([sys.executable, "-c", publish], check=True)
     assert processes.children() == [record]
-    assert not list(Path(os.environ[processes.SPOOL_ENV]).glob("*.partial"))
+    assert processes.expected_children() == {"engine_core": 1}
+
+
+def test_a_forked_child_is_not_taken_for_its_parent() -> None:
+    processes.expect_children({"engine_core": 1})
+    record = Ledger(kind="engine_core").record(Plan(), {})
+    child = os.fork()
+    if child == 0:
+        processes.publish({**record, "pid": os.getpid()})
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert [left["pid"] for left in processes.children()] == [child]
+
+
+def test_what_the_submitted_job_has_set_is_not_told_to_ray_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", '{"runtime_env": {"env_vars": {"FP16_PATCH": "1"}}}')
+    processes.carry(Plan())
+    told: dict[str, Any] = {}
+    processes._ray_init(lambda **kwargs: told.update(kwargs), None, (), {})
+    assert MODE_ENV not in told["runtime_env"]["env_vars"]
+    assert PLAN_ENV in told["runtime_env"]["env_vars"]
 
 
 def test_publishing_without_a_parent_is_nothing() -> None:

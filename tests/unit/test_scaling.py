@@ -41,6 +41,12 @@ def test_a_restored_history_goes_on_where_it_was(skips: list[bool]) -> None:
     assert before == after
 
 
+def test_there_is_no_loss_scale_to_report_without_a_scaler() -> None:
+    steps = StepHistory()
+    steps.add(StepOutcome(None, False, 1.0))
+    assert set(steps.metrics()) == {"fp16/step_skipped", "fp16/skipped_total", "fp16/consecutive_skips"}
+
+
 def test_skips_are_calibration_until_a_limit_is_reached() -> None:
     plan = Plan(max_consecutive_skips=3)
     assert collapse_reason(plan, history(True, True), 8.0) is None
@@ -58,8 +64,8 @@ def test_an_overflow_at_the_floor_is_a_collapse_and_names_the_setting() -> None:
 
 def test_without_a_scaler_only_the_streak_counts() -> None:
     plan = Plan(mode="bf16", max_consecutive_skips=2)
-    assert collapse_reason(plan, history(True), 1.0) is None
-    assert collapse_reason(plan, history(True, True), 1.0) is not None
+    assert collapse_reason(plan, history(True), None) is None
+    assert collapse_reason(plan, history(True, True), None) is not None
 
 
 def test_the_scaler_has_the_plans_settings_and_is_on_wherever_the_device_is() -> None:

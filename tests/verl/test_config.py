@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -63,6 +64,12 @@ def test_the_stock_configuration_has_no_conflict(activated: Any, compose: Callab
             "delta_sharded",
             "use naive or nccl",
         ),
+        (
+            "+actor_rollout_ref.rollout.engine_kwargs.vllm.distributed_executor_backend=ray",
+            "actor_rollout_ref.rollout.engine_kwargs.vllm.distributed_executor_backend",
+            "ray",
+            "remove it",
+        ),
         ("trainer.use_v1=False", "trainer.use_v1", "False", "set it to true"),
         (
             "actor_rollout_ref.model.use_fused_kernels=True",
@@ -105,6 +112,47 @@ def test_settings_ride_in_the_configuration(activated: Any, compose: Callable[..
     activated()
     prepare(compose("+fp16_patch.init_scale=1024", "+fp16_patch.max_consecutive_skips=5"))
     assert (current_plan().init_scale, current_plan().max_consecutive_skips) == (1024.0, 5)
+
+
+def test_a_model_stored_quantized_is_refused(activated: Any, compose: Callable[..., Any], tmp_path: Path) -> None:
+    activated()
+    (tmp_path / "config.json").write_text('{"quantization_config": {"quant_method": "fp8"}}')
+    (message,) = conflicts(compose(f"actor_rollout_ref.model.path={tmp_path}"))
+    assert message.startswith(f"actor_rollout_ref.model.path={tmp_path}: the model is stored quantized (fp8)")
+
+
+def test_what_is_forced_out_of_sight_is_named_too(activated: Any, compose: Callable[..., Any]) -> None:
+    from fp16_patch.verl.config import apply_to
+
+    overrides = (f"{KEY}.model_dtype=bf16", f"{KEY}.use_no_sync_for_gradient_accumulation=True")
+    changed = apply_to(compose(*overrides), activated())
+    assert f"{KEY}.model_dtype: bf16 → float32" in changed
+    assert f"{KEY}.use_no_sync_for_gradient_accumulation: True → False" in changed
+
+
+def test_strictness_cannot_come_too_late(activated: Any, compose: Callable[..., Any]) -> None:
+    from fp16_patch.verl.trainer import prepare
+
+    activated()
+    with pytest.raises(PlanError, match="FP16_PATCH_STRICT=0"):
+        prepare(compose("+fp16_patch.strict=false"))
+
+
+@pytest.mark.parametrize(
+    ("override", "caveat"),
+    [
+        ("actor_rollout_ref.rollout.top_p=0.9", "top_p"),
+        ("actor_rollout_ref.rollout.calculate_log_probs=False", "calculate_log_probs=False"),
+        ("algorithm.rollout_correction.bypass_mode=True", "bypass_mode"),
+        ("actor_rollout_ref.rollout.logprobs_mode=raw_logprobs", "temperature"),
+    ],
+)
+def test_what_is_not_about_precision_is_said(compose: Callable[..., Any], override: str, caveat: str) -> None:
+    from fp16_patch.verl.trainer import caveats_of
+
+    assert caveats_of(compose()) == []
+    (said,) = caveats_of(compose(override))
+    assert caveat in said
 
 
 def test_a_misspelt_setting_stops_the_run(activated: Any, compose: Callable[..., Any]) -> None:

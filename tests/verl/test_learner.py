@@ -186,10 +186,10 @@ def test_stock_rounds_merged_lora_through_bfloat16(learner: Callable[..., Facts]
     assert facts["largest_relative_error"] > 2**-9
 
 
-def test_merged_lora_is_rounded_once(learner: Callable[..., Facts], strategy: str, ranks: int) -> None:
+def test_merged_lora_is_sent_as_it_is(learner: Callable[..., Facts], strategy: str, ranks: int) -> None:
     facts = learner("plan", strategy, ranks)["merged_lora_wire"]
-    assert facts["dtypes"] == ["float16"]
-    assert facts["largest_relative_error"] <= 2**-11
+    assert facts["dtypes"] == ["float32"]
+    assert facts["largest_relative_error"] < 1e-5
 
 
 def test_stock_accumulates_in_float16_under_no_sync(learner: Callable[..., Facts]) -> None:

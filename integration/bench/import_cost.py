@@ -1,0 +1,55 @@
+"""What having fp16_patch installed costs a process that does not use it.
+
+    python -m integration.bench.import_cost
+
+Each repeat is a fresh interpreter that loads both entry points with FP16_PATCH unset, and one that loads nothing more
+than an empty module in the same way; medians over the repeats.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+REPEATS = 25
+# What is loaded already where verl or vLLM load a plugin.
+PROBE = """
+import sys, time, importlib, typing, multiprocessing
+start = time.perf_counter()
+{body}
+print((time.perf_counter() - start) * 1e3)
+assert "torch" not in sys.modules
+"""
+ARMS = {
+    "both entry points": "from fp16_patch import autoload; autoload.load(); autoload.load_in_vllm()",
+    "an empty module": "import empty",
+}
+
+
+def milliseconds(body: str, folder: Path) -> float:
+    env = {name: value for name, value in os.environ.items() if not name.startswith("FP16_PATCH")}
+    path = os.pathsep.join(filter(None, [str(folder), env.get("PYTHONPATH", "")]))
+    command = [sys.executable, "-c", PROBE.format(body=body)]
+    return float(
+        subprocess.run(command, env={**env, "PYTHONPATH": path}, capture_output=True, text=True, check=True).stdout
+    )
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "empty.py").touch()
+        times: dict[str, list[float]] = {arm: [] for arm in ARMS}
+        for _ in range(REPEATS):
+            for arm, body in ARMS.items():
+                times[arm].append(milliseconds(body, folder))
+    for arm, values in times.items():
+        print(f"{arm}: median {statistics.median(values):.2f} ms, fastest {min(values):.2f} ms of {REPEATS}")
+
+
+if __name__ == "__main__":
+    main()

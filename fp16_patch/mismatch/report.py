@@ -106,6 +106,11 @@ class RunRecord:
                 return sorted(seen)
         return []
 
+    def compute_dtypes(self, role: str) -> list[str]:
+        """Dtypes seen in the role, apart from what is float32 by design."""
+        row = self.ledger.get(role, {})
+        return sorted({dtype for quantity in row.keys() - FLOAT32_BY_DESIGN for dtype in row[quantity]})
+
     def deviations(self) -> list[tuple[str, str, list[str]]]:
         """(role, quantity, dtypes) wherever a dtype was seen that the plan does not allow."""
         return [
@@ -253,6 +258,7 @@ def _comparison(runs: Runs) -> list[tuple[str, list[str]]]:
     """Rows of (label, a cell for each run)."""
     summaries = {name: run.summary() for name, run in runs.items()}
     first = next(iter(summaries), "")
+    against_first = f"mean |d| of {first} ÷ this"
 
     def mismatch(key: str) -> Callable[[str], str]:
         return lambda name: _number(summaries[name]["mismatch"][key])
@@ -266,7 +272,7 @@ def _comparison(runs: Runs) -> list[tuple[str, list[str]]]:
         "tokens": lambda name: _number(summaries[name]["tokens"]),
         "wall time": lambda name: _duration(summaries[name]["wall_s"]),
         "mean |d|": mismatch("mean_abs"),
-        f"mean |d| of {first} ÷ this": ratio,
+        against_first: ratio,
         "max |d|": mismatch("max_abs"),
         "mean |Σd| a sequence": mismatch("seq_mean_abs"),
         "mean |Δp|": mismatch("prob_mean_abs"),
@@ -279,6 +285,8 @@ def _comparison(runs: Runs) -> list[tuple[str, list[str]]]:
         "actor compute": lambda name: _dtypes_text(runs[name].dtypes_of(COMPUTE_QUANTITIES, "actor")),
         "sampler weights": lambda name: _dtypes_text(runs[name].dtypes_of(["engine_weight"])),
     }
+    if len(runs) < 2:
+        del rows[against_first]
     return [(label, [cell(name) for name in runs]) for label, cell in rows.items()]
 
 
@@ -304,7 +312,7 @@ def _ledger_verdict(name: str, run: RunRecord) -> str:
     if not run.ledger:
         return f"{name}: no dtypes were recorded."
     if run.planned_dtype() is None:
-        return f"{name}: no plan was recorded to hold the dtypes against."
+        return _uniformity_verdict(name, run)
     deviations = run.deviations()
     if not deviations:
         return f"{name}: every recorded dtype is as planned, {run.planned_dtype()}."
@@ -312,8 +320,18 @@ def _ledger_verdict(name: str, run: RunRecord) -> str:
     return f"▲ {name}: planned {run.planned_dtype()}, but saw {listed}."
 
 
+def _uniformity_verdict(name: str, run: RunRecord) -> str:
+    """For a run that was only observed: nothing says which dtype is right, only whether there is one."""
+    by_role = {role: run.compute_dtypes(role) for role in sorted(run.ledger)}
+    distinct = {dtype for dtypes in by_role.values() for dtype in dtypes}
+    if len(distinct) <= 1:
+        return f"{name}: no dtype was planned; compute was {_dtypes_text(sorted(distinct))} throughout."
+    listed = "; ".join(f"{role} in {_dtypes_text(dtypes)}" for role, dtypes in by_role.items() if dtypes)
+    return f"▲ {name}: no dtype was planned, and compute was mixed: {listed}."
+
+
 def _plan_text(plan: dict[str, Any]) -> str:
-    return ", ".join(str(plan[key]) for key in ("mode", "dtype") if key in plan) or "–"
+    return ", ".join(str(plan[key]) for key in ("mode", "dtype") if plan.get(key)) or "–"
 
 
 def _dtypes_text(dtypes: Sequence[str]) -> str:
@@ -346,7 +364,7 @@ def _number(value: float | None) -> str:
         return "–"
     if float(value).is_integer() and abs(value) < 1e15:
         return f"{int(value):,}".replace(",", "\u202f")
-    return f"{value:.3g}" if 0.1 <= abs(value) < 1e4 else _scientific(f"{value:.2e}")
+    return f"{value:.3g}" if 0.1 <= abs(value) < 999.5 else _scientific(f"{value:.2e}")
 
 
 def _tick_number(value: float) -> str:
@@ -402,13 +420,12 @@ class Axis:
 
 @dataclass(frozen=True)
 class Line:
-    """One run's values along x, in the colour, dash and marker of ``style``. A dashed line ignores the style's dash."""
+    """One run's values along x, in the colour and marker of ``style``, and in its dash unless ``dash`` is given."""
 
     name: str
     style: int
     points: dict[float, float]
     dash: str | None = None
-    marks: bool = True
 
 
 @dataclass(frozen=True)
@@ -453,10 +470,9 @@ def decade_axis(label: str, values: Iterable[float]) -> Axis:
 
 
 def octave_axis(label: str, values: Iterable[float]) -> Axis:
-    """A base-2 axis from power to power."""
+    """A base-2 axis from a power to a power, with room for a mark above the greatest value."""
     exponents = [math.log2(value) for value in values if value > 0]
-    first, last = math.floor(min(exponents)), math.ceil(max(exponents))
-    first, last = (first - 1, last + 1) if first == last else (first, last)
+    first, last = math.floor(min(exponents)) - 1, math.ceil(max(exponents)) + 1
     stride = math.ceil((last - first) / 7)
     return Axis(
         label, 2.0**first, 2.0**last, tuple(2.0**exponent for exponent in range(first, last + 1, stride)), base=2
@@ -512,7 +528,7 @@ def _line(chart: Chart, line: Line) -> str:
     path = " ".join(f"{_x(chart.x, x):.1f},{_y(chart.y, y):.1f}" for x, y in points)
     dash = _dash(line.style) if line.dash is None else line.dash
     drawn = f'<polyline class="line s{line.style % COLOURS}" points="{path}"{_dash_attribute(dash)}/>'
-    return drawn + (_marks(chart, line, points) if line.marks else "")
+    return drawn + _marks(chart, line, points)
 
 
 def _marks(chart: Chart, line: Line, points: list[tuple[float, float]]) -> str:
@@ -531,12 +547,12 @@ def _hover_text(chart: Chart, line: Line, x: float, y: float) -> str:
 
 
 def _marker(style: int, x: float, y: float, radius: float = 3.4) -> str:
-    r = radius
+    wide, tall, side = 1.25 * radius, 2.2 * radius, 1.35 * radius
     shapes = (
-        f"M{x - r:.1f} {y:.1f}a{r} {r} 0 1 0 {2 * r} 0a{r} {r} 0 1 0 {-2 * r} 0z",
-        f"M{x - r:.1f} {y - r:.1f}h{2 * r}v{2 * r}h{-2 * r}z",
-        f"M{x:.1f} {y - 1.3 * r:.1f}l{1.25 * r:.2f} {2.2 * r:.2f}h{-2.5 * r:.2f}z",
-        f"M{x:.1f} {y - 1.35 * r:.1f}l{1.35 * r:.2f} {1.35 * r:.2f}l{-1.35 * r:.2f} {1.35 * r:.2f}l{-1.35 * r:.2f} {-1.35 * r:.2f}z",
+        f"M{x - radius:.1f} {y:.1f}a{radius} {radius} 0 1 0 {2 * radius} 0a{radius} {radius} 0 1 0 {-2 * radius} 0z",
+        f"M{x - radius:.1f} {y - radius:.1f}h{2 * radius}v{2 * radius}h{-2 * radius}z",
+        f"M{x:.1f} {y - 1.3 * radius:.1f}l{wide:.2f} {tall:.2f}h{-2 * wide:.2f}z",
+        f"M{x:.1f} {y - side:.1f}l{side:.2f} {side:.2f}l{-side:.2f} {side:.2f}l{-side:.2f} {-side:.2f}z",
     )
     return shapes[style % len(shapes)]
 
@@ -633,9 +649,7 @@ def _skip_mark(chart: Chart, name: str, style: int, step: int) -> str:
 
 def _histogram_chart(runs: Runs) -> Chart | None:
     """The share of finite tokens in each sixth of a decade of |d|, from the merged histograms."""
-    lines = [
-        Line(name, style, _histogram_points(run.total()), marks=True) for style, (name, run) in enumerate(runs.items())
-    ]
+    lines = [Line(name, style, _histogram_points(run.total())) for style, (name, run) in enumerate(runs.items())]
     lines = [line for line in lines if line.points]
     if not lines:
         return None
@@ -773,7 +787,7 @@ def _ledger_html(name: str, run: RunRecord) -> str:
         for role, row in sorted(run.ledger.items())
     )
     caption = (
-        f"<b>{escape(name)}</b>planned {run.planned_dtype() or 'unknown'}; {run.processes} processes. {_LEDGER_KEY}"
+        f"<b>{escape(name)}</b>planned {run.planned_dtype() or 'no dtype'}; {run.processes} processes. {_LEDGER_KEY}"
     )
     return (
         f'<div class="scroll"><table><caption>{caption}</caption>'

@@ -33,7 +33,7 @@ BIN_RATIO = 10 ** (1 / BINS_PER_DECADE)
 QUANTILE_RELATIVE_ERROR = (BIN_RATIO - 1) / (BIN_RATIO + 1)
 
 EXPONENT_CAP = 88.0
-"""Exponents are clamped here, near the end of float32: where verl and NeMo-RL overflow to inf, sums here stay finite."""
+"""Exponents are clamped here, near the end of float32: where verl and NeMo-RL overflow to inf, sums stay finite."""
 
 CONSTANT_SPREAD = 1e-14
 """A variance below this share of the mean square is rounding of a constant; a correlation with it is NaN."""
@@ -187,7 +187,7 @@ class MismatchStats:
     def quantile(self, q: float) -> float:
         """The ``q`` quantile of ``d``: order statistic ⌊q·(n−1)⌋, within 1 % of it; NaN with no finite token.
 
-        As ``torch.quantile(..., interpolation="lower")``. Absolute error 1e-9 near zero; beyond ±1e3 the end bin's value.
+        As ``torch.quantile(..., interpolation="lower")``. Below 1e-9 it is 0; beyond ±1e3 it is the end bin's value.
         """
         return _bin_quantile(self.histogram, bin_values(), q)
 

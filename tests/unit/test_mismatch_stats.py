@@ -30,8 +30,8 @@ def batches(draw: st.DrawFn) -> Batch:
     sampler = draw(st.lists(log_probs, min_size=size, max_size=size))
     learner = draw(st.lists(log_probs, min_size=size, max_size=size))
     mask = draw(st.lists(st.booleans(), min_size=size, max_size=size))
-    sides = (torch.tensor(values, dtype=torch.float64).reshape(rows, columns) for values in (sampler, learner))
-    return (*sides, torch.tensor(mask, dtype=torch.bool).reshape(rows, columns))  # type: ignore[return-value]
+    sampler, learner = (torch.tensor(side, dtype=torch.float64).reshape(rows, columns) for side in (sampler, learner))
+    return sampler, learner, torch.tensor(mask, dtype=torch.bool).reshape(rows, columns)
 
 
 def realistic(noise: float = 7e-3, shape: tuple[int, int] = (16, 64), seed: int = 0) -> Batch:

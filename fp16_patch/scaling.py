@@ -88,7 +88,7 @@ class StepHistory:
             self.taken_since_lr = True
 
     def metrics(self) -> dict[str, float]:
-        """`fp16/*` of the last step: loss_scale (with a scaler), step_skipped (0 or 1), skipped_total, consecutive_skips."""
+        """`fp16/*` of the last step; `loss_scale` only with a scaler, `step_skipped` 0 or 1."""
         if self.last is None:
             return {}
         scale = {} if self.last.loss_scale is None else {"fp16/loss_scale": self.last.loss_scale}

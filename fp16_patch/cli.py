@@ -86,7 +86,9 @@ def report(runs: tuple[Path, ...], html: Path | None) -> None:
     """
     from rich.console import Console
 
-    from fp16_patch.mismatch.report import load_run, print_comparison, write_html
+    from fp16_patch.mismatch.comparison import print_comparison
+    from fp16_patch.mismatch.page import write_html
+    from fp16_patch.mismatch.record import load_run
 
     try:
         records = {label: load_run(path) for label, path in _labelled(runs).items()}

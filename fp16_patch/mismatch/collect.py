@@ -14,13 +14,13 @@ from typing import Any, TypeVar
 
 import torch
 
+from fp16_patch.mismatch.record import MISMATCH, STEPS
 from fp16_patch.mismatch.stats import MismatchStats
 
 logger = logging.getLogger(__name__)
 
 MAX_PENDING = 64
 FLUSH_TIMEOUT_S = 10.0
-MISMATCH, STEPS = "mismatch.jsonl", "steps.jsonl"
 
 Result = TypeVar("Result")
 

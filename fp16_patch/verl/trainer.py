@@ -13,6 +13,7 @@ from fp16_patch.activation import attestation, current_plan, ledger, owed_patche
 from fp16_patch.errors import PlanError, PrecisionError
 from fp16_patch.ledger import Record, judge, merged
 from fp16_patch.mismatch.collect import Monitor
+from fp16_patch.mismatch.record import LEDGER, PLAN
 from fp16_patch.verl import config as verl_config
 
 logger = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ def init_dataloader(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
     ledger().kind = "task_runner"
     prepare(trainer.config)
     _monitor = Monitor(_out_dir(trainer.config))
-    _monitor.write("plan.json", {"framework": "verl", **_plan_facts(trainer.config)})
+    _monitor.write(PLAN, {"framework": "verl", **_plan_facts(trainer.config)})
     return wrapped(*args, **kwargs)
 
 
@@ -219,7 +220,7 @@ def _judged_update(role: str, wrapped: Any, trainer: Any, args: Any, kwargs: Any
 
 def _publish_ledger(records: list[Record]) -> None:
     if _monitor is not None:
-        _monitor.write("ledger.json", {"processes": records, "roles": merged(records)})
+        _monitor.write(LEDGER, {"processes": records, "roles": merged(records)})
 
 
 def _summary(records: list[Record]) -> str:

@@ -14,7 +14,9 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from fp16_patch.mismatch.report import RunRecord, load_run, print_comparison, write_html
+from fp16_patch.mismatch.comparison import print_comparison
+from fp16_patch.mismatch.page import write_html
+from fp16_patch.mismatch.record import RunRecord, load_run
 from integration.cpu.arms import ARMS, DEMONSTRATED, Arm, record_of
 from integration.cpu.launch import LaunchConfig, run
 from integration.demo import make_model, task

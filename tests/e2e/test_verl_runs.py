@@ -16,7 +16,7 @@ pytest.importorskip("verl")
 pytest.importorskip("vllm")
 
 from fp16_patch.cli import main
-from fp16_patch.mismatch.report import load_run
+from fp16_patch.mismatch.record import load_run
 from integration.cpu.arms import ARMS, record_of
 from integration.cpu.launch import LaunchConfig, RunResult, run
 from integration.demo import task

@@ -14,16 +14,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from fp16_patch.mismatch.report import (
-    Axis,
-    RunRecord,
-    decade_axis,
-    linear_axis,
-    load_run,
-    octave_axis,
-    print_comparison,
-    write_html,
-)
+from fp16_patch.mismatch.chart import Axis, decade_axis, linear_axis, octave_axis
+from fp16_patch.mismatch.comparison import print_comparison
+from fp16_patch.mismatch.page import write_html
+from fp16_patch.mismatch.record import RunRecord, load_run
 from fp16_patch.mismatch.stats import MismatchStats
 
 FLOAT16_LEDGER = {

@@ -28,7 +28,7 @@ def pip(*arguments: str) -> str:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("extra", ["", "[report]", "[verl]"])
+@pytest.mark.parametrize("extra", ["", "[report]"])
 def test_installing_us_changes_nothing_else(extra: str) -> None:
     # Resolves every dependency of ours against what is installed, and reports what would be installed.
     report = json.loads(pip("install", "--dry-run", "--no-index", "--report", "-", f"{ROOT}{extra}"))

@@ -1,0 +1,85 @@
+"""Asking processes, and what a worker does that was never asked about."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from fp16_patch import PrecisionError, activation, census, processes
+from fp16_patch.ledger import Ledger
+from fp16_patch.plan import Plan
+
+
+class Actor:
+    """A Ray actor handle, as far as the census uses one."""
+
+    def __init__(self, fails: bool = False) -> None:
+        self.__ray_call__ = SimpleNamespace(remote=self._refuse if fails else lambda function: function(None))
+
+    def _refuse(self, function: Any) -> Any:
+        return ModuleNotFoundError("No module named 'fp16_patch'")
+
+
+@pytest.fixture(autouse=True)
+def ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    def get(result: Any, timeout: float) -> Any:
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(get=get))
+
+
+@pytest.fixture
+def planned(monkeypatch: pytest.MonkeyPatch) -> Ledger:
+    """This process under an FP16 plan, without patches."""
+    monkeypatch.setattr(activation._state, "plan", Plan())
+    monkeypatch.setattr(activation._state, "ledger", Ledger(kind="worker"))
+    return activation._state.ledger
+
+
+def test_a_process_answers_with_its_record(planned: Ledger) -> None:
+    (record,) = census.ask([("worker", Actor())])
+    assert (record["kind"], record["mode"], record["problem"]) == ("worker", "fp16", None)
+
+
+def test_a_process_that_cannot_answer_is_a_record_with_a_problem() -> None:
+    (record,) = census.ask([("server", Actor(fails=True))])
+    assert record["kind"] == "server"
+    assert record["problem"] == "no attestation: ModuleNotFoundError: No module named 'fp16_patch'"
+
+
+def test_a_process_where_nothing_is_active_says_so() -> None:
+    (record,) = census.ask([("worker", Actor())])
+    assert record["problem"] == "fp16_patch is not active in this process"
+
+
+def test_a_server_answers_for_children_that_left_nothing(planned: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    present = Ledger(kind="engine_core").record(Plan(), {})
+    monkeypatch.setattr(processes, "expected_children", lambda: {"engine_core": 1, "sampler_worker": 2})
+    monkeypatch.setattr(processes, "children", lambda: [present])
+    records = census.ask([("server", Actor())])
+    assert [record["kind"] for record in records[1:]] == ["engine_core", "sampler_worker", "sampler_worker"]
+    assert [bool(record["problem"]) for record in records[1:]] == [False, True, True]
+
+
+def test_a_worker_nobody_asked_about_refuses_to_step(planned: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(census, "_inside_ray_actor", lambda: True)
+    with pytest.raises(PrecisionError, match="nobody checked this job"):
+        census.require_clearance()
+    census.clear([("worker", Actor())])
+    census.require_clearance()
+
+
+def test_outside_ray_there_is_no_driver_to_wait_for(planned: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(census, "_inside_ray_actor", lambda: False)
+    census.require_clearance()
+
+
+def test_observe_stops_nobody(planned: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(activation._state, "plan", Plan(mode="observe"))
+    monkeypatch.setattr(census, "_inside_ray_actor", lambda: True)
+    census.require_clearance()

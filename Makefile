@@ -32,8 +32,9 @@ $(READY): integration/verl.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11) and "the lock file is for Python 3.11: make PYTHON=/path/to/python3.11")'
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing real verl, vLLM, Ray and torch into $(VENV): a few minutes, once"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --progress-bar on --no-deps -r integration/verl.lock
-	@$(BIN)/python -c 'import torch' || { echo 'pip took a CUDA build of torch for this machine; point pip at PyTorch'"'"'s CPU builds (PIP_EXTRA_INDEX_URL) and run make again'; rm -rf $(VENV); exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $$(grep -E '^(torch|typing-extensions|sympy|mpmath|networkx|jinja2|markupsafe|fsspec|filelock|setuptools|numpy)==' integration/verl.lock)
+	@$(BIN)/python -c 'import torch' 2>/dev/null || { rm -rf $(VENV); echo "pip found a CUDA build of torch; let PIP_EXTRA_INDEX_URL name PyTorch's index of CPU builds and run make again"; exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r integration/verl.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
 

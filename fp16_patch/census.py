@@ -47,14 +47,24 @@ def ask(actors: Sequence[tuple[str, Any]]) -> list[Record]:
     """
     import ray
 
-    calls = [(kind, handle.__ray_call__.remote(answer)) for kind, handle in actors]
+    # All are asked before the first answer is waited for.
+    calls = [(kind, _call(handle)) for kind, handle in actors]
     records: list[Record] = []
     for kind, call in calls:
         try:
+            if isinstance(call, Exception):
+                raise call
             records += [_of_kind(record, kind) for record in ray.get(call, timeout=ANSWER_TIMEOUT_S)]
         except Exception as failure:
             records.append(missing_record(kind, f"no attestation: {_first_line(failure)}"))
     return records
+
+
+def _call(handle: Any) -> Any:
+    try:
+        return handle.__ray_call__.remote(answer)
+    except Exception as failure:  # the handle of a dead actor may fail at once
+        return failure
 
 
 def clear(actors: Sequence[tuple[str, Any]]) -> None:

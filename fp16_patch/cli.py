@@ -62,8 +62,11 @@ def run(mode: str | None, command: tuple[str, ...]) -> None:
     plan = _plan("fp16", mode)
     if shutil.which(command[0]) is None:
         raise click.ClickException(f"{command[0]}: no such program")
+    if Path(command[0]).name == "ray":
+        order = "ray job submit … -- fp16-patch run -- python …"
+        raise click.ClickException(f"the plan would stay with the submitting client; turn it round: {order}")
+    processes.carry(plan)
     if plan.active:
-        processes.carry(plan)
         # Unlike a plugin, a module listed here fails loudly when it cannot be imported.
         _append("VERL_USE_EXTERNAL_MODULES", "fp16_patch.autoload")
     os.execvp(command[0], list(command))

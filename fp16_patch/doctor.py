@@ -56,8 +56,8 @@ def examine(plan: Plan, command: Sequence[str] = ()) -> Examination:
     patches = PatchSet.declared(changes=True, strict=plan.strict)
     problems = [str(verdict) for verdict in patches.verdicts if verdict.refused]
     versions = {name: _release(name) for name in PACKAGES}
-    if versions["verl"] is None and versions["openrlhf"] is None:
-        problems.append("no supported framework is installed here. Fix: pip install 'fp16-patch[verl]'")
+    if versions["verl"] is None:
+        problems.append("verl is not installed here, and no other framework is supported. Fix: pip install verl")
     examination = Examination(
         problems, versions, list(_devices()), {verdict.patch.name: str(verdict) for verdict in patches.verdicts}
     )

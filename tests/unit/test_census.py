@@ -52,6 +52,13 @@ def test_a_process_that_cannot_answer_is_a_record_with_a_problem() -> None:
     assert record["problem"] == "no attestation: ModuleNotFoundError: No module named 'fp16_patch'"
 
 
+def test_a_handle_that_cannot_even_be_asked_is_a_record_too() -> None:
+    dead = SimpleNamespace(__ray_call__=SimpleNamespace(remote=lambda function: 1 / 0))
+    records = census.ask([("worker", dead), ("worker", Actor())])
+    assert records[0]["problem"] == "no attestation: ZeroDivisionError: division by zero"
+    assert len(records) == 2
+
+
 def test_a_process_where_nothing_is_active_says_so() -> None:
     (record,) = census.ask([("worker", Actor())])
     assert record["problem"] == "fp16_patch is not active in this process"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from fp16_patch.plan import MODE_ENV, PLAN_ENV, Plan
 def started(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What `run` would have replaced this process with."""
     found: dict[str, Any] = {}
+    monkeypatch.setattr(shutil, "which", lambda program: None if program.startswith("no-") else program)
 
     def execvp(file: str, arguments: list[str]) -> None:
         found.update(arguments=arguments, env=dict(os.environ))
@@ -43,10 +45,18 @@ def test_run_keeps_the_modules_the_user_loads(started: dict[str, Any], monkeypat
     assert Plan.from_environment(started["env"]).mode == "observe"
 
 
+def test_mode_off_wins_over_the_environment(started: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(MODE_ENV, "1")
+    CliRunner().invoke(main, ["run", "--mode", "off", "--", "python"])
+    assert not Plan.from_environment(started["env"]).active
+    assert "VERL_USE_EXTERNAL_MODULES" not in started["env"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["run", "--", "no-such-program"], "no-such-program: no such program"),
+        (["run", "--", "ray", "job", "submit"], "ray job submit … -- fp16-patch run -- python …"),
         (["run", "--mode", "fp8", "--", "python"], "mode=fp8: no such mode"),
         (["report", "no/such/run"], "no/such/run"),
     ],

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -72,6 +73,36 @@ def test_what_the_submitted_job_has_set_is_not_told_to_ray_twice(monkeypatch: py
     assert PLAN_ENV in told["runtime_env"]["env_vars"]
 
 
-def test_publishing_without_a_parent_is_nothing() -> None:
+def test_publishing_without_a_parent_writes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     processes.publish(Ledger().record(Plan(), {}))
-    assert processes.children() == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def told_to_an_actor(**options: Any) -> dict[str, Any]:
+    """What Ray gets when an actor is created with these options."""
+    told: dict[str, Any] = {}
+    processes._actor_remote(lambda **given: told.update(given), None, (), options)
+    return told
+
+
+def test_an_actor_is_told_a_plan_made_here_and_keeps_its_own_options() -> None:
+    pytest.importorskip("ray")
+    assert told_to_an_actor(num_cpus=1) == {"num_cpus": 1}
+    processes.carry(Plan(init_scale=8.0))
+    told = told_to_an_actor(num_cpus=1, runtime_env={"env_vars": {"NCCL_DEBUG": "INFO"}})
+    assert told["num_cpus"] == 1
+    assert told["runtime_env"]["env_vars"]["NCCL_DEBUG"] == "INFO"
+    assert Plan.from_json(told["runtime_env"]["env_vars"][PLAN_ENV]) == Plan(init_scale=8.0)
+
+
+def test_an_inherited_plan_is_no_news_until_it_is_refined(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray")
+    with monkeypatch.context() as inherited:
+        inherited.setitem(processes._inherited, MODE_ENV, "fp16")
+        inherited.setitem(processes._inherited, PLAN_ENV, Plan().to_json())
+        processes.carry(Plan())
+        assert told_to_an_actor() == {}
+        processes.carry(Plan(init_scale=8.0))
+        variables = told_to_an_actor()["runtime_env"]["env_vars"]
+    assert Plan.from_json(variables[PLAN_ENV]) == Plan(init_scale=8.0)

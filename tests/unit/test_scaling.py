@@ -1,4 +1,4 @@
-"""Calibration, collapse and what is saved, on a stand-in for nothing: pure functions."""
+"""Calibration, collapse and what is saved: the parts that need no engine."""
 
 from __future__ import annotations
 

@@ -8,10 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 ROOT = Path(__file__).parents[1]
 CPU = ROOT / "integration" / "cpu"
 sys.path.insert(0, str(CPU))
+# Machines are noisy; and what CI finds, it must find again.
+settings.register_profile("steady", deadline=None, derandomize="CI" in os.environ)
+settings.load_profile("steady")
 # Fixtures decide what is active; the caller's shell must not.
 for name in [name for name in os.environ if name.startswith("FP16_PATCH")]:
     del os.environ[name]

@@ -16,9 +16,13 @@ import tempfile
 from pathlib import Path
 
 REPEATS = 25
-# What is loaded already where verl or vLLM load a plugin.
+# As where verl or vLLM load a plugin: these are loaded, and Python has listed every folder of its path before.
 PROBE = """
 import sys, time, importlib, typing, multiprocessing
+try:
+    import no_such_module
+except ImportError:
+    pass
 start = time.perf_counter()
 {body}
 print((time.perf_counter() - start) * 1e3)

@@ -1,10 +1,11 @@
 """One FP16 dtype in every process of an RL run, proved and measured.
 
-Importing this package is free: nothing heavy is loaded before it is needed.
+Importing this package is free: nothing heavy is loaded before it is needed. The `verl.plugins` and
+`vllm.general_plugins` entry points name attributes of this file, because both frameworks load them in every process
+they start, also for users who never asked for us: with `FP16_PATCH` unset this file is all they cost.
 """
 
-from __future__ import annotations
-
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ _HOME = {
     "PlanError": "fp16_patch.errors",
     "PrecisionError": "fp16_patch.errors",
 }
+_ENTRY_POINTS = ("load", "load_in_vllm")
 
 __all__ = [
     "Fp16PatchError",
@@ -39,7 +41,19 @@ __all__ = [
 ]
 
 
+def wanted() -> bool:
+    """Whether the environment names a mode other than `off`."""
+    return os.environ.get("FP16_PATCH", "off").strip().lower() not in ("", "0", "off", "false")
+
+
+def _nothing() -> None:
+    """What an entry point is when nobody asked for us."""
+
+
 def __getattr__(name: str) -> Any:
+    if name in _ENTRY_POINTS:
+        # Looking one up is enough to activate, where asked to: verl does not call what it finds.
+        return getattr(import_module("fp16_patch.autoload"), name) if wanted() else _nothing
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)

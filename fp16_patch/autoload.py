@@ -1,17 +1,11 @@
-"""What the `verl.plugins` and `vllm.general_plugins` entry points load: activation when `FP16_PATCH` asks for it.
+"""Activation in a process that was asked by its environment: imported by the entry points, or by name.
 
-Both frameworks load this in every process they start, also for users who never asked for us: with `FP16_PATCH` unset
-nothing but this file is imported.
+The entry points are looked up in `fp16_patch/__init__.py`, which comes here only where `FP16_PATCH` asks for it.
 """
 
 from __future__ import annotations
 
-import os
-
-
-def wanted() -> bool:
-    """Whether the environment names a mode other than `off`."""
-    return os.environ.get("FP16_PATCH", "off").strip().lower() not in ("", "0", "off", "false")
+from fp16_patch import wanted
 
 
 def load() -> None:

@@ -29,7 +29,7 @@ print((time.perf_counter() - start) * 1e3)
 assert "torch" not in sys.modules
 """
 ARMS = {
-    "both entry points": "from fp16_patch import autoload; autoload.load(); autoload.load_in_vllm()",
+    "both entry points": "import fp16_patch; fp16_patch.load; fp16_patch.load_in_vllm()",
     "an empty module": "import empty",
 }
 

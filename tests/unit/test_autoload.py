@@ -10,12 +10,13 @@ from importlib.metadata import entry_points
 
 import pytest
 
+# Both frameworks have these when they look for plugins.
 PROBE = """
-import json, sys
+import importlib.metadata, json, sys, typing
 before = set(sys.modules)
-from fp16_patch import autoload
-autoload.load()
-autoload.load_in_vllm()
+import fp16_patch
+fp16_patch.load
+fp16_patch.load_in_vllm()
 print(json.dumps(sorted(set(sys.modules) - before)))
 """
 
@@ -29,11 +30,8 @@ def imported(**env: str) -> list[str]:
 
 
 @pytest.mark.parametrize("env", [{}, {"FP16_PATCH": "off"}, {"FP16_PATCH": "0"}], ids=str)
-def test_unset_or_off_imports_two_small_files_and_nothing_else(env: dict[str, str]) -> None:
-    ours = {"fp16_patch", "fp16_patch.autoload"}
-    new = set(imported(**env))
-    assert ours <= new
-    assert not [name for name in new - ours if name.startswith(("fp16_patch", "torch", "ray", "verl", "vllm", "wrapt"))]
+def test_unset_or_off_imports_one_small_file_and_nothing_else(env: dict[str, str]) -> None:
+    assert imported(**env) == ["fp16_patch"]
 
 
 def test_switched_on_it_imports_no_framework_early() -> None:

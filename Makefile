@@ -1,19 +1,39 @@
-# Everything runs in .venv, made on first use from integration/verl.lock; nothing else on the machine is touched.
-#   make demo   real verl, three precisions, side by side
-#   make test   all tests, real end-to-end runs included
+# Everything runs in .venv and, for OpenRLHF, .venv-openrlhf, made on first use from integration/*.lock; nothing else on
+# the machine is touched.
+#   make demo            real verl, three precisions, side by side
+#   make demo-openrlhf   the same with real OpenRLHF
+#   make test            all tests, real end-to-end runs included
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
-VENV := .venv
-BIN := $(VENV)/bin
-READY := $(VENV)/.ready
+BIN := .venv/bin
+OPENRLHF_BIN := .venv-openrlhf/bin
+READY := .venv/.ready
+OPENRLHF_READY := .venv-openrlhf/.ready
+OPENRLHF_TESTS := tests/openrlhf tests/e2e/test_openrlhf_runs.py
 
-.PHONY: demo test unit lint bench clean
+# Installed uncompiled, which is many times faster: a module is compiled when it is first imported, if that is allowed.
+unexport PYTHONDONTWRITEBYTECODE
+# --no-deps: the locks are complete. They leave out torchvision, torchaudio and torchcodec, which vLLM's CPU build names
+# as needs but does not need for text, and whose builds for CUDA break a CPU torch; and OpenRLHF's flash-attn and
+# bitsandbytes, which are for CUDA only.
+INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile --no-deps
+TORCH := ^(torch|typing-extensions|sympy|mpmath|networkx|jinja2|markupsafe|fsspec|filelock|setuptools|numpy|wheel)==
+
+.PHONY: demo demo-openrlhf test test-verl test-openrlhf unit lint bench clean
 
 demo: $(READY)
 	$(BIN)/python -m integration.demo.run
 
-test: $(READY)
+demo-openrlhf: $(OPENRLHF_READY)
+	$(OPENRLHF_BIN)/python -m integration.demo.run_openrlhf
+
+test: test-verl test-openrlhf
+
+test-verl: $(READY)
 	$(BIN)/python -m pytest
+
+test-openrlhf: $(OPENRLHF_READY)
+	$(OPENRLHF_BIN)/python -m pytest $(OPENRLHF_TESTS)
 
 unit: $(READY)
 	$(BIN)/python -m pytest tests/unit
@@ -26,17 +46,26 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python -m integration.bench.mismatch
 
-# --no-deps: the lock is complete. It leaves out torchvision, torchaudio and torchcodec, which vLLM's CPU build names
-# as needs but does not need for text, and whose builds for CUDA break a CPU torch.
 $(READY): integration/verl.lock pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11) and "the lock file is for Python 3.11: make PYTHON=/path/to/python3.11")'
-	$(PYTHON) -m venv $(VENV)
-	@echo "installing real verl, vLLM, Ray and torch into $(VENV): a few minutes, once"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $$(grep -E '^(torch|typing-extensions|sympy|mpmath|networkx|jinja2|markupsafe|fsspec|filelock|setuptools|numpy)==' integration/verl.lock)
-	@$(BIN)/python -c 'import torch' 2>/dev/null || { rm -rf $(VENV); echo "pip found a CUDA build of torch; let PIP_EXTRA_INDEX_URL name PyTorch's index of CPU builds and run make again"; exit 1; }
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r integration/verl.lock
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@echo "installing real verl, vLLM, Ray and torch into .venv: a few minutes, once"
+	$(call environment,.venv,integration/verl.lock)
 	touch $@
 
+# DeepSpeed's CPU kernels are compiled here, which needs a C++ compiler, and not by the processes of the first run.
+$(OPENRLHF_READY): integration/openrlhf.lock pyproject.toml
+	@echo "installing real OpenRLHF, DeepSpeed, vLLM, Ray and torch into .venv-openrlhf: a few minutes, once"
+	$(call environment,.venv-openrlhf,integration/openrlhf.lock)
+	$(OPENRLHF_BIN)/python -m integration.cpu.compile_kernels
+	touch $@
+
+define environment
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11) and "the lock file is for Python 3.11: make PYTHON=/path/to/python3.11")'
+$(PYTHON) -m venv $(1)
+$(1)/bin/python $(INSTALL) $$(grep -E '$(TORCH)' $(2))
+@$(1)/bin/python -c 'import torch' 2>/dev/null || { rm -rf $(1); echo "pip found a CUDA build of torch; let PIP_EXTRA_INDEX_URL name PyTorch's index of CPU builds and run make again"; exit 1; }
+$(1)/bin/python $(INSTALL) -r $(2)
+$(1)/bin/python $(INSTALL) --no-build-isolation -e .
+endef
+
 clean:
-	rm -rf $(VENV) integration/demo/out integration/bench/out
+	rm -rf .venv .venv-openrlhf integration/demo/out integration/demo/out-openrlhf integration/bench/out

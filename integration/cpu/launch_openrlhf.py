@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import sys
@@ -24,7 +25,9 @@ RAY_INIT = "OPENRLHF_ON_CPU_RAY_INIT"
 ENVIRONMENT = {
     **process.ENVIRONMENT,
     "DS_ACCELERATOR": "cpu",
-    # DeepSpeed compiles its CPU kernels when they are first used; kept with the environment they were compiled for.
+    # DeepSpeed compiles its CPU kernels when they are first used, with the ninja of this Python's environment; they are
+    # kept there, too.
+    "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
     "TORCH_EXTENSIONS_DIR": str(Path(sys.prefix) / "torch_extensions"),
     # An address that every machine has, also one that cannot look up its own name.
     "GLOO_SOCKET_IFNAME": "lo",

@@ -73,6 +73,7 @@ class Job:
 class RunResult:
     """How a run ended. ``reason`` says why it was stopped, None when the trainer exited by itself.
 
+    ``error`` is the first error logged when an engine or worker failed, None if none said so.
     ``steps`` are the framework's metrics, one dict a step; verl writes a NaN as null, so it reads back as None.
     """
 
@@ -82,6 +83,7 @@ class RunResult:
     wall_seconds: float
     ready_seconds: float | None
     log: Path
+    error: str | None = None
 
     @property
     def ok(self) -> bool:
@@ -125,6 +127,7 @@ def run(job: Job, on_step: Callable[[Step], None] | None = None) -> RunResult:
         wall_seconds=time.monotonic() - started,
         ready_seconds=trainer.ready_seconds,
         log=job.log,
+        error=trainer.error,
     )
 
 
@@ -164,6 +167,10 @@ class _Trainer:
         self.process.wait()
         self._reader.join(GRACE_SECONDS)
 
+    @property
+    def error(self) -> str | None:
+        return self.cause or self.fatal_line
+
     def _read(self, output: IO[str]) -> None:
         with self.job.log.open("w", buffering=1) as log:
             for line in output:
@@ -201,7 +208,7 @@ def _reason_to_stop(trainer: _Trainer, job: Job, *, finished: bool) -> str | Non
     if now - trainer.last_line > job.quiet_seconds:
         return f"logged nothing for {job.quiet_seconds:.0f} s"
     if trainer.fatal_line and not finished and not _wait(trainer.process, GRACE_SECONDS):
-        return f"hung after: {trainer.cause or trainer.fatal_line}"
+        return f"hung after: {trainer.error}"
     return None
 
 

@@ -6,8 +6,10 @@ The arithmetic is fixed; letter case and separators are free. That freedom gives
 needs to show.
 """
 
+import json
 import random
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,6 +58,15 @@ def write_dataset(out: Path, *, train: int = 512, val: int = 64, seed: int = 0) 
     return paths
 
 
+def write_prompts(out: Path, *, count: int = 512, seed: int = 0) -> Path:
+    """Write ``prompts.jsonl`` in OpenRLHF's layout."""
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "prompts.jsonl"
+    rows = [{"input": problem.prompt, "label": problem.answer} for problem in problems(count, seed)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
 def compute_score(
     data_source: str, solution_str: str, ground_truth: str, extra_info: dict | None = None, **_settings: object
 ) -> float:
@@ -67,6 +78,22 @@ def compute_score(
 def share_of_digits(data_source: str, solution_str: str, ground_truth: str, **_settings: object) -> float:
     """A reward an untrained model earns some of; from ``compute_score`` it gets none, and so no gradient either."""
     return sum(character.isdigit() for character in solution_str) / max(len(solution_str), 1)
+
+
+def reward_func(queries: list[str], prompts: list[str], labels: list[str]) -> dict[str, object]:
+    """OpenRLHF's ``--reward.remote_url`` file: ``compute_score``."""
+    return rewards(compute_score, queries, prompts, labels)
+
+
+def rewards(
+    score: Callable[[str, str, str], float], queries: list[str], prompts: list[str], labels: list[str]
+) -> dict[str, object]:
+    """``score`` in the layout of OpenRLHF's ``reward_func``; a query is a prompt with its response."""
+    import torch
+
+    responses = [query[len(prompt) :] for query, prompt in zip(queries, prompts, strict=True)]
+    scores = torch.tensor([score("", response, label) for response, label in zip(responses, labels, strict=True)])
+    return {"rewards": scores, "scores": scores, "extra_logs": {}}
 
 
 def _row(problem: Problem, index: int) -> dict[str, object]:

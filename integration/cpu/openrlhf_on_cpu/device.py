@@ -38,16 +38,12 @@ def compute_on_cpu(strategy: ModuleType) -> None:
     wrapt.wrap_function_wrapper(strategy, "DeepspeedStrategy.moving_average", average_on_cpu)
 
 
-def mesh_of_cpus(
-    wrapped: Callable[..., Any], _instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def mesh_of_cpus(wrapped: Callable[..., Any], _instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """OpenRLHF names the mesh's device type first, and always cuda."""
     return wrapped("cpu", *args[1:], **kwargs)
 
 
-def average_on_cpu(
-    wrapped: Callable[..., Any], _instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def average_on_cpu(wrapped: Callable[..., Any], _instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """OpenRLHF names the device of the moving average last, and always cuda."""
     *rest, _device = args
     return wrapped(*rest, "cpu", **kwargs)

@@ -17,9 +17,7 @@ def compute_with_plain_weights(layer_utils: ModuleType) -> None:
     wrapt.wrap_function_wrapper(layer_utils, "dispatch_cpu_unquantized_gemm", plain_linear)
 
 
-def plain_linear(
-    _wrapped: Callable[..., Any], _instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
+def plain_linear(_wrapped: Callable[..., Any], _instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """vLLM on a CPU computes with a packed copy of a linear layer's weight, and drops the weight itself.
 
     OpenRLHF loads new weights into the live engine and has nothing packed anew: the copy would stay as it was.

@@ -47,9 +47,7 @@ def receive_in_host_memory(worker: ModuleType) -> None:
     wrapt.wrap_function_wrapper(worker, "WorkerWrap.update_weight", update_weight)
 
 
-def update_weight(
-    wrapped: Callable[..., Any], _instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def update_weight(wrapped: Callable[..., Any], _instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """OpenRLHF allocates what it receives into on the device it calls "cuda", in the middle of the method.
 
     It is the only allocation that names this device, so for the length of the call the name means the CPU.

@@ -1,0 +1,51 @@
+"""The demo: real GRPO by real OpenRLHF on this CPU, three times on the same data and seeds, in three precisions."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import click
+from rich.console import Console
+
+from integration.cpu.arms_openrlhf import ARMS
+from integration.cpu.launch_openrlhf import OpenRLHFConfig, run
+from integration.demo import task
+from integration.demo.side_by_side import SEED, STEPS, prepare_model, run_arm, write_reports
+
+OUT = Path(__file__).resolve().parent / "out-openrlhf"
+
+
+@click.command()
+@click.option("--out", type=click.Path(path_type=Path), default=OUT, help="Where runs and reports go.")
+@click.option("--steps", default=STEPS, show_default=True, help="Training steps an arm.")
+@click.option("--arm", "names", multiple=True, type=click.Choice(list(ARMS)), help="Only this arm; may be repeated.")
+def main(out: Path, steps: int, names: tuple[str, ...]) -> None:
+    """Run the arms, print them side by side, write report.json and report.html."""
+    console = Console()
+    started = time.monotonic()
+    config = prepare(out, steps, console)
+    results = {
+        name: run_arm(
+            name,
+            lambda folder, on_step, arm=ARMS[name]: run(arm.applied_to(config, folder), on_step),
+            out,
+            steps,
+            console,
+            expected_error=ARMS[name].error,
+        )
+        for name in names or ARMS
+    }
+    write_reports(results, out, "OpenRLHF on a CPU in three precisions", console)
+    console.print(f"{time.monotonic() - started:.0f} s in all")
+
+
+def prepare(out: Path, steps: int, console: Console) -> OpenRLHFConfig:
+    """Model and data, made once for an output folder; the run they are for."""
+    model = prepare_model(out, console)
+    prompts = task.write_prompts(out / "data", seed=SEED)
+    return OpenRLHFConfig(model, prompts, Path(task.__file__), out, steps=steps)
+
+
+if __name__ == "__main__":
+    main()

@@ -26,6 +26,7 @@ _CANNOT_TRAIN_WITHOUT = (
     "verl.trainer.ppo.v1.trainer_base",
     "verl.trainer.ppo.ray_trainer",
     "verl.workers.engine",
+    "openrlhf.utils.deepspeed.deepspeed",
 )
 
 
@@ -91,9 +92,10 @@ def attestation() -> Record:
     return record
 
 
-def owed_patches(kind: str) -> tuple[str, ...]:
+def owed_patches(framework: str, kind: str) -> tuple[str, ...]:
     """Patches that must be live in a process of this kind once it computes; without them its dtypes prove little."""
-    return tuple(patch.name for patch in _state.patches.patches if kind in patch.live_in)
+    patches = _state.patches.patches
+    return tuple(patch.name for patch in patches if patch.framework == framework and kind in patch.live_in)
 
 
 def refine(settings: Mapping[str, Any], source: str) -> Plan:

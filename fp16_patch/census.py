@@ -6,20 +6,76 @@ that failed to activate by itself.
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fp16_patch import processes
-from fp16_patch.activation import attestation, current_plan, ledger
+from fp16_patch.activation import attestation, current_plan, ledger, owed_patches
 from fp16_patch.errors import Finding, PrecisionError
-from fp16_patch.ledger import Record, missing_record
+from fp16_patch.ledger import Record, judge, merged, missing_record
+
+logger = logging.getLogger(__name__)
 
 ANSWER_TIMEOUT_S = 120.0
 _UNCHECKED = "nobody checked this job: fp16_patch is not live in the trainer's process, or does not know this trainer"
+
+
+class Census:
+    """A trainer's checks of all its processes: before its first update, and again now and then.
+
+    Attributes:
+        updated: the engines that have taken part in an update; a driver's hook adds to it.
+    """
+
+    def __init__(self, framework: str) -> None:
+        self.framework = framework
+        self.updated: set[str] = set()
+        self._first_step: int | None = None
+        self._last_step: int | None = None
+        self._asked_with: frozenset[str] = frozenset()
+
+    def due(self, step: int) -> bool:
+        """At first, again once an engine has updated (gradients exist then), and each `ledger_every` steps."""
+        if self._first_step is None or self._asked_with != self.updated:
+            return True
+        return step != self._last_step and (step - self._first_step) % current_plan().ledger_every == 0
+
+    def take(
+        self,
+        step: int,
+        actors: Sequence[tuple[str, Any]],
+        required: Mapping[str, Sequence[str]],
+        publish: Callable[[dict[str, Any]], None],
+    ) -> None:
+        """Ask every process what it is and what it computed in; before the first step, only a clean answer allows it.
+
+        Args:
+            actors: kind and handle of every Ray actor that computes.
+            required: role → quantities somebody must have seen by now.
+            publish: is given the answers, whatever they are.
+
+        Raises:
+            PrecisionError: with host, pid, role, quantity, what was seen and what was wanted.
+        """
+        plan = current_plan()
+        records = [record for record in (processes.driver_record(), attestation()) if record] + ask(actors)
+        publish({"processes": records, "roles": merged(records)})
+        if plan.changes and (findings := judge(records, plan, required, self._owed)):
+            raise PrecisionError(findings)
+        if self._first_step is None:
+            if plan.changes:
+                clear(actors)
+            logger.info("%d processes attest mode %s: %s", len(records), plan.mode, _summary(records))
+        self._first_step = step if self._first_step is None else self._first_step
+        self._last_step, self._asked_with = step, frozenset(self.updated)
+
+    def _owed(self, kind: str) -> tuple[str, ...]:
+        return owed_patches(self.framework, kind)
 
 
 def answer(actor: Any) -> list[Record]:
@@ -80,7 +136,7 @@ def require_clearance() -> None:
     Raises:
         PrecisionError: the driver's own check is not live, so nobody vouches for the other processes.
     """
-    if not current_plan().changes or ledger().cleared or not _inside_ray_actor():
+    if not current_plan().changes or ledger().cleared or not inside_ray_actor():
         return
     where = socket.gethostname(), os.getpid(), ledger().kind
     raise PrecisionError([Finding(*where, "clearance", _UNCHECKED, "given before the first optimizer step")])
@@ -91,7 +147,8 @@ def _of_kind(record: Record, kind: str) -> Record:
     return {**record, "kind": kind} if record["kind"] == "process" else record
 
 
-def _inside_ray_actor() -> bool:
+def inside_ray_actor() -> bool:
+    """Whether this process is a Ray actor: a driver elsewhere decides about it then."""
     ray = sys.modules.get("ray")
     return bool(ray and ray.is_initialized() and ray.get_runtime_context().get_actor_id())
 
@@ -99,3 +156,10 @@ def _inside_ray_actor() -> bool:
 def _first_line(failure: Exception) -> str:
     lines = [line for line in str(failure).splitlines() if line.strip()]
     return f"{type(failure).__name__}: {lines[-1].strip() if lines else ''}"[:300]
+
+
+def _summary(records: Sequence[Record]) -> str:
+    return "; ".join(
+        f"{role}: " + ", ".join(f"{quantity}={'|'.join(seen)}" for quantity, seen in row.items())
+        for role, row in merged(records).items()
+    )

@@ -55,6 +55,7 @@ def run(mode: str | None, command: tuple[str, ...]) -> None:
     \b
     Examples:
       fp16-patch run -- python -m verl.trainer.main_ppo <your usual arguments>
+      fp16-patch run -- python -m openrlhf.cli.train_ppo_ray <your usual arguments>
       fp16-patch run --mode observe -- python -m verl.trainer.main_ppo <your usual arguments>
     """
     from fp16_patch import processes
@@ -69,6 +70,7 @@ def run(mode: str | None, command: tuple[str, ...]) -> None:
     if plan.active:
         # Unlike a plugin, a module listed here fails loudly when it cannot be imported.
         _append("VERL_USE_EXTERNAL_MODULES", "fp16_patch.autoload")
+        _put_first("PYTHONPATH", str(Path(__file__).parent / "startup"))
     os.execvp(command[0], list(command))
 
 
@@ -126,6 +128,11 @@ def _plan(default_mode: str, mode: str | None = None) -> Plan:
         return plan if mode is None else Plan.from_settings({"mode": mode}, "--", base=replace(plan))
     except Fp16PatchError as problem:
         raise click.ClickException(str(problem)) from problem
+
+
+def _put_first(variable: str, path: str) -> None:
+    others = [other for other in os.environ.get(variable, "").split(os.pathsep) if other and other != path]
+    os.environ[variable] = os.pathsep.join([path, *others])
 
 
 def _append(variable: str, module: str) -> None:

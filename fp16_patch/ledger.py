@@ -20,7 +20,7 @@ from fp16_patch.plan import Plan
 Roles = dict[str, dict[str, list[str]]]
 Record = dict[str, Any]
 
-STAYS_FP32 = ("master", "gradient", "log_prob", "entropy")
+STAYS_FP32 = ("master", "gradient", "log_prob", "entropy", "rope")
 # Casting fp32 masters in the sampler rounds once, as sending them in the compute dtype does.
 COMPUTE_OR_FP32 = ("wire", "engine_weight", "value")
 # Every other quantity is in the plan's compute dtype: autocast, parameter, activation, kv_cache.

@@ -119,7 +119,7 @@ class Patch:
         release = installed_release(self.package)
         path = source_file(self.module)
         found = None if path is None else fingerprint_file(path, self.qualname)
-        if release is None:
+        if release is None or installed_release(self.framework) is None:
             status = Status.ABSENT
         else:
             status = Status.APPLIES if found in self.releases.values() else Status.CHANGED

@@ -33,6 +33,7 @@ class Plan:
         growth_interval: optimizer steps without overflow before the scale doubles.
         growth_factor: what the scale is multiplied by then.
         backoff_factor: what the scale is multiplied by after an overflow.
+        hysteresis: overflows before DeepSpeed's scaler lowers the scale; torch's always lowers it at the first.
         min_scale: floor of the scale; an overflow there is a collapse.
         max_consecutive_skips: this many skipped steps in a row are a collapse.
         strict: refuse framework code we do not know. When false that is one warning and the ledger still decides.
@@ -48,6 +49,7 @@ class Plan:
     growth_interval: int = 400
     growth_factor: float = 2.0
     backoff_factor: float = 0.5
+    hysteresis: int = 1
     min_scale: float = 1.0
     max_consecutive_skips: int = 20
     strict: bool = True
@@ -199,6 +201,7 @@ _CHECKS: tuple[Callable[[Plan], Conflict | None], ...] = (
     _range_check("growth_interval", lambda value: value >= 1, "at least 1 step, 400 by default"),
     _range_check("growth_factor", lambda value: math.isfinite(value) and value > 1, "a factor above 1"),
     _range_check("backoff_factor", lambda value: 0 < value < 1, "a factor between 0 and 1"),
+    _range_check("hysteresis", lambda value: value >= 1, "at least 1 overflow, 1 by default"),
     _range_check("max_consecutive_skips", lambda value: value >= 1, "at least 1 step, 20 by default"),
     _range_check("ledger_every", lambda value: value >= 1, "at least 1 step, 50 by default"),
     _check_floor,

@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,6 +28,7 @@ from fp16_patch.plan import MODE_ENV, PLAN_ENV, Plan
 
 SPOOL_ENV = "FP16_PATCH_SPOOL"
 ROLE_ENV = "FP16_PATCH_ROLE"
+KIND_ENV = "FP16_PATCH_KIND"
 DRIVER_ENV = "FP16_PATCH_DRIVER"
 # Without its frameworks' plugin settings a carried plan would not be picked up on another machine.
 _CARRIED = (MODE_ENV, PLAN_ENV, DRIVER_ENV, "VERL_USE_EXTERNAL_MODULES", "VERL_USE_EXTERNAL_PLUGINS", "VLLM_PLUGINS")
@@ -35,6 +36,7 @@ _CARRIED = (MODE_ENV, PLAN_ENV, DRIVER_ENV, "VERL_USE_EXTERNAL_MODULES", "VERL_U
 _inherited = {name: os.environ.get(name) for name in _CARRIED}
 _hooked = False
 _expected_children: dict[str, int] = {}
+_kept_children: list[Record] = []
 
 
 def carry(plan: Plan) -> None:
@@ -142,11 +144,17 @@ def _spool() -> tuple[int | None, Path]:
 
 
 def children() -> list[Record]:
-    """The records this process's children have left."""
+    """The records this process's children have left, or that were fetched from them."""
     owner, spool = _spool()
-    if owner != os.getpid():
-        return []
-    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(spool.glob("*.json"))]
+    paths = sorted(spool.glob("*.json")) if owner == os.getpid() else []
+    left = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    # What was fetched is of now, what was left is of the last change.
+    return [*({(record["host"], record["pid"]): record for record in [*left, *_kept_children]}.values())]
+
+
+def keep_children(records: Sequence[Record]) -> None:
+    """Answer for these child processes too, in place of what was fetched of them before."""
+    _kept_children[:] = records
 
 
 def publish(record: Record) -> None:

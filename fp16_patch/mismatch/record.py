@@ -16,7 +16,9 @@ PLAN, MISMATCH, STEPS, LEDGER = "plan.json", "mismatch.jsonl", "steps.jsonl", "l
 RECORD_FILES = (PLAN, MISMATCH, STEPS, LEDGER)
 RECORD_FOLDER = "fp16_patch"
 
-FLOAT32_BY_DESIGN = frozenset({"master", "gradient", "wire", "logits", "log_prob", "entropy"})
+FLOAT32_BY_DESIGN = frozenset({"master", "gradient", "wire", "logits", "log_prob", "entropy", "rope"})
+# verl's and OpenRLHF's names for the mean reward of a step.
+REWARDS = ("critic/score/mean", "rollout/reward_mean")
 DTYPE_ALIASES = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "float": "float32"}
 
 Ledger = dict[str, dict[str, list[str]]]
@@ -58,7 +60,7 @@ class RunRecord:
             "steps": len(self.recorded_steps()),
             "tokens": self.total().tokens,
             "wall_s": self.wall_s,
-            "reward": list(self.series("critic/score/mean").values()),
+            "reward": [reward for name in REWARDS for reward in self.series(name).values()],
             "loss_scale": scales[-1] if scales else None,
             "skipped": int(max(self.series("fp16/skipped_total").values(), default=0)),
             "ledger": self.ledger,

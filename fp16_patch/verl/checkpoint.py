@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from fp16_patch.activation import current_plan
-from fp16_patch.verl.engine import history_of, scaler_of
+from fp16_patch.stepping import history_of
+from fp16_patch.verl.engine import scaler_of
 
 logger = logging.getLogger(__name__)
 

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
-from fp16_patch import census
 from fp16_patch.activation import current_plan, ledger
-from fp16_patch.errors import LossScaleCollapse
-from fp16_patch.scaling import StepHistory, StepOutcome, collapse_reason, nonfinite_parameters, sharded_scaler
+from fp16_patch.compute import watch_compute
+from fp16_patch.scaling import StepHistory, nonfinite_parameters, sharded_scaler
+from fp16_patch.stepping import WatchedEngine, history_of
 from fp16_patch.verl.config import force
-
-logger = logging.getLogger(__name__)
-
-_HISTORY = "_fp16_patch_history"
 
 
 def role_of(engine: Any) -> str:
@@ -26,13 +21,6 @@ def role_of(engine: Any) -> str:
     if engine.model_config.model_type == "value_model":
         return "critic"
     return "ref" if engine.engine_config.forward_only else "actor"
-
-
-def history_of(engine: Any) -> StepHistory:
-    """The engine's record of its optimizer steps."""
-    if not hasattr(engine, _HISTORY):
-        setattr(engine, _HISTORY, StepHistory())
-    return getattr(engine, _HISTORY)  # type: ignore[no-any-return]
 
 
 def scaler_of(engine: Any) -> Any:
@@ -51,26 +39,17 @@ def build_fsdp_module(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> nn.M
         trains = plan.scales_loss and not engine.engine_config.forward_only
         engine.scaler = sharded_scaler(plan, _device_type()) if trains else None
     ledger().rank = engine.rank
-    _watch_compute(module, role_of(engine))
+    watch_compute(module, role_of(engine))
     return module
 
 
 def optimizer_step(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> float:
     """`FSDPEngine.optimizer_step`: no step before the driver allows it, its outcome recorded, collapse raised."""
-    plan, history, role = current_plan(), history_of(engine), role_of(engine)
-    census.require_clearance()
-    _note_gradients(engine, role)
-    scale = _scale(engine)
-    culprits = _culprits(engine) if _may_collapse(engine, scale) else []
-    grad_norm: float = wrapped(*args, **kwargs)
-    after = _scale(engine)
-    outcome = StepOutcome(after, _was_skipped(engine, scale, after, grad_norm), grad_norm)
-    history.add(outcome)
-    if outcome.skipped and plan.changes:
-        _announce_skip(engine, role, scale)
-        _raise_on_collapse(engine, role, scale, culprits)
+    _note_gradients(engine, role_of(engine))
+    outcome = _FSDPStep(engine, lambda: wrapped(*args, **kwargs)).step()
+    if outcome.skipped and current_plan().changes:
         _hold_floor(engine)
-    return grad_norm
+    return outcome.grad_norm
 
 
 def lr_scheduler_step(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> float:
@@ -85,8 +64,8 @@ def lr_scheduler_step(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> floa
 def train_batch(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
     """`BaseEngine.train_batch`: the outcome of the step goes into verl's metrics, a skipped step's norm does not."""
     outputs = wrapped(*args, **kwargs)
-    history = getattr(engine, _HISTORY, None)
-    if history is None or history.last is None or not engine.is_mp_src_rank_with_outputs():
+    history = history_of(engine)
+    if history.last is None or not engine.is_mp_src_rank_with_outputs():
         return outputs
     # Lists: the worker chains them over ranks and mini-batches.
     outputs["metrics"].update({name: [value] for name, value in _wire_metrics(history).items()})
@@ -112,47 +91,25 @@ def _scale(engine: Any) -> float | None:
     return float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else None
 
 
-def _was_skipped(engine: Any, before: float | None, after: float | None, grad_norm: float) -> bool:
-    if scaler_of(engine) is None:
-        return not math.isfinite(grad_norm)  # what verl looks at then
-    # torch lowers the scale after an overflow and never otherwise; a scaler it has disabled skips nothing.
-    return before is not None and after is not None and after < before
+class _FSDPStep(WatchedEngine):
+    def __init__(self, engine: Any, take: Callable[[], float]) -> None:
+        super().__init__(engine, role_of(engine))
+        self._take = take
 
+    def loss_scale(self) -> float | None:
+        return _scale(self.engine)
 
-def _may_collapse(engine: Any, scale: float | None) -> bool:
-    plan, history = current_plan(), history_of(engine)
-    last_chance = history.consecutive_skips + 1 >= plan.max_consecutive_skips
-    return plan.changes and (last_chance or (scale is not None and scale <= plan.min_scale))
+    def take(self) -> float:
+        return self._take()
 
+    def was_skipped(self, scale_before: float | None, scale_after: float | None, grad_norm: float) -> bool:
+        if scaler_of(self.engine) is None:
+            return not math.isfinite(grad_norm)  # what verl looks at then
+        # torch lowers the scale after an overflow and never otherwise; a scaler it has disabled skips nothing.
+        return scale_before is not None and scale_after is not None and scale_after < scale_before
 
-def _culprits(engine: Any) -> list[str]:
-    # Looked for before the step: clipping by a NaN norm makes every gradient NaN.
-    return nonfinite_parameters(local_gradients(engine.module))
-
-
-def _announce_skip(engine: Any, role: str, scale: float | None) -> None:
-    history = history_of(engine)
-    if engine.rank != 0:
-        return
-    if scale is None or not history.calibrating:
-        logger.warning("%s: optimizer step %d skipped, loss scale %s", role, history.attempted, scale)
-    elif history.attempted == 1:
-        logger.warning(
-            "%s: gradients overflowed at loss scale %g; the scale now looks for its level, so the first "
-            "steps may be skipped. This is calibration and expected.",
-            role,
-            scale,
-        )
-
-
-def _raise_on_collapse(engine: Any, role: str, scale: float | None, culprits: list[str]) -> None:
-    reason = collapse_reason(current_plan(), history_of(engine), scale)
-    if reason is None:
-        return
-    # Every rank skipped the same step, so every rank comes here.
-    of_ranks: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather_object(of_ranks, culprits)
-    raise LossScaleCollapse(role, history_of(engine).attempted, reason, dict(enumerate(of_ranks)))
+    def nonfinite(self) -> list[str]:
+        return nonfinite_parameters(local_gradients(self.engine.module))
 
 
 def _hold_floor(engine: Any) -> None:
@@ -192,32 +149,3 @@ def _flat_gradients(name: str, flat: Any, gradient: torch.Tensor) -> Iterator[tu
         if shard.in_shard:
             start = shard.offset_in_shard
             yield prefix + fqn, gradient.flatten()[start : start + shard.numel_in_shard]
-
-
-def _watch_compute(module: nn.Module, role: str) -> None:
-    for linear in _first_linear_of_each_tower(module):
-        linear.register_forward_hook(_ComputeWatch(role))
-
-
-def _first_linear_of_each_tower(module: nn.Module) -> list[nn.Linear]:
-    """One linear layer of each stack of blocks: of several (vision, audio, language) a batch may use only some."""
-    towers: dict[str, nn.Linear] = {}
-    for name, child in module.named_modules():
-        if isinstance(child, nn.Linear):
-            tower, blocks, _ = name.partition("layers.")
-            towers.setdefault(tower if blocks else "", child)
-    return list(towers.values())
-
-
-class _ComputeWatch:
-    """A forward hook that notes the dtypes a linear layer really computes in."""
-
-    def __init__(self, role: str) -> None:
-        self.role = role
-
-    def __call__(self, linear: nn.Linear, inputs: Any, output: torch.Tensor) -> None:
-        device = output.device.type
-        enabled = torch.is_autocast_enabled(device)
-        ledger().note(self.role, "autocast", torch.get_autocast_dtype(device) if enabled else output.dtype)
-        ledger().note(self.role, "parameter", linear.weight.dtype)
-        ledger().note(self.role, "activation", output.dtype)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
-
-import torch
 
 from fp16_patch import processes
 from fp16_patch.activation import attestation, ledger
+from fp16_patch.vllm.engine import note_engine, watch_hidden_states
 
 
 def build_cli_args(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
@@ -27,8 +26,8 @@ def build_cli_args(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
 def monkey_patch_model(wrapped: Any, worker: Any, args: Any, kwargs: Any) -> Any:
     """`vLLMColocateWorkerExtension.monkey_patch_model`, called once the engine is up: note weights and KV cache."""
     result = wrapped(*args, **kwargs)
-    _note_engine(worker)
-    _watch_hidden_states(worker.model_runner.model)
+    note_engine(_role(), worker)
+    watch_hidden_states(_role(), worker)
     processes.publish(attestation())
     return result
 
@@ -38,7 +37,7 @@ def update_weights(wrapped: Any, worker: Any, args: Any, kwargs: Any) -> Any:
     weights = kwargs.get("weights", args[0] if args else ())
     result = wrapped(*args, **kwargs)
     arrived = {weight.dtype for _, weight in weights if weight.is_floating_point()}
-    if ledger().note(_role(), "wire", *arrived) or _note_engine(worker):
+    if ledger().note(_role(), "wire", *arrived) or note_engine(_role(), worker):
         processes.publish(attestation())
     return result
 
@@ -68,50 +67,3 @@ def _actor_name() -> str:
     import ray
 
     return str(ray.get_runtime_context().get_actor_name() or "")
-
-
-def _note_engine(worker: Any) -> bool:
-    runner = worker.model_runner
-    weights = {parameter.dtype for parameter in runner.model.parameters() if parameter.is_floating_point()}
-    new_weight = ledger().note(_role(), "engine_weight", *weights)
-    new_cache = ledger().note(_role(), "kv_cache", *_attention_cache_dtypes(runner))
-    return new_weight or new_cache
-
-
-def _attention_cache_dtypes(runner: Any) -> set[torch.dtype]:
-    """Dtypes of the KV cache as allocated, or as specified where other state shares its pages.
-
-    Next to state-space layers, vLLM allocates pages of bytes and views them as each layer needs.
-    """
-    specs = list(_layer_specs(getattr(runner, "kv_cache_config", None)))
-    if any(not hasattr(spec, "dtype") for spec in specs):
-        return {spec.dtype for spec in specs if hasattr(spec, "dtype")}
-    return {cache.dtype for cache in _tensors(runner.kv_caches)}
-
-
-def _layer_specs(cache_config: Any) -> Iterator[Any]:
-    for group in getattr(cache_config, "kv_cache_groups", ()):
-        yield from getattr(group.kv_cache_spec, "kv_cache_specs", {"": group.kv_cache_spec}).values()
-
-
-def _tensors(caches: Any) -> Iterator[torch.Tensor]:
-    if isinstance(caches, torch.Tensor):
-        yield caches
-    elif isinstance(caches, Iterable):
-        for cache in caches:
-            yield from _tensors(cache)
-
-
-def _watch_hidden_states(model: Any) -> None:
-    # Outside vLLM's compiled graph, and gone after the first call.
-    compute_logits = getattr(model, "compute_logits", None)
-    if compute_logits is None:
-        return
-
-    def watched(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        model.compute_logits = compute_logits
-        ledger().note(_role(), "activation", hidden_states.dtype)
-        processes.publish(attestation())
-        return compute_logits(hidden_states, *args, **kwargs)
-
-    model.compute_logits = watched

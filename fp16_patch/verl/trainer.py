@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fp16_patch import census, processes
-from fp16_patch.activation import attestation, current_plan, ledger, owed_patches, refine
-from fp16_patch.errors import PlanError, PrecisionError
-from fp16_patch.ledger import Record, judge, merged
+from fp16_patch import processes
+from fp16_patch.activation import attestation, current_plan, ledger, refine
+from fp16_patch.census import Census
+from fp16_patch.errors import PlanError
 from fp16_patch.mismatch.collect import Monitor
 from fp16_patch.mismatch.record import LEDGER, PLAN
 from fp16_patch.verl import config as verl_config
@@ -21,26 +21,6 @@ logger = logging.getLogger(__name__)
 _CENSUS = "_fp16_patch_census"
 _OUTCOME_SUFFIXES = ("/min", "/max")
 _monitor: Monitor | None = None
-
-
-@dataclass
-class _Census:
-    """When this trainer's processes were asked, and which engines had updated by then."""
-
-    first_step: int | None = None
-    last_step: int | None = None
-    asked_with: frozenset[str] = frozenset()
-    updated: set[str] = field(default_factory=set)
-
-    def due(self, step: int, every: int) -> bool:
-        """At first, again once an engine has updated (gradients exist then), and each so many steps."""
-        if self.first_step is None or self.asked_with != self.updated:
-            return True
-        return step != self.last_step and (step - self.first_step) % every == 0
-
-    def took(self, step: int) -> None:
-        self.first_step = step if self.first_step is None else self.first_step
-        self.last_step, self.asked_with = step, frozenset(self.updated)
 
 
 def validate_config(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
@@ -126,25 +106,15 @@ def prepare(config: Any) -> None:
 
 
 def judge_processes(trainer: Any) -> None:
-    """Ask every process what it is and what it computed in; before the first step, only a clean answer lets it happen.
+    """Ask every process, where that is due; `Census.take` says what follows.
 
     Raises:
-        PrecisionError: with host, pid, role, quantity, what was seen and what was wanted.
+        PrecisionError: a process or a dtype is not as planned.
     """
-    plan, step, past = current_plan(), trainer.global_steps, _census_of(trainer)
-    if not past.due(step, plan.ledger_every):
-        return
-    actors = actors_of(trainer)
-    records = [record for record in (processes.driver_record(), attestation()) if record] + census.ask(actors)
-    _publish_ledger(records)
-    required = required_quantities(trainer, past.updated)
-    if plan.changes and (findings := judge(records, plan, required, owed_patches)):
-        raise PrecisionError(findings)
-    if past.first_step is None:
-        if plan.changes:
-            census.clear(actors)
-        logger.info("%d processes attest mode %s: %s", len(records), plan.mode, _summary(records))
-    past.took(step)
+    census = _census_of(trainer)
+    if census.due(trainer.global_steps):
+        required = required_quantities(trainer, census.updated)
+        census.take(trainer.global_steps, actors_of(trainer), required, _publish_ledger)
 
 
 def actors_of(trainer: Any) -> list[tuple[str, Any]]:
@@ -205,9 +175,9 @@ def _replicas(trainer: Any) -> list[Any]:
     return replicas
 
 
-def _census_of(trainer: Any) -> _Census:
+def _census_of(trainer: Any) -> Census:
     if not hasattr(trainer, _CENSUS):
-        setattr(trainer, _CENSUS, _Census())
+        setattr(trainer, _CENSUS, Census("verl"))
     return getattr(trainer, _CENSUS)  # type: ignore[no-any-return]
 
 
@@ -218,16 +188,9 @@ def _judged_update(role: str, wrapped: Any, trainer: Any, args: Any, kwargs: Any
     return result
 
 
-def _publish_ledger(records: list[Record]) -> None:
+def _publish_ledger(answers: dict[str, Any]) -> None:
     if _monitor is not None:
-        _monitor.write(LEDGER, {"processes": records, "roles": merged(records)})
-
-
-def _summary(records: list[Record]) -> str:
-    return "; ".join(
-        f"{role}: " + ", ".join(f"{quantity}={'|'.join(seen)}" for quantity, seen in row.items())
-        for role, row in merged(records).items()
-    )
+        _monitor.write(LEDGER, answers)
 
 
 def _out_dir(config: Any) -> Path:

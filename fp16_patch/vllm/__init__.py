@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from multiprocessing import current_process
 
 from fp16_patch import processes
@@ -12,8 +13,12 @@ _KINDS = {"EngineCore": "engine_core", "VllmWorker": "sampler_worker"}
 
 
 def attest_this_process() -> None:
-    """Leave an attestation if this is EngineCore or a worker; the server is asked by the driver itself."""
+    """Leave an attestation if this is EngineCore or a worker; a server is asked by the driver itself."""
     kind = next((kind for name, kind in _KINDS.items() if current_process().name.startswith(name)), None)
     if kind is not None:
         ledger().kind = kind
         processes.publish(attestation())
+    elif os.environ.get(processes.KIND_ENV) == "server" and ledger().kind == "process":
+        ledger().kind = "server"
+        in_process = os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0"
+        processes.expect_children({} if in_process else {"engine_core": 1})

@@ -74,7 +74,7 @@ def test_a_server_answers_for_children_that_left_nothing(planned: Ledger, monkey
 
 
 def test_a_worker_nobody_asked_about_refuses_to_step(planned: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(census, "_inside_ray_actor", lambda: True)
+    monkeypatch.setattr(census, "inside_ray_actor", lambda: True)
     with pytest.raises(PrecisionError, match="nobody checked this job"):
         census.require_clearance()
     census.clear([("worker", Actor())])
@@ -82,11 +82,11 @@ def test_a_worker_nobody_asked_about_refuses_to_step(planned: Ledger, monkeypatc
 
 
 def test_outside_ray_there_is_no_driver_to_wait_for(planned: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(census, "_inside_ray_actor", lambda: False)
+    monkeypatch.setattr(census, "inside_ray_actor", lambda: False)
     census.require_clearance()
 
 
 def test_observe_stops_nobody(planned: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(activation._state, "plan", Plan(mode="observe"))
-    monkeypatch.setattr(census, "_inside_ray_actor", lambda: True)
+    monkeypatch.setattr(census, "inside_ray_actor", lambda: True)
     census.require_clearance()

@@ -16,14 +16,14 @@ def trainer(config: Any, *, critic: bool = False) -> Any:
 
 
 def test_processes_are_asked_first_then_after_each_engines_first_update_then_now_and_then() -> None:
-    from fp16_patch.verl.trainer import _Census
+    from fp16_patch.census import Census
 
-    census, asked = _Census(), []
+    census, asked = Census("verl"), []
     for step in range(1, 104):
         # The critic updates from step 1, the actor from step 4: a warm-up.
         for engine in ("critic", *(["actor"] if step >= 4 else [])):
-            if census.due(step, every=50):
-                census.took(step)
+            if census.due(step):
+                census.take(step, [], {}, publish=lambda answers: None)
                 asked.append((step, engine))
             census.updated.add(engine)
     assert asked == [(1, "critic"), (2, "critic"), (5, "critic"), (51, "critic"), (101, "critic")]
@@ -57,7 +57,7 @@ def test_outcomes_lose_the_suffix_verl_aggregates_by() -> None:
 def test_pages_shared_with_other_state_are_judged_by_their_specification() -> None:
     import torch
 
-    from fp16_patch.verl.rollout import _attention_cache_dtypes
+    from fp16_patch.vllm.engine import _attention_cache_dtypes
 
     def runner(*specs: Any, cache: Any) -> Any:
         groups = [SimpleNamespace(kv_cache_spec=spec) for spec in specs]

@@ -1,0 +1,107 @@
+"""OpenRLHF's command line under the plan: what is forced, and what is refused with the flag and the fix."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fp16_patch.errors import Conflict, PlanError
+from fp16_patch.plan import MODE_ENV, Plan
+
+_PARAM_DTYPE = {"float16": "fp16", "bfloat16": "bf16"}
+_GRADIENT_DTYPE = "fp32"
+# vLLM's own list where it is installed; this is vLLM 0.29's, for a driver without vLLM.
+_NOT_IN_FLOAT16 = ("gemma2", "gemma3", "gemma3_text", "glm4")
+_MODELS = ("actor.model_name_or_path", "critic.model_name_or_path", "reward.model_name_or_path")
+
+
+def check(args: Any, plan: Plan) -> None:
+    """Stop before any model is loaded if a setting of the run cannot be had under the plan.
+
+    Args:
+        args: OpenRLHF's arguments, in its nested namespaces.
+
+    Raises:
+        PlanError: with every such flag, its value and the fix.
+    """
+    conflicts = list(conflicts_of(args, plan)) if plan.changes else []
+    if conflicts:
+        raise PlanError(conflicts)
+
+
+def conflicts_of(args: Any, plan: Plan) -> Iterator[Conflict]:
+    """Settings of the command line, and of the plan, that cannot be had together."""
+    if plan.dtype not in _PARAM_DTYPE:
+        yield Conflict(MODE_ENV, plan.mode, "OpenRLHF trains in bf16 or fp16 only", "use bf16, fp16 or observe")
+    if get(args, "ds.load_in_4bit"):
+        yield Conflict("--ds.load_in_4bit", True, "OpenRLHF computes 4-bit weights in bfloat16", "leave it out")
+    if (size := get(args, "ds.tensor_parallel_size") or 1) > 1:
+        reason = "OpenRLHF builds DeepSpeed's tensor parallelism in bfloat16"
+        yield Conflict("--ds.tensor_parallel_size", size, reason, "use 1, with a higher --ds.zero_stage")
+    for key in _MODELS:
+        yield from _model_conflicts(key, get(args, key), plan)
+    if plan.scales_loss:
+        yield from _scaler_conflicts(plan)
+
+
+def _model_conflicts(key: str, name: Any, plan: Plan) -> Iterator[Conflict]:
+    stored = _stored_config(name)
+    if method := (stored.get("quantization_config") or {}).get("quant_method"):
+        reason = f"the model is stored quantized ({method}), and would be trained so"
+        yield Conflict(f"--{key}", name, reason, f"use its {plan.dtype} or bfloat16 weights")
+    if key.startswith("actor.") and plan.scales_loss and stored.get("model_type") in _refused_in_float16():
+        reason = f"vLLM refuses models of type {stored['model_type']} in float16: their activations leave its range"
+        yield Conflict(f"--{key}", name, reason, f"use another model, or {MODE_ENV}=bf16")
+
+
+def _stored_config(name: Any) -> dict[str, Any]:
+    path = Path(str(name)).expanduser() / "config.json"
+    if name is None or not path.is_file():
+        return {}  # on a hub: read by OpenRLHF later, and refused by vLLM itself
+    return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def _refused_in_float16() -> tuple[str, ...]:
+    try:
+        from vllm.config import model as vllm_model
+    except ImportError:
+        return _NOT_IN_FLOAT16
+    return tuple(getattr(vllm_model, "_FLOAT16_NOT_SUPPORTED_MODELS", _NOT_IN_FLOAT16))
+
+
+def _scaler_conflicts(plan: Plan) -> Iterator[Conflict]:
+    """Settings of the plan that DeepSpeed's scaler does not have."""
+    if not math.log2(plan.init_scale).is_integer():
+        yield Conflict("fp16_patch.init_scale", plan.init_scale, "DeepSpeed starts at a power of two", "use 65536")
+    if plan.min_scale != int(plan.min_scale):
+        yield Conflict("fp16_patch.min_scale", plan.min_scale, "DeepSpeed's floor is a whole number", "use 1")
+    for name, only in (("growth_factor", 2.0), ("backoff_factor", 0.5)):
+        if (value := getattr(plan, name)) != only:
+            reason = "DeepSpeed's scaler doubles and halves"
+            yield Conflict(f"fp16_patch.{name}", value, reason, f"use {only:g}")
+
+
+def apply_to(args: Any, plan: Plan) -> list[str]:
+    """Write the plan into the arguments that OpenRLHF's models and DeepSpeed's configuration are built from.
+
+    Returns:
+        One line for each flag that said something else, `--flag: before → after`.
+    """
+    changed = []
+    for name, after in (("param_dtype", _PARAM_DTYPE[str(plan.dtype)]), ("grad_accum_dtype", _GRADIENT_DTYPE)):
+        before = getattr(args.ds, name, None)
+        if before != after:
+            changed.append(f"--ds.{name}: {before} → {after}")
+        setattr(args.ds, name, after)
+    return changed
+
+
+def get(args: Any, key: str) -> Any:
+    """The value of a dotted flag, None where this command line has no such flag."""
+    value = args
+    for part in key.split("."):
+        value = getattr(value, part, None)
+    return value

@@ -1,0 +1,69 @@
+"""Step counters and scaler settings beside DeepSpeed's checkpoints, which hold the loss scale itself."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from fp16_patch.activation import current_plan
+from fp16_patch.openrlhf.strategy import argument, bound, role_of
+from fp16_patch.stepping import history_of
+
+logger = logging.getLogger(__name__)
+
+_KEY = "fp16_patch"
+
+
+def save_ckpt(wrapped: Any, strategy: Any, args: Any, kwargs: Any) -> Any:
+    """`DeepspeedStrategy.save_ckpt`: the step counters go with the client state."""
+    engine = argument(wrapped, args, kwargs, "model")
+    call = bound(wrapped, args, kwargs)
+    call.arguments["client_state"] = {
+        **(call.arguments.get("client_state") or {}),
+        _KEY: {"history": history_of(engine).state_dict()},
+    }
+    return wrapped(*call.args, **call.kwargs)
+
+
+def load_ckpt(wrapped: Any, strategy: Any, args: Any, kwargs: Any) -> Any:
+    """`DeepspeedStrategy.load_ckpt`: the saved scale goes on; window, hysteresis and floor are the plan's."""
+    engine = argument(wrapped, args, kwargs, "model")
+    path, states = wrapped(*args, **kwargs)
+    if path is None or not current_plan().scales_loss:
+        return path, states
+    if _KEY in states:
+        history_of(engine).load_state_dict(states[_KEY]["history"])
+    else:
+        logger.warning("%s: no step counters in %s (saved without fp16_patch?); they start at 0", role_of(engine), path)
+    _resettle(engine)
+    return path, states
+
+
+def _resettle(engine: Any) -> None:
+    """DeepSpeed restores the whole scaler, settings of the old run included; a bf16 run's has no scale at all."""
+    plan, scaler = current_plan(), engine.optimizer.loss_scaler
+    if not scaler.dynamic:
+        _start_afresh(engine)
+        return
+    scaler.scale_window, scaler.min_scale = plan.growth_interval, int(plan.min_scale)
+    scaler.delayed_shift, scaler.cur_hysteresis = plan.hysteresis, min(scaler.cur_hysteresis, plan.hysteresis)
+
+
+def _start_afresh(engine: Any) -> None:
+    from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
+
+    plan = current_plan()
+    logger.warning(
+        "%s: the checkpoint is of a run without a loss scale; it starts at %g and may skip a few steps while it finds "
+        "its level",
+        role_of(engine),
+        plan.init_scale,
+    )
+    optimizer = engine.optimizer
+    optimizer.loss_scaler = CreateLossScaler(
+        dtype=optimizer.dtype,
+        static_loss_scale=0,
+        dynamic_scaling=True,
+        dynamic_loss_args=engine.dynamic_loss_scale_args(),
+    )
+    optimizer.dynamic_loss_scale = True

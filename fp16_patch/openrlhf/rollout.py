@@ -1,0 +1,82 @@
+"""The sampler: vLLM's engines in the plan's dtype, and the log-probs of the tokens they sample."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from fp16_patch import processes
+from fp16_patch.activation import attestation, current_plan, ledger
+from fp16_patch.vllm.engine import note_engine
+
+_LOG_PROBS = {"logprobs_mode": "processed_logprobs", "max_logprobs": 1}
+
+
+def create_vllm_engines(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    """`create_vllm_engines`, which has bfloat16 written in: the engines it starts get the plan's dtype.
+
+    Not the actor's own methods: Ray sends an actor's class by value, and a wrapper on them is lost on the way.
+    """
+    with _standing_in(wrapped.__module__, "RolloutRayActor", _PlannedEngine):
+        return wrapped(*args, **kwargs)
+
+
+def dispatch_prompts(wrapped: Any, generator: Any, args: Any, kwargs: Any) -> Any:
+    """`SamplesGenerator._dispatch_prompts_to_vllm`: ask for the sampled tokens' log-probs, corrected for or not."""
+    with _standing_in(wrapped.__module__, "SamplingParams", _with_log_probs):
+        return wrapped(*args, **kwargs)
+
+
+def update_weight(wrapped: Any, worker: Any, args: Any, kwargs: Any) -> Any:
+    """`WorkerWrap.update_weight` and `update_weight_cuda_ipc`: note what came over the wire and what it became."""
+    result = wrapped(*args, **kwargs)
+    role = os.environ.get(processes.ROLE_ENV, "rollout")
+    arrived = kwargs["dtype"] if "dtype" in kwargs else args[1]
+    if ledger().note(role, "wire", arrived) or note_engine(role, worker):
+        processes.publish(attestation())
+    return result
+
+
+def engine_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+    """What OpenRLHF passes to an engine, with the plan's dtype and the log-probs the learner's are comparable with."""
+    planned = {**_LOG_PROBS, **arguments}
+    if current_plan().changes:
+        planned["dtype"] = current_plan().dtype
+    return planned
+
+
+class _PlannedEngine:
+    """Stands in for the Ray actor class while engines are created."""
+
+    def __init__(self, actor_class: Any) -> None:
+        self._actor_class = actor_class
+
+    def options(self, **options: Any) -> _PlannedEngine:
+        environment = processes.with_carried_environment(options.get("runtime_env"))
+        environment["env_vars"].update({processes.KIND_ENV: "server", processes.ROLE_ENV: "rollout"})
+        return _PlannedEngine(self._actor_class.options(**{**options, "runtime_env": environment}))
+
+    def remote(self, *args: Any, **arguments: Any) -> Any:
+        return self._actor_class.remote(*args, **engine_arguments(arguments))
+
+
+def _with_log_probs(sampling_params: Any) -> Any:
+    def make(**settings: Any) -> Any:
+        return sampling_params(**{**settings, "logprobs": settings.get("logprobs") or 1})
+
+    return make
+
+
+@contextmanager
+def _standing_in(module_name: str, name: str, stand_in: Any) -> Iterator[None]:
+    """Replace what a module's function looks up by `name` for the length of one call."""
+    module = sys.modules[module_name]
+    original = getattr(module, name)
+    setattr(module, name, stand_in(original))
+    try:
+        yield
+    finally:
+        setattr(module, name, original)

@@ -1,0 +1,16 @@
+"""SFT, DPO and reward-model training: no sampler and no driver, so each process speaks for itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fp16_patch.openrlhf.strategy import argument, inner
+from fp16_patch.stepping import history_of
+
+
+def save_logs_and_checkpoints(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
+    """`SFTTrainer`, `DPOTrainer` and `RewardModelTrainer.save_logs_and_checkpoints`: the step's outcome is logged."""
+    logs = argument(wrapped, args, kwargs, "logs_dict")
+    if logs is not None:
+        logs.update(history_of(inner(trainer.model)).metrics())
+    return wrapped(*args, **kwargs)

@@ -1,0 +1,180 @@
+"""The PPO trainer: every process is judged before the first update, and what happened is recorded."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fp16_patch.activation import current_plan, ledger
+from fp16_patch.census import Census
+from fp16_patch.mismatch.collect import Monitor
+from fp16_patch.mismatch.record import LEDGER, PLAN
+from fp16_patch.openrlhf.strategy import history_since, inner, norms_of
+from fp16_patch.stepping import history_of
+from fp16_patch.vllm import server
+
+logger = logging.getLogger(__name__)
+
+_CENSUS = "_fp16_patch_census"
+_GROUPS = {"actor": "actor_model_group", "critic": "critic_model_group", "reward": "reward_model_group"}
+_GROUPS["ref"] = "reference_model_group"
+_monitor: Monitor | None = None
+
+
+def init(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
+    """`BasePPOTrainer.__init__`: the record is opened, and the engines are asked to watch their first rollout."""
+    global _monitor
+    _drop_copies(type(trainer))
+    result = wrapped(*args, **kwargs)
+    ledger().kind = "task_runner"
+    run = trainer.args
+    caveats = caveats_of(run)
+    for caveat in caveats:
+        logger.warning("the mismatch of this run: %s", caveat)
+    _monitor = Monitor(Path(current_plan().out_dir or Path(run.ckpt.path) / "fp16_patch"))
+    plan = {**asdict(current_plan()), "dtype": current_plan().dtype, "caveats": caveats}
+    _monitor.write(PLAN, {"framework": "openrlhf", **plan})
+    server.request_records(trainer.vllm_engines or [])
+    return result
+
+
+def make_experience(wrapped: Any, maker: Any, args: Any, kwargs: Any) -> Any:
+    """`RemoteExperienceMaker.make_experience`, where OpenRLHF has both log-probs of the tokens just sampled."""
+    experiences = wrapped(*args, **kwargs)
+    if _monitor is not None:
+        for experience in experiences:
+            _observe(_monitor, experience)
+    return experiences
+
+
+def ppo_train(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
+    """`BasePPOTrainer.ppo_train`: no update before every process is judged."""
+    step = int(kwargs["global_steps"] if "global_steps" in kwargs else args[0]) + 1
+    census = _census_of(trainer)
+    if census.due(step):
+        engines = trainer.vllm_engines or []
+        server.refresh_records(engines)
+        census.take(step, actors_of(trainer), required_quantities(trainer, census.updated), _publish_ledger)
+    status = wrapped(*args, **kwargs)
+    census.updated |= {role for role in ("actor", "critic") if f"{role}_lr" in status}
+    return status
+
+
+def train_step(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
+    """`BasePPOTrainer.train_step`: our metrics join OpenRLHF's status, and the step goes on record."""
+    status, step = wrapped(*args, **kwargs)
+    if _monitor is not None:
+        _monitor.end_step(step, status)
+    return status, step
+
+
+def save_logs_and_checkpoints(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
+    """`BasePPOTrainer.save_logs_and_checkpoints`, a step's end: the job's end comes without notice after the last."""
+    result = wrapped(*args, **kwargs)
+    if _monitor is not None:
+        _monitor.flush()
+    return result
+
+
+def train_actor(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
+    """`ActorPPOTrainer.ppo_train`: the outcome of its optimizer steps goes into OpenRLHF's status."""
+    return _reported("actor", "fp16/", inner(trainer.actor), lambda: wrapped(*args, **kwargs))
+
+
+def train_critic(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
+    """`CriticPPOTrainer.ppo_train`: as for the actor."""
+    return _reported("critic", "fp16/critic/", inner(trainer.critic), lambda: wrapped(*args, **kwargs))
+
+
+def actors_of(trainer: Any) -> list[tuple[str, Any]]:
+    """Kind and handle of every Ray actor that computes: the learners' ranks and the samplers' servers."""
+    groups = [getattr(trainer, attribute) for attribute in _GROUPS.values()]
+    workers = [("worker", worker) for group in groups if group is not None for worker in group._actor_handlers]
+    return workers + [("server", engine) for engine in trainer.vllm_engines or []]
+
+
+def required_quantities(trainer: Any, updated: set[str]) -> dict[str, tuple[str, ...]]:
+    """Role → quantities that must have been seen by now.
+
+    Args:
+        updated: the roles that have taken part in an update.
+    """
+    computed, trained = ("parameter", "activation", "rope"), ("gradient", "master")
+    synced = ("wire",) if "actor" in updated else ()
+    required: dict[str, tuple[str, ...]] = {"rollout": ("engine_weight", "kv_cache", "activation", *synced)}
+    for role, attribute in _GROUPS.items():
+        if getattr(trainer, attribute) is not None:
+            output = "log_prob" if role in ("actor", "ref") else "value"
+            required[role] = (*computed, output, *(trained if role in updated else ()))
+    if not trainer.vllm_engines:
+        del required["rollout"]
+    return required
+
+
+def caveats_of(args: Any) -> list[str]:
+    """What, besides precision, sampler and learner differ in under these arguments."""
+    return [caveat for holds, caveat in _CAVEATS if holds(args)]
+
+
+def _drop_copies(actor_class: Any) -> None:
+    """Let a Ray actor's class inherit what we wrapped: Ray copies every inherited method when it makes the class."""
+    from openrlhf.trainer.ppo_trainer import BasePPOTrainer
+
+    for name, method in vars(BasePPOTrainer).items():
+        copy = vars(actor_class).get(name)
+        if hasattr(method, "__wrapped__") and getattr(copy, "__qualname__", None) == f"BasePPOTrainer.{name}":
+            setattr(actor_class, name, method)
+
+
+def _observe(monitor: Monitor, experience: Any) -> None:
+    sampler, learner = experience.rollout_log_probs, experience.action_log_probs
+    if sampler is not None and learner is not None:
+        monitor.observe(sampler, learner, experience.action_mask)
+
+
+def _reported(role: str, prefix: str, engine: Any, train: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    history, norms = history_of(engine), norms_of(engine)
+    before = history.attempted, history.skipped_total
+    norms.clear()
+    status = train()
+    outcome = history_since(engine, *before)
+    status.update({prefix + name.removeprefix("fp16/"): value for name, value in outcome.items()})
+    if current_plan().changes and history.skipped_total > before[1]:
+        _without_skipped_norms(status, f"{role}_grad_norm", role, norms)
+    return status
+
+
+def _without_skipped_norms(status: dict[str, Any], name: str, role: str, norms: list[float]) -> None:
+    # DeepSpeed repeats the norm of the last step taken, 0 if there was none.
+    status.pop(name, None)
+    if norms:
+        # OpenRLHF reports the actor's last norm and the critic's mean.
+        status[name] = norms[-1] if role == "actor" else float(torch.tensor(norms).mean())
+
+
+def _census_of(trainer: Any) -> Census:
+    if not hasattr(trainer, _CENSUS):
+        setattr(trainer, _CENSUS, Census("openrlhf"))
+    return getattr(trainer, _CENSUS)  # type: ignore[no-any-return]
+
+
+def _publish_ledger(answers: dict[str, Any]) -> None:
+    if _monitor is not None:
+        _monitor.write(LEDGER, answers)
+
+
+_CAVEATS: tuple[tuple[Callable[[Any], bool], str], ...] = (
+    (
+        lambda args: args.train.async_enable,
+        "includes the age of the sampler's weights: --train.async_enable",
+    ),
+    (
+        lambda args: args.rollout.top_p < 1,
+        "includes the renormalization by --rollout.top_p, which the learner does not do",
+    ),
+)

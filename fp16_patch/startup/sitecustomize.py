@@ -1,0 +1,33 @@
+"""What `fp16-patch run` puts on PYTHONPATH: Python imports it at start, and it activates when OpenRLHF is imported.
+
+OpenRLHF has no plugins, and its launching process nothing else that could import us. A sitecustomize that this one
+shadows runs as it would have.
+"""
+
+import sys
+from pathlib import Path
+
+
+def _run_the_shadowed() -> None:
+    here = Path(__file__).resolve().parent
+    elsewhere = [path for path in sys.path if Path(path).resolve() != here]
+    ours, sys.path[:] = sys.modules.pop(__name__, None), elsewhere
+    try:
+        import sitecustomize  # noqa: F401
+    except ModuleNotFoundError as missing:
+        if missing.name != "sitecustomize":
+            raise
+        sys.modules[__name__] = ours  # type: ignore[assignment]
+
+
+def _activate_with_openrlhf() -> None:
+    import wrapt
+
+    from fp16_patch import wanted
+
+    if wanted():
+        wrapt.register_post_import_hook(lambda _openrlhf: __import__("fp16_patch.openrlhf"), "openrlhf")
+
+
+_activate_with_openrlhf()
+_run_the_shadowed()

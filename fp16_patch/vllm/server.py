@@ -1,0 +1,81 @@
+"""Records of vLLM's workers, fetched by the Ray actor that holds the engine: `collective_rpc` reaches them anywhere."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import Any
+
+from fp16_patch import processes
+from fp16_patch.activation import attestation, ledger
+from fp16_patch.ledger import Record, missing_record
+from fp16_patch.vllm.engine import note_engine, watch_hidden_states
+
+FETCH_TIMEOUT_S = 120.0
+_POLL_S = 0.05
+
+_fetches: set[Future[None]] = set()
+
+
+def request_records(engines: Sequence[Any]) -> None:
+    """Have each engine's workers note what they hold, without waiting for it.
+
+    Args:
+        engines: handles of asynchronous Ray actors with an `AsyncLLM` in their attribute `llm`.
+    """
+    for engine in engines:
+        engine.__ray_call__.remote(_fetch)
+
+
+def refresh_records(engines: Sequence[Any]) -> None:
+    """Have each engine fetch its workers' records now; an engine that cannot is found out by the census."""
+    import ray
+
+    if not engines:
+        return
+    ray.wait([engine.__ray_call__.remote(_fetch) for engine in engines], num_returns=len(engines))
+    deadline = time.monotonic() + FETCH_TIMEOUT_S
+    while time.monotonic() < deadline and not all(_fetched(ray, engine) for engine in engines):
+        time.sleep(_POLL_S)
+
+
+def _fetched(ray: Any, engine: Any) -> bool:
+    try:
+        return bool(ray.get(engine.__ray_call__.remote(_is_idle)))
+    except Exception:
+        return True  # the census asks the same actor, and says what is wrong with it
+
+
+def _fetch(actor: Any) -> None:
+    # Ray may call this on the actor's event loop or beside it; on it, waiting for the engine would be for ever.
+    loop = actor.llm.output_handler.get_loop()
+    fetch = asyncio.run_coroutine_threadsafe(_keep_workers_records(actor.llm), loop)
+    _fetches.add(fetch)
+    fetch.add_done_callback(_fetches.discard)
+
+
+def _is_idle(actor: Any) -> bool:
+    del actor
+    return not _fetches
+
+
+async def _keep_workers_records(llm: Any) -> None:
+    try:
+        records = await llm.collective_rpc(record_of_worker)
+    except Exception as failure:
+        records = [missing_record("sampler_worker", f"no attestation: {failure}")]
+    processes.keep_children(records)
+
+
+def record_of_worker(worker: Any) -> Record:
+    """Runs in vLLM's worker: note what it holds, watch its next forward, and attest."""
+    role = os.environ.get(processes.ROLE_ENV, "rollout")
+    if ledger().kind == "process":
+        ledger().kind = "sampler_worker"
+    note_engine(role, worker)
+    if "activation" not in ledger().roles.get(role, {}):
+        watch_hidden_states(role, worker)
+    return attestation()

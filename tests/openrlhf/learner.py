@@ -1,0 +1,309 @@
+"""OpenRLHF's own DeepSpeed learner on gloo ranks, put through what FP16 training meets; leaves one JSON of facts.
+
+Started by `torch.distributed.run`; see `test_learner.py`. Nothing here looks at fp16_patch: the same facts are taken
+from stock OpenRLHF and from OpenRLHF under a plan.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from openrlhf.models import Actor, get_llm_for_sequence_regression
+from openrlhf.utils import get_strategy
+from openrlhf.utils.config import hierarchize
+
+# Large enough to overflow FP16 gradients, small enough for a finite FP32 loss.
+OVERFLOWING = 1e30
+SEQUENCES, TOKENS, ACCUMULATED = 2, 12, 2
+
+
+class Learner:
+    """A policy or a critic prepared by OpenRLHF's strategy, with a loss that can be made to overflow on some ranks."""
+
+    def __init__(self, arguments: argparse.Namespace, role: str = "actor", param_dtype: str | None = None) -> None:
+        run = run_arguments(arguments, param_dtype)
+        self.strategy = get_strategy(run)
+        self.strategy.setup_distributed()
+        settings = {
+            "attn_implementation": "sdpa",
+            "param_dtype": run.ds.param_dtype,
+            "ds_config": self.strategy.get_ds_train_config(),
+        }
+        if role == "actor":
+            model = Actor(arguments.model, **settings)
+        else:
+            model = get_llm_for_sequence_regression(arguments.model, role, init_value_head=True, **settings)
+        self.model, self.optimizer, self.scheduler = self.strategy.prepare((model, training()))
+        self.engine = self.model.model if role == "actor" else self.model
+
+    def step(self, poisoned: frozenset[int] | set[int] = frozenset()) -> None:
+        """One update of two micro-batches."""
+        sequences, mask = batch()
+        factor = OVERFLOWING if dist.get_rank() in poisoned else 1.0
+        for _ in range(ACCUMULATED):
+            output = self.model(sequences, mask[:, 1:], attention_mask=mask)
+            self.strategy.backward(-output.float().mean() * factor, self.model, self.optimizer)
+            self.strategy.optimizer_step(self.optimizer, self.model, self.scheduler, name="model")
+
+    def scale(self) -> float | None:
+        return float(self.engine.optimizer.loss_scale) if self.engine.fp16_enabled() else None
+
+    def masters(self) -> torch.Tensor:
+        """This rank's FP32 master weights, one after the other."""
+        optimizer = self.engine.optimizer
+        groups = getattr(optimizer, "single_partition_of_fp32_groups", None) or optimizer.fp32_partitioned_groups_flat
+        return torch.cat([group.detach().flatten().clone() for group in groups])
+
+    def lr(self) -> float:
+        return float(self.scheduler.get_last_lr()[0])
+
+
+def run_arguments(arguments: argparse.Namespace, param_dtype: str | None) -> Any:
+    """What OpenRLHF's command line would have parsed."""
+    flags = {
+        "actor.model_name_or_path": arguments.model,
+        "ckpt.path": str(Path(arguments.out) / "checkpoints"),
+        "ds.param_dtype": param_dtype or arguments.param_dtype,
+        "ds.zero_stage": arguments.zero_stage,
+        "ds.tensor_parallel_size": 1,
+        "ds.load_in_4bit": False,
+        "local_rank": -1,
+        "train.seed": 1,
+        "train.micro_batch_size": SEQUENCES,
+        "train.batch_size": SEQUENCES * ACCUMULATED * dist_size(),
+        "train.dynamic_batch_enable": False,
+    }
+    return hierarchize(argparse.Namespace(**flags))
+
+
+def training() -> dict[str, Any]:
+    adam = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0}
+    schedule = {"lr_scheduler": "linear", "lr_warmup_ratio": 0.1, "scheduler_steps": 100, "max_norm": 1.0}
+    return {"optim": "adam", "adam": adam, **schedule}
+
+
+def dist_size() -> int:
+    return int(os.environ["WORLD_SIZE"])
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(7 + dist.get_rank())
+    sequences = torch.randint(3, 90, (SEQUENCES, TOKENS), generator=generator)
+    return sequences, torch.ones_like(sequences)
+
+
+def configuration(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What DeepSpeed made of OpenRLHF's configuration, and what the model computes in."""
+    facts = {}
+    for role in ("actor", "critic"):
+        learner = Learner(arguments, role)
+        dtypes = watched(learner.engine.module)
+        accumulated = gradient_dtypes(learner)
+        scaler, module = learner.engine.optimizer.loss_scaler, learner.engine.module
+        facts[role] = {
+            "scale": learner.scale(),
+            "window": getattr(scaler, "scale_window", None),
+            "hysteresis": getattr(scaler, "delayed_shift", None),
+            "floor": getattr(scaler, "min_scale", None),
+            "communication": name_of(learner.engine.communication_data_type),
+            "accumulation": accumulated,
+            "master": name_of(learner.masters().dtype),
+            "parameters": sorted({name_of(parameter.dtype) for parameter in module.parameters()}),
+            "rope": sorted({name_of(buffer.dtype) for name, buffer in module.named_buffers() if "inv_freq" in name}),
+            "outputs": sorted(dtypes),
+        }
+    return facts
+
+
+def overflow_on_one_rank(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Two good updates, one that overflows on the last rank only, one good one."""
+    learner = Learner(arguments)
+    learner.step()
+    learner.step()
+    before, lr, scale = learner.masters(), learner.lr(), learner.scale()
+    learner.step(poisoned={dist.get_world_size() - 1})
+    after = learner.masters()
+    held, lowered = learner.lr() == lr, learner.scale()
+    learner.step()
+    return {
+        "unchanged_on_every_rank": everywhere(torch.equal(before, after)),
+        "lr_held": held,
+        "lr_moves_again": learner.lr() != lr,
+        "trains_again": everywhere(not torch.equal(after, learner.masters())),
+        "scale_before": scale,
+        "scale_after": lowered,
+        "skipped_of_attempted": [learner.engine.skipped_steps, learner.engine.global_steps],
+    }
+
+
+def endless_overflow(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Updates that overflow until something stops them, 40 at most; how it ended."""
+    learner = Learner(arguments)
+    for attempt in range(1, 41):
+        try:
+            learner.step(poisoned={0})
+        except Exception as end:
+            return {"attempts": attempt, "error": type(end).__name__, "message": str(end)}
+    return {"attempts": 40, "error": None, "message": "", "scale": learner.scale()}
+
+
+def growing_scale(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The norm of the gradient that reaches the optimizer in each of six like updates, as the scale grows."""
+    learner = Learner(arguments)
+    scaler = learner.engine.optimizer.loss_scaler
+    # It doubles at every other update, and never so far that one overflows.
+    scaler.scale_window, scaler.cur_scale = 1, 256.0
+    learner.engine.optimizer.clip_grad = 0.0
+    scales, norms = [], []
+    with gradients_given_to(learner.engine.optimizer) as given:
+        for _ in range(6):
+            # From the same weights: what is compared is one gradient, unscaled at different scales.
+            learner.engine.optimizer.optimizer.param_groups[0]["lr"] = 0.0
+            scales.append(learner.scale())
+            learner.step()
+            norms.append(float(torch.linalg.vector_norm(torch.cat(given))))
+            given.clear()
+    return {"scales": [*scales, learner.scale()], "norms": norms}
+
+
+def resume(arguments: argparse.Namespace) -> dict[str, Any]:
+    """A run saved after an overflow, and one that goes on from it."""
+    folder = str(Path(arguments.out) / "resumed")
+    learner = Learner(arguments)
+    learner.step(poisoned={0})
+    learner.step()
+    saved = {"scale": learner.scale(), "iteration": learner.engine.optimizer.loss_scaler.cur_iter}
+    learner.strategy.save_ckpt(learner.engine, folder, "step", client_state={"global_step": 7})
+    resumed = Learner(arguments)
+    fresh = resumed.scale()
+    _, states = resumed.strategy.load_ckpt(resumed.engine, folder)
+    scaler = resumed.engine.optimizer.loss_scaler
+    return {
+        "saved": saved,
+        "fresh": fresh,
+        "resumed": {"scale": resumed.scale(), "iteration": scaler.cur_iter},
+        "client_state": states["global_step"],
+        "counted": {name: states.get("fp16_patch", {}).get("history", {}).get(name) for name in COUNTERS},
+        "trains": trains(resumed),
+    }
+
+
+def resume_from_bf16(arguments: argparse.Namespace) -> dict[str, Any]:
+    """An FP16 run that goes on from a checkpoint of one that had no loss scale."""
+    folder = Path(arguments.out) / "bf16"
+    if dist.get_rank() == 0:
+        shutil.copytree(arguments.bf16_checkpoint, folder, dirs_exist_ok=True)
+    dist.barrier()
+    learner = Learner(arguments)
+    learner.strategy.load_ckpt(learner.engine, str(folder))
+    return {"scale": learner.scale(), "trains": trains(learner)}
+
+
+def bf16_checkpoint(arguments: argparse.Namespace) -> dict[str, Any]:
+    """A checkpoint of a bf16 run."""
+    learner = Learner(arguments, param_dtype="bf16")
+    learner.step()
+    learner.strategy.save_ckpt(learner.engine, str(Path(arguments.out) / "checkpoint"), "step")
+    return {"scale": learner.scale()}
+
+
+COUNTERS = ("attempted", "skipped_total", "consecutive_skips")
+
+
+def trains(learner: Learner) -> bool:
+    before = learner.masters()
+    learner.step()
+    return everywhere(not torch.equal(before, learner.masters()))
+
+
+def everywhere(fact: bool) -> bool:
+    facts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(facts, fact)
+    return all(facts)
+
+
+def gradient_dtypes(learner: Learner) -> list[str]:
+    """Dtypes of the gradients that an update's micro-batches have added up to, seen as the step begins."""
+    seen: set[str] = set()
+    optimizer, step = learner.engine.optimizer, learner.engine.optimizer.step
+
+    def looking(*args: Any, **kwargs: Any) -> Any:
+        for gradients in optimizer.averaged_gradients.values():
+            seen.update(name_of(gradient.dtype) for gradient in gradients)
+        return step(*args, **kwargs)
+
+    optimizer.step = looking
+    learner.step()
+    optimizer.step = step
+    return sorted(seen)
+
+
+def watched(module: torch.nn.Module) -> set[str]:
+    """Fills with the dtypes of what linear layers put out."""
+    dtypes: set[str] = set()
+    for layer in module.modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.register_forward_hook(lambda _layer, _inputs, output: dtypes.add(name_of(output.dtype)))
+    return dtypes
+
+
+@contextmanager
+def gradients_given_to(optimizer: Any) -> Iterator[list[torch.Tensor]]:
+    """Collects the gradients DeepSpeed hands to the optimizer it wraps, unscaled and clipped."""
+    given: list[torch.Tensor] = []
+    step = optimizer.optimizer.step
+
+    def collecting(*args: Any, **kwargs: Any) -> Any:
+        weights = [weight for group in optimizer.optimizer.param_groups for weight in group["params"]]
+        given.extend(weight.grad.detach().flatten().clone() for weight in weights if weight.grad is not None)
+        return step(*args, **kwargs)
+
+    optimizer.optimizer.step = collecting
+    try:
+        yield given
+    finally:
+        optimizer.optimizer.step = step
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+SCENARIOS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
+    scenario.__name__: scenario
+    for scenario in (
+        configuration,
+        overflow_on_one_rank,
+        endless_overflow,
+        growing_scale,
+        resume,
+        resume_from_bf16,
+        bf16_checkpoint,
+    )
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("scenarios", nargs="+", choices=SCENARIOS)
+    for name in ("--model", "--out", "--bf16-checkpoint"):
+        parser.add_argument(name)
+    parser.add_argument("--param-dtype", default="bf16")
+    parser.add_argument("--zero-stage", type=int, default=2)
+    arguments = parser.parse_args()
+    facts = {name: SCENARIOS[name](arguments) for name in arguments.scenarios}
+    if dist.get_rank() == 0:
+        (Path(arguments.out) / "facts.json").write_text(json.dumps(facts))
+
+
+if __name__ == "__main__":
+    main()

@@ -15,6 +15,8 @@ from fp16_patch.plan import MODE_ENV, Plan
 
 PACKAGES = ("torch", "transformers", "ray", "verl", "vllm", "openrlhf", "deepspeed", "wrapt")
 _MAIN_PPO = "verl.trainer.main_ppo"
+_OPENRLHF = "openrlhf.cli."
+_FRAMEWORKS = ("verl", "openrlhf")
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Examination:
 
 
 def examine(plan: Plan, command: Sequence[str] = ()) -> Examination:
-    """Look at what is installed and, given a verl command line, at the configuration it composes; starts nothing.
+    """Look at what is installed and, given a framework's command line, at what it configures; starts nothing.
 
     Args:
         command: as for a shell, e.g. `python -m verl.trainer.main_ppo actor_rollout_ref.actor.strategy=fsdp2`.
@@ -56,8 +58,8 @@ def examine(plan: Plan, command: Sequence[str] = ()) -> Examination:
     patches = PatchSet.declared(changes=True, strict=plan.strict)
     problems = [str(verdict) for verdict in patches.verdicts if verdict.refused]
     versions = {name: _release(name) for name in PACKAGES}
-    if versions["verl"] is None:
-        problems.append("verl is not installed here, and no other framework is supported. Fix: pip install verl")
+    if not any(versions[name] for name in _FRAMEWORKS):
+        problems.append("neither verl nor OpenRLHF is installed here. Fix: pip install one of them")
     examination = Examination(
         problems, versions, list(_devices()), {verdict.patch.name: str(verdict) for verdict in patches.verdicts}
     )
@@ -75,8 +77,8 @@ def compose_verl(command: list[str]) -> Any:
         PlanError: this is not a verl command line, or hydra rejects it.
     """
     if _MAIN_PPO not in command:
-        fix = f"give it as you run it: python -m {_MAIN_PPO} key=value …"
-        raise PlanError([Conflict("command", " ".join(command), "not a verl command line", fix)])
+        fix = f"give it as you run it: python -m {_MAIN_PPO} key=value …, or python -m {_OPENRLHF}train_ppo_ray …"
+        raise PlanError([Conflict("command", " ".join(command), "not a command line of verl or OpenRLHF", fix)])
     arguments = command[command.index(_MAIN_PPO) + 1 :]
     options, overrides = _split_hydra_options(arguments)
     from hydra import compose, initialize_config_dir, initialize_config_module
@@ -99,6 +101,25 @@ def compose_verl(command: list[str]) -> Any:
 def _examine_command(examination: Examination, command: list[str], plan: Plan) -> None:
     # Importing the framework's folder activates it; here it is only asked.
     os.environ[MODE_ENV] = "off"
+    if any(word.startswith(_OPENRLHF) for word in command):
+        _examine_openrlhf(examination, command, plan)
+    else:
+        _examine_verl(examination, command, plan)
+
+
+def _examine_openrlhf(examination: Examination, command: list[str], plan: Plan) -> None:
+    from fp16_patch.openrlhf import arguments
+
+    main = next(index for index, word in enumerate(command) if word.startswith(_OPENRLHF))
+    args = arguments.from_command(command[main + 1 :])
+    examination.stock_roles.update(arguments.effective_dtypes(args, Plan(mode="observe")))
+    examination.roles.update(arguments.effective_dtypes(args, plan))
+    if plan.changes:
+        examination.problems.extend(str(conflict) for conflict in arguments.conflicts_of(args, plan))
+        examination.overridden.extend(arguments.apply_to(args, plan))
+
+
+def _examine_verl(examination: Examination, command: list[str], plan: Plan) -> None:
     from fp16_patch.verl import config as settings
 
     try:

@@ -31,6 +31,14 @@ def verl_environment(extra: Mapping[str, str] = {}) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(CPU), str(ROOT)]), **extra}
 
 
+def openrlhf_environment(extra: Mapping[str, str] = {}) -> dict[str, str]:
+    """The environment for OpenRLHF processes on a CPU, started without the launcher."""
+    from integration.cpu import launch_openrlhf
+
+    path = os.pathsep.join([str(launch_openrlhf.STARTUP), str(CPU), str(ROOT)])
+    return {**os.environ, **launch_openrlhf.ENVIRONMENT, "PYTHONPATH": path, **extra}
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model of 2.4 million parameters with its tokenizer."""

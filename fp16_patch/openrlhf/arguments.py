@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from fp16_patch.errors import Conflict, PlanError
@@ -38,7 +39,7 @@ def conflicts_of(args: Any, plan: Plan) -> Iterator[Conflict]:
         yield Conflict(MODE_ENV, plan.mode, "OpenRLHF trains in bf16 or fp16 only", "use bf16, fp16 or observe")
     if get(args, "ds.load_in_4bit"):
         yield Conflict("--ds.load_in_4bit", True, "OpenRLHF computes 4-bit weights in bfloat16", "leave it out")
-    if (size := get(args, "ds.tensor_parallel_size") or 1) > 1:
+    if (size := int(get(args, "ds.tensor_parallel_size") or 1)) > 1:
         reason = "OpenRLHF builds DeepSpeed's tensor parallelism in bfloat16"
         yield Conflict("--ds.tensor_parallel_size", size, reason, "use 1, with a higher --ds.zero_stage")
     for key in _MODELS:
@@ -97,6 +98,47 @@ def apply_to(args: Any, plan: Plan) -> list[str]:
             changed.append(f"--ds.{name}: {before} → {after}")
         setattr(args.ds, name, after)
     return changed
+
+
+def from_command(flags: Sequence[str]) -> Any:
+    """The nested arguments of a command line, without OpenRLHF's own parser, which runs the training.
+
+    Args:
+        flags: what follows the module's name; values stay strings, a flag without one is True.
+    """
+    given: dict[str, Any] = {}
+    name = None
+    for word in flags:
+        if word.startswith("--"):
+            name, _, value = word.removeprefix("--").partition("=")
+            given[name] = value or True
+        elif name is not None and given[name] is True:
+            given[name] = word
+    return _nested(given)
+
+
+def effective_dtypes(args: Any, plan: Plan) -> dict[str, str]:
+    """Role → the dtype it computes in on OpenRLHF 0.11.2, with the plan or (mode `observe`) without it."""
+    learner = {"fp16": "float16"}.get(get(args, "ds.param_dtype"), "bfloat16")
+    roles = ["actor", *(["ref"] if float(get(args, "algo.kl.init_coef") or 0.01) > 0 else [])]
+    if (get(args, "algo.advantage.estimator") or "gae") == "gae":
+        roles.append("critic")
+    if not get(args, "reward.remote_url") and not get(args, "train.agent_func_path"):
+        roles.append("reward")
+    return {**{role: str(plan.dtype or learner) for role in roles}, "rollout": str(plan.dtype or "bfloat16")}
+
+
+def _nested(given: Mapping[str, Any]) -> Any:
+    root = SimpleNamespace(ds=SimpleNamespace())
+    for name, value in given.items():
+        *path, last = name.split(".")
+        space = root
+        for part in path:
+            if not hasattr(space, part):
+                setattr(space, part, SimpleNamespace())
+            space = getattr(space, part)
+        setattr(space, last, value)
+    return root
 
 
 def get(args: Any, key: str) -> Any:

@@ -53,7 +53,7 @@ def test_an_unfit_command_line_exits_with_1_and_the_reason_first() -> None:
     ("arguments", "env", "reason"),
     [
         (("--", *COMMAND, "no.such.key=1"), {}, "no.such.key"),
-        (("--", "python", "train.py"), {}, "not a verl command line"),
+        (("--", "python", "train.py"), {}, "not a command line of verl or OpenRLHF"),
         (("--", *COMMAND, "+fp16_patch.init_scal=2"), {}, "did you mean 'init_scale'"),
         ((), {"VERL_USE_EXTERNAL_PLUGINS": "none"}, "VERL_USE_EXTERNAL_PLUGINS=none"),
         ((), {"VLLM_PLUGINS": "other"}, "VLLM_PLUGINS=other"),

@@ -1,0 +1,163 @@
+"""OpenRLHF's DeepSpeed learner with and without a plan: each defect is seen on stock OpenRLHF first, then gone."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import openrlhf_environment
+
+pytestmark = [pytest.mark.openrlhf, pytest.mark.e2e]
+pytest.importorskip("openrlhf")
+
+Facts = dict[str, Any]
+LEARNER = Path(__file__).parent / "learner.py"
+FP16_PATCH = str(Path(sys.executable).with_name("fp16-patch"))
+# A floor above 1, so that it is not DeepSpeed's default that is met.
+FLOOR = 4
+PLAN = {"FP16_PATCH_MIN_SCALE": str(FLOOR), "FP16_PATCH_GROWTH_INTERVAL": "300"}
+STOCK = ("configuration", "overflow_on_one_rank", "endless_overflow", "growing_scale", "resume", "bf16_checkpoint")
+PLANNED = ("configuration", "overflow_on_one_rank", "endless_overflow", "growing_scale", "resume", "resume_from_bf16")
+ROLES = ("actor", "critic")
+
+
+@pytest.fixture(scope="session")
+def learner(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Facts]:
+    """Run scenarios once for each arm, ZeRO stage and number of ranks; what they found."""
+    known: dict[tuple[str, int, int], Facts] = {}
+
+    def run(arm: str, stage: int = 2, ranks: int = 2) -> Facts:
+        if (arm, stage, ranks) not in known:
+            out = tmp_path_factory.mktemp(f"{arm}_zero{stage}_{ranks}")
+            arguments = ["--model", str(tiny_model), "--out", str(out), "--zero-stage", str(stage)]
+            if arm == "plan":
+                # The checkpoint of a stock bf16 run, on as many ranks.
+                bf16 = run("stock", stage, ranks)["out"] / "checkpoint"
+                arguments += ["--bf16-checkpoint", str(bf16), *PLANNED]
+            else:
+                arguments += ["--param-dtype", "fp16", *STOCK]
+            known[arm, stage, ranks] = {"out": out, **_run(arm, ranks, arguments, out)}
+        return known[arm, stage, ranks]
+
+    return run
+
+
+def _run(arm: str, ranks: int, arguments: list[str], out: Path) -> Facts:
+    prefix, env = ([FP16_PATCH, "run", "--"], PLAN) if arm == "plan" else ([], {})
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", str(LEARNER)]
+    with (out / "log.txt").open("w") as log:
+        process = subprocess.run(
+            [*prefix, *launch, *arguments],
+            env=openrlhf_environment(env),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            timeout=600,
+            check=False,
+        )
+    assert process.returncode == 0, (out / "log.txt").read_text()[-3000:]
+    facts: Facts = json.loads((out / "facts.json").read_text())
+    return facts
+
+
+@pytest.fixture(params=(2, 3), ids=("zero2", "zero3"))
+def stage(request: pytest.FixtureRequest) -> int:
+    return int(request.param)
+
+
+def test_stock_leaves_the_scaler_to_deepspeeds_defaults(learner: Callable[..., Facts]) -> None:
+    for role in ROLES:
+        facts = learner("stock")["configuration"][role]
+        assert (facts["window"], facts["hysteresis"], facts["floor"]) == (1000, 2, 1)
+
+
+def test_the_scaler_has_the_plans_settings(learner: Callable[..., Facts], stage: int) -> None:
+    for role in ROLES:
+        facts = learner("plan", stage)["configuration"][role]
+        assert (facts["window"], facts["hysteresis"], facts["floor"]) == (300, 1, FLOOR)
+
+
+def test_stock_reduces_and_adds_up_gradients_in_float16(learner: Callable[..., Facts]) -> None:
+    facts = learner("stock")["configuration"]["actor"]
+    assert facts["communication"] == "float16"
+    assert facts["accumulation"] == ["float16"]
+
+
+def test_gradients_are_reduced_and_added_up_in_float32(learner: Callable[..., Facts], stage: int) -> None:
+    for role in ROLES:
+        facts = learner("plan", stage)["configuration"][role]
+        assert facts["communication"] == facts["master"] == "float32"
+        assert facts["accumulation"] == ["float32"]
+
+
+def test_actor_and_critic_compute_in_float16_and_rope_stays_float32(learner: Callable[..., Facts], stage: int) -> None:
+    for role in ROLES:
+        facts = learner("plan", stage)["configuration"][role]
+        assert facts["parameters"] == facts["outputs"] == ["float16"]
+        assert facts["rope"] == ["float32"]
+
+
+def test_an_overflow_on_one_rank_changes_no_weight_and_holds_the_schedule(
+    learner: Callable[..., Facts], stage: int
+) -> None:
+    facts = learner("plan", stage)["overflow_on_one_rank"]
+    assert facts["unchanged_on_every_rank"]
+    assert facts["lr_held"]
+    assert facts["scale_after"] == facts["scale_before"] / 2
+    assert facts["lr_moves_again"]
+    assert facts["trains_again"]
+    assert facts["skipped_of_attempted"] == [1, 4]
+
+
+def test_stock_ends_without_saying_where(learner: Callable[..., Facts]) -> None:
+    facts = learner("stock")["endless_overflow"]
+    assert facts["error"] == "Exception"
+    assert "weight" not in facts["message"]
+
+
+def test_a_collapse_names_role_step_rank_and_parameters(learner: Callable[..., Facts], stage: int) -> None:
+    facts = learner("plan", stage)["endless_overflow"]
+    assert facts["error"] == "LossScaleCollapse"
+    # 65536 is 2**14 above the floor of 4: 14 halvings, and one more overflow.
+    assert facts["attempts"] == 15
+    assert "actor: loss scale collapsed at optimizer step 15" in facts["message"]
+    assert f"fp16_patch.min_scale={FLOOR}" in facts["message"]
+    assert "rank 0: model." in facts["message"]
+
+
+def test_stock_halves_the_gradient_of_the_update_at_which_the_scale_doubles(learner: Callable[..., Facts]) -> None:
+    facts = learner("stock")["growing_scale"]
+    grown = [after > before for before, after in zip(facts["scales"], facts["scales"][1:], strict=False)]
+    assert any(grown)
+    for norm, doubled in zip(facts["norms"], grown, strict=True):
+        assert norm == pytest.approx(facts["norms"][0] / (2 if doubled else 1), rel=0.02)
+
+
+def test_an_update_at_which_the_scale_doubles_takes_the_whole_gradient(
+    learner: Callable[..., Facts], stage: int
+) -> None:
+    facts = learner("plan", stage)["growing_scale"]
+    assert facts["scales"][-1] > facts["scales"][0]
+    assert facts["norms"] == pytest.approx([facts["norms"][0]] * len(facts["norms"]), rel=0.02)
+
+
+def test_a_resumed_run_goes_on_with_scale_and_counters(learner: Callable[..., Facts], stage: int) -> None:
+    facts = learner("plan", stage)["resume"]
+    assert facts["saved"] == {"scale": 32768.0, "iteration": 2}
+    assert facts["fresh"] == 65536.0
+    assert facts["resumed"] == facts["saved"]
+    assert facts["counted"] == {"attempted": 2, "skipped_total": 1, "consecutive_skips": 0}
+    assert facts["client_state"] == 7
+    assert facts["trains"]
+
+
+def test_a_bf16_checkpoint_resumes_with_a_scale(learner: Callable[..., Facts], stage: int) -> None:
+    facts = learner("plan", stage)["resume_from_bf16"]
+    assert facts["scale"] == 65536.0
+    assert facts["trains"]
+    assert "the checkpoint is of a run without a loss scale" in (learner("plan", stage)["out"] / "log.txt").read_text()

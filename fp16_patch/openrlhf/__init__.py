@@ -2,7 +2,7 @@
 
 The hooks that patches/openrlhf/*.toml name live in this folder, one concern a file: what the command line says
 (`arguments`), DeepSpeed's engines and their steps (`strategy`), scaler state (`checkpoint`), the sampler (`rollout`),
-the trainer that drives PPO (`trainer`), SFT, DPO and reward-model training (`supervised`).
+LoRA's weight sync (`lora`), the trainer that drives PPO (`trainer`), SFT, DPO and reward-model training (`supervised`).
 """
 
 from fp16_patch.activation import activate

@@ -42,6 +42,9 @@ def conflicts_of(args: Any, plan: Plan) -> Iterator[Conflict]:
     if (size := int(get(args, "ds.tensor_parallel_size") or 1)) > 1:
         reason = "OpenRLHF builds DeepSpeed's tensor parallelism in bfloat16"
         yield Conflict("--ds.tensor_parallel_size", size, reason, "use 1, with a higher --ds.zero_stage")
+    if int(get(args, "ds.lora.rank") or 0) > 0 and int(get(args, "ds.zero_stage") or 2) == 3:
+        reason = "adapters are merged on the way to the sampler where a rank holds them whole"
+        yield Conflict("--ds.lora.rank", get(args, "ds.lora.rank"), reason, "use --ds.zero_stage 2")
     for key in _MODELS:
         yield from _model_conflicts(key, get(args, key), plan)
     if plan.scales_loss:

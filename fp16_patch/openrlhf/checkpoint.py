@@ -40,30 +40,7 @@ def load_ckpt(wrapped: Any, strategy: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _resettle(engine: Any) -> None:
-    """DeepSpeed restores the whole scaler, settings of the old run included; a bf16 run's has no scale at all."""
+    """DeepSpeed restores the whole scaler, the settings of the run that saved it included."""
     plan, scaler = current_plan(), engine.optimizer.loss_scaler
-    if not scaler.dynamic:
-        _start_afresh(engine)
-        return
     scaler.scale_window, scaler.min_scale = plan.growth_interval, int(plan.min_scale)
     scaler.delayed_shift, scaler.cur_hysteresis = plan.hysteresis, min(scaler.cur_hysteresis, plan.hysteresis)
-
-
-def _start_afresh(engine: Any) -> None:
-    from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
-
-    plan = current_plan()
-    logger.warning(
-        "%s: the checkpoint is of a run without a loss scale; it starts at %g and may skip a few steps while it finds "
-        "its level",
-        role_of(engine),
-        plan.init_scale,
-    )
-    optimizer = engine.optimizer
-    optimizer.loss_scaler = CreateLossScaler(
-        dtype=optimizer.dtype,
-        static_loss_scale=0,
-        dynamic_scaling=True,
-        dynamic_loss_args=engine.dynamic_loss_scale_args(),
-    )
-    optimizer.dynamic_loss_scale = True

@@ -1,4 +1,4 @@
-"""`import fp16_patch.openrlhf` (here of its rollout) before OpenRLHF's own main, in a fork that starts its engines in bfloat16 all the same.
+"""`import fp16_patch.openrlhf` before OpenRLHF's own main, in a fork that starts its engines in bfloat16 all the same.
 
 Stands before the usual command, as `fp16-patch run` does: `python mixed_pair.py python -u -m MODULE ARGUMENTS`.
 """
@@ -6,6 +6,7 @@ Stands before the usual command, as `fp16-patch run` does: `python mixed_pair.py
 import runpy
 import sys
 
+import fp16_patch.openrlhf  # noqa: F401
 from fp16_patch.openrlhf import rollout
 
 planned = rollout.engine_arguments

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,8 +28,8 @@ SEQUENCES, TOKENS, ACCUMULATED = 2, 12, 2
 class Learner:
     """A policy or a critic prepared by OpenRLHF's strategy, with a loss that can be made to overflow on some ranks."""
 
-    def __init__(self, arguments: argparse.Namespace, role: str = "actor", param_dtype: str | None = None) -> None:
-        run = run_arguments(arguments, param_dtype)
+    def __init__(self, arguments: argparse.Namespace, role: str = "actor") -> None:
+        run = run_arguments(arguments)
         self.strategy = get_strategy(run)
         self.strategy.setup_distributed()
         settings = {
@@ -67,12 +66,12 @@ class Learner:
         return float(self.scheduler.get_last_lr()[0])
 
 
-def run_arguments(arguments: argparse.Namespace, param_dtype: str | None) -> Any:
+def run_arguments(arguments: argparse.Namespace) -> Any:
     """What OpenRLHF's command line would have parsed."""
     flags = {
         "actor.model_name_or_path": arguments.model,
         "ckpt.path": str(Path(arguments.out) / "checkpoints"),
-        "ds.param_dtype": param_dtype or arguments.param_dtype,
+        "ds.param_dtype": arguments.param_dtype,
         "ds.zero_stage": arguments.zero_stage,
         "ds.tensor_parallel_size": 1,
         "ds.load_in_4bit": False,
@@ -182,6 +181,7 @@ def resume(arguments: argparse.Namespace) -> dict[str, Any]:
     learner.step(poisoned={0})
     learner.step()
     saved = {"scale": learner.scale(), "iteration": learner.engine.optimizer.loss_scaler.cur_iter}
+    learner.engine.optimizer.loss_scaler.scale_window = 50
     learner.strategy.save_ckpt(learner.engine, folder, "step", client_state={"global_step": 7})
     resumed = Learner(arguments)
     fresh = resumed.scale()
@@ -191,29 +191,11 @@ def resume(arguments: argparse.Namespace) -> dict[str, Any]:
         "saved": saved,
         "fresh": fresh,
         "resumed": {"scale": resumed.scale(), "iteration": scaler.cur_iter},
+        "window": scaler.scale_window,
         "client_state": states["global_step"],
         "counted": {name: states.get("fp16_patch", {}).get("history", {}).get(name) for name in COUNTERS},
         "trains": trains(resumed),
     }
-
-
-def resume_from_bf16(arguments: argparse.Namespace) -> dict[str, Any]:
-    """An FP16 run that goes on from a checkpoint of one that had no loss scale."""
-    folder = Path(arguments.out) / "bf16"
-    if dist.get_rank() == 0:
-        shutil.copytree(arguments.bf16_checkpoint, folder, dirs_exist_ok=True)
-    dist.barrier()
-    learner = Learner(arguments)
-    learner.strategy.load_ckpt(learner.engine, str(folder))
-    return {"scale": learner.scale(), "trains": trains(learner)}
-
-
-def bf16_checkpoint(arguments: argparse.Namespace) -> dict[str, Any]:
-    """A checkpoint of a bf16 run."""
-    learner = Learner(arguments, param_dtype="bf16")
-    learner.step()
-    learner.strategy.save_ckpt(learner.engine, str(Path(arguments.out) / "checkpoint"), "step")
-    return {"scale": learner.scale()}
 
 
 COUNTERS = ("attempted", "skipped_total", "consecutive_skips")
@@ -286,8 +268,6 @@ SCENARIOS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
         endless_overflow,
         growing_scale,
         resume,
-        resume_from_bf16,
-        bf16_checkpoint,
     )
 }
 
@@ -295,7 +275,7 @@ SCENARIOS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("scenarios", nargs="+", choices=SCENARIOS)
-    for name in ("--model", "--out", "--bf16-checkpoint"):
+    for name in ("--model", "--out"):
         parser.add_argument(name)
     parser.add_argument("--param-dtype", default="bf16")
     parser.add_argument("--zero-stage", type=int, default=2)

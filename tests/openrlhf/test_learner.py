@@ -22,8 +22,7 @@ FP16_PATCH = str(Path(sys.executable).with_name("fp16-patch"))
 # A floor above 1, so that it is not DeepSpeed's default that is met.
 FLOOR = 4
 PLAN = {"FP16_PATCH_MIN_SCALE": str(FLOOR), "FP16_PATCH_GROWTH_INTERVAL": "300"}
-STOCK = ("configuration", "overflow_on_one_rank", "endless_overflow", "growing_scale", "resume", "bf16_checkpoint")
-PLANNED = ("configuration", "overflow_on_one_rank", "endless_overflow", "growing_scale", "resume", "resume_from_bf16")
+SCENARIOS = ("configuration", "overflow_on_one_rank", "endless_overflow", "growing_scale", "resume")
 ROLES = ("actor", "critic")
 
 
@@ -35,13 +34,9 @@ def learner(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
     def run(arm: str, stage: int = 2, ranks: int = 2) -> Facts:
         if (arm, stage, ranks) not in known:
             out = tmp_path_factory.mktemp(f"{arm}_zero{stage}_{ranks}")
-            arguments = ["--model", str(tiny_model), "--out", str(out), "--zero-stage", str(stage)]
-            if arm == "plan":
-                # The checkpoint of a stock bf16 run, on as many ranks.
-                bf16 = run("stock", stage, ranks)["out"] / "checkpoint"
-                arguments += ["--bf16-checkpoint", str(bf16), *PLANNED]
-            else:
-                arguments += ["--param-dtype", "fp16", *STOCK]
+            where = ["--model", str(tiny_model), "--out", str(out), "--zero-stage", str(stage)]
+            own_switch = ["--param-dtype", "fp16"] if arm == "stock" else []
+            arguments = [*where, *own_switch, *SCENARIOS]
             known[arm, stage, ranks] = {"out": out, **_run(arm, ranks, arguments, out)}
         return known[arm, stage, ranks]
 
@@ -146,6 +141,12 @@ def test_an_update_at_which_the_scale_doubles_takes_the_whole_gradient(
     assert facts["norms"] == pytest.approx([facts["norms"][0]] * len(facts["norms"]), rel=0.02)
 
 
+def test_a_stock_scaler_resumes_with_the_settings_of_the_run_that_saved_it(learner: Callable[..., Facts]) -> None:
+    facts = learner("stock")["resume"]
+    assert facts["window"] == 50
+    assert facts["counted"] == {"attempted": None, "skipped_total": None, "consecutive_skips": None}
+
+
 def test_a_resumed_run_goes_on_with_scale_and_counters(learner: Callable[..., Facts], stage: int) -> None:
     facts = learner("plan", stage)["resume"]
     assert facts["saved"] == {"scale": 32768.0, "iteration": 2}
@@ -153,11 +154,5 @@ def test_a_resumed_run_goes_on_with_scale_and_counters(learner: Callable[..., Fa
     assert facts["resumed"] == facts["saved"]
     assert facts["counted"] == {"attempted": 2, "skipped_total": 1, "consecutive_skips": 0}
     assert facts["client_state"] == 7
+    assert facts["window"] == 300
     assert facts["trains"]
-
-
-def test_a_bf16_checkpoint_resumes_with_a_scale(learner: Callable[..., Facts], stage: int) -> None:
-    facts = learner("plan", stage)["resume_from_bf16"]
-    assert facts["scale"] == 65536.0
-    assert facts["trains"]
-    assert "the checkpoint is of a run without a loss scale" in (learner("plan", stage)["out"] / "log.txt").read_text()

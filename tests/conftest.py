@@ -46,3 +46,11 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from integration.cpu.tiny_model import make_random_model
 
     return make_random_model(tmp_path_factory.mktemp("tiny_model"))
+
+
+@pytest.fixture(scope="session")
+def tiny_reward_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model that scores sequences, with the tokenizer of `tiny_model`."""
+    from integration.cpu.tiny_model import make_random_reward_model
+
+    return make_random_reward_model(tmp_path_factory.mktemp("tiny_reward_model"), tiny_model)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2ForSequenceClassification
 
 PAD = "<pad>"
 END = "<|im_end|>"
@@ -53,4 +53,13 @@ def make_random_model(out: Path, *, hidden_size: int = 256, layers: int = 4, see
     tokenizer = character_tokenizer()
     character_model(tokenizer, hidden_size=hidden_size, layers=layers, seed=seed).save_pretrained(out)
     tokenizer.save_pretrained(out)
+    return out
+
+
+def make_random_reward_model(out: Path, policy: Path, *, seed: int = 1) -> Path:
+    """Write an untrained model of the policy's shape and tokenizer that scores a sequence with one number."""
+    torch.manual_seed(seed)
+    config = Qwen2Config.from_pretrained(policy, num_labels=1)
+    Qwen2ForSequenceClassification(config).to(torch.float32).save_pretrained(out)
+    PreTrainedTokenizerFast.from_pretrained(policy).save_pretrained(out)
     return out

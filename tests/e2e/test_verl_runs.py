@@ -49,10 +49,34 @@ def start(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
     return started
 
 
+def served_reward_model(model: Path) -> tuple[str, ...]:
+    """The score of a model that vLLM serves, on a device of its own, is the reward."""
+    section = "reward.reward_model"
+    return (
+        f"{section}.enable=True",
+        f"{section}.model_path={model}",
+        f"{section}.enable_resource_pool=True",
+        f"{section}.n_gpus_per_node=1",
+        f"{section}.nnodes=1",
+        f"{section}.rollout.name=vllm",
+        f"{section}.rollout.tensor_model_parallel_size=1",
+        f"{section}.rollout.max_model_len=64",
+        f"{section}.rollout.max_num_seqs=32",
+        f"{section}.rollout.max_num_batched_tokens=512",
+        # As for the rollout: vLLM's CPU build cannot sleep.
+        f"{section}.rollout.free_cache_engine=False",
+        f"+{section}.rollout.enable_sleep_mode=False",
+        f"reward.custom_reward_function.path={Path(__file__).with_name('scored_by_model.py')}",
+        "reward.custom_reward_function.name=compute_score",
+        "ray_kwargs.ray_init.num_gpus=2",
+    )
+
+
 @pytest.fixture(scope="session")
-def one_flag(start: Callable[..., RunResult]) -> RunResult:
-    """`external_lib=fp16_patch.verl` in an otherwise stock configuration, with a reference model and a checkpoint."""
-    return finished(start("fp16_patch", use_ref=True, overrides=(f"trainer.save_freq={STEPS}",)))
+def one_flag(start: Callable[..., RunResult], tiny_reward_model: Path) -> RunResult:
+    """`external_lib=fp16_patch.verl` in an otherwise stock configuration, with reference and reward model, saved."""
+    overrides = (f"trainer.save_freq={STEPS}", *served_reward_model(tiny_reward_model))
+    return finished(start("fp16_patch", use_ref=True, overrides=overrides))
 
 
 @pytest.fixture(scope="session")
@@ -100,7 +124,7 @@ def ledger(result: RunResult) -> dict[str, Any]:
 @pytest.mark.timeout(TIMEOUT_S)
 def test_one_flag_puts_every_role_into_float16(one_flag: RunResult) -> None:
     roles = ledger(one_flag)["roles"]
-    assert set(roles) == {"actor", "ref", "rollout"}
+    assert set(roles) == {"actor", "ref", "rollout", "reward"}
     for role in ("actor", "ref"):
         assert {name: roles[role][name] for name in ("autocast", "parameter", "activation")} == dict.fromkeys(
             ("autocast", "parameter", "activation"), ["float16"]
@@ -114,13 +138,16 @@ def test_one_flag_puts_every_role_into_float16(one_flag: RunResult) -> None:
         "activation": ["float16"],
         "wire": ["float32"],
     }
+    # vLLM keeps the head that makes the score in float32.
+    assert roles["reward"] == {"engine_weight": ["float16", "float32"], "kv_cache": ["float16"]}
 
 
 def test_every_process_attests(one_flag: RunResult) -> None:
     processes = ledger(one_flag)["processes"]
     kinds = sorted(process["kind"] for process in processes)
-    assert kinds == ["engine_core", "sampler_worker", "server", "task_runner", "worker"]
-    assert len({process["pid"] for process in processes}) == 5
+    sampler = ["engine_core", "sampler_worker", "server"]
+    assert kinds == sorted([*sampler, *sampler, "task_runner", "worker"])
+    assert len({process["pid"] for process in processes}) == 8
     assert {(process["mode"], process["problem"]) for process in processes} == {("fp16", None)}
 
 
@@ -128,6 +155,7 @@ def test_what_the_configuration_said_otherwise_is_named_once(one_flag: RunResult
     log = one_flag.log.read_text()
     assert log.count("every role computes in float16; the configuration said otherwise") == 1
     assert log.count("actor_rollout_ref.rollout.dtype: bfloat16 → float16") == 1
+    assert log.count("reward.reward_model.rollout.dtype: bfloat16 → float16") == 1
 
 
 def test_mismatch_and_step_outcome_are_in_verls_metrics(one_flag: RunResult) -> None:

@@ -16,7 +16,7 @@ _PARAM_DTYPE = {"float16": "fp16", "bfloat16": "bf16"}
 _GRADIENT_DTYPE = "fp32"
 # vLLM's own list where it is installed; this is vLLM 0.29's, for a driver without vLLM.
 _NOT_IN_FLOAT16 = ("gemma2", "gemma3", "gemma3_text", "glm4")
-_MODELS = ("actor.model_name_or_path", "critic.model_name_or_path", "reward.model_name_or_path")
+_MODELS = tuple(f"{role}.model_name_or_path" for role in ("actor", "critic", "reward", "model", "ref"))
 
 
 def check(args: Any, plan: Plan) -> None:

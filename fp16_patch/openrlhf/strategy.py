@@ -75,7 +75,7 @@ def train_config(wrapped: Any, strategy: Any, args: Any, kwargs: Any) -> dict[st
 def init_train_model(wrapped: Any, strategy: Any, args: Any, kwargs: Any) -> Any:
     """`DeepspeedStrategy._ds_init_train_model`: FP32 buffers stay so; the ledger watches the engine compute."""
     model = argument(wrapped, args, kwargs, "model")
-    role = "actor" if _is_actor(model) else "critic"
+    role = "actor" if _is_actor(model) else _regression_role()
     with _FP32Buffers(inner(model)):
         prepared = wrapped(*args, **kwargs)
     _watch(prepared[0], role)
@@ -169,6 +169,11 @@ def _is_actor(model: Any) -> bool:
     from openrlhf.models import Actor
 
     return isinstance(model, Actor)
+
+
+def _regression_role() -> str:
+    # The same model with a value head is PPO's critic, and outside PPO the reward model that is being trained.
+    return "critic" if census.inside_ray_actor() else "reward"
 
 
 def _frozen_role(model: Any) -> str:

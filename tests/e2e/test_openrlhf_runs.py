@@ -15,6 +15,7 @@ pytest.importorskip("openrlhf")
 pytest.importorskip("vllm")
 
 from fp16_patch.mismatch.record import load_run
+from integration.cpu.arms_openrlhf import OBSERVED, RUN
 from integration.cpu.launch_openrlhf import OpenRLHFConfig, RunResult, run
 from integration.demo import digit_share, task
 
@@ -22,9 +23,7 @@ TIMEOUT_S = 900
 STEPS = 2
 # Far above what FP16 gradients bear, and a power of two.
 OVERFLOWING = 2**40
-RUN = (str(Path(sys.executable).with_name("fp16-patch")), "run")
 PATCHED = (*RUN, "--")
-OBSERVED = (*RUN, "--mode", "observe", "--")
 WITHOUT_CORRECTION = ("--algo.advantage.is_correction_level", "off")
 
 

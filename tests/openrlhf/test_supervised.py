@@ -1,0 +1,81 @@
+"""SFT, DPO and reward-model training by OpenRLHF's own command lines: the same patches reach them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import openrlhf_environment
+
+pytestmark = [pytest.mark.openrlhf, pytest.mark.e2e]
+pytest.importorskip("openrlhf")
+
+FP16_PATCH = str(Path(sys.executable).with_name("fp16-patch"))
+OVERFLOWING, STEPS, BATCH = 2**40, 3, 2
+DATA = {
+    "train_sft": ("--data.input_key", "input", "--data.output_key", "chosen"),
+    "train_dpo": ("--data.prompt_key", "input", "--data.chosen_key", "chosen", "--data.rejected_key", "rejected"),
+    "train_rm": ("--data.prompt_key", "input", "--data.chosen_key", "chosen", "--data.rejected_key", "rejected"),
+}
+
+
+def pairs(folder: Path) -> Path:
+    """Prompts with a right and a wrong answer."""
+    rows = [{"input": f"{n:02d}+11=", "chosen": f"{n + 11:03d}", "rejected": f"{n + 12:03d}"} for n in range(16)]
+    path = folder / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def command(trainer: str, model: Path, out: Path) -> list[str]:
+    settings = {
+        "model.model_name_or_path": model,
+        "data.dataset": pairs(out),
+        "data.max_samples": STEPS * BATCH,
+        "data.max_len": 32,
+        "train.micro_batch_size": 1,
+        "train.batch_size": BATCH,
+        "train.max_epochs": 1,
+        "adam.lr": 1e-4,
+        "ds.attn_implementation": "sdpa",
+        "ckpt.output_dir": out / "model",
+        "ckpt.path": out / "checkpoints",
+        "logger.tensorboard_dir": out / "tensorboard",
+        "logger.wandb.run_name": "run",
+        # Evaluates with the reference model at each of these steps otherwise.
+        "eval.steps": 1000,
+    }
+    flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "-m", f"openrlhf.cli.{trainer}"]
+    return [FP16_PATCH, "run", "--", sys.executable, *launch, *flags, *DATA[trainer]]
+
+
+def logged(folder: Path, tag: str) -> list[float]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return [event.value for event in events.Scalars(f"train/{tag}")]
+
+
+@pytest.mark.parametrize("trainer", DATA)
+def test_one_dtype_and_a_visible_scale(trainer: str, tiny_model: Path, tmp_path: Path) -> None:
+    run = subprocess.run(
+        command(trainer, tiny_model, tmp_path),
+        env=openrlhf_environment({"FP16_PATCH_INIT_SCALE": str(OVERFLOWING)}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert run.returncode == 0, run.stdout[-3000:]
+    assert "--ds.param_dtype: bf16 → fp16" in run.stdout
+    assert run.stdout.count("gradients overflowed at loss scale 1.09951e+12") == 1
+    halved = [OVERFLOWING / 2**count for count in range(1, STEPS + 1)]
+    assert logged(tmp_path / "tensorboard" / "run", "fp16/loss_scale") == halved
+    assert logged(tmp_path / "tensorboard" / "run", "fp16/skipped_total") == [1, 2, 3]

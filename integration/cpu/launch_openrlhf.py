@@ -84,6 +84,7 @@ def run(config: OpenRLHFConfig, on_step: Callable[[dict[str, Any]], None] | None
     process.log_file(config.out).unlink(missing_ok=True)
     shutil.rmtree(_tensorboard(config), ignore_errors=True)
     with process.machine(config.out) as ray_directory:
+        _release_kernels()
         job = Job(
             command=command(config),
             environment=environment(config, ray_directory),
@@ -243,6 +244,24 @@ def _ray(config: OpenRLHFConfig, ray_directory: Path) -> dict[str, object]:
         "include_dashboard": False,
         "object_store_memory": 500_000_000,
     }
+
+
+def _release_kernels() -> None:
+    """Drop the locks of processes that were killed while they loaded a kernel: all others would wait for them for ever.
+
+    Torch's lock is the file's existence; whoever is alive and has it keeps the file open.
+    """
+    for lock in Path(ENVIRONMENT["TORCH_EXTENSIONS_DIR"]).glob("*/lock"):
+        if not any(_is_link_to(lock, descriptor) for descriptor in Path("/proc").glob("[0-9]*/fd/*")):
+            lock.unlink(missing_ok=True)
+
+
+def _is_link_to(target: Path, link: Path) -> bool:
+    try:
+        return link.readlink() == target
+    except OSError:
+        # The process, or its file, is gone since it was listed.
+        return False
 
 
 def _tensorboard(config: OpenRLHFConfig) -> Path:

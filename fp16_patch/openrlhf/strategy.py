@@ -73,11 +73,10 @@ def train_config(wrapped: Any, strategy: Any, args: Any, kwargs: Any) -> dict[st
 
 
 def init_train_model(wrapped: Any, strategy: Any, args: Any, kwargs: Any) -> Any:
-    """`DeepspeedStrategy._ds_init_train_model`: FP32 buffers stay so; the ledger watches the engine compute."""
+    """`DeepspeedStrategy._ds_init_train_model`: RoPE back in FP32; the ledger watches the engine compute."""
     model = argument(wrapped, args, kwargs, "model")
     role = "actor" if _is_actor(model) else _regression_role()
-    with _FP32Buffers(inner(model)):
-        prepared = wrapped(*args, **kwargs)
+    prepared = wrapped(*args, **kwargs)
     _watch(prepared[0], role)
     return prepared
 
@@ -87,8 +86,7 @@ def init_eval_model(wrapped: Any, strategy: Any, args: Any, kwargs: Any) -> Any:
     model = argument(wrapped, args, kwargs, "model")
     if not model:
         return wrapped(*args, **kwargs)
-    with _FP32Buffers(inner(model)):
-        prepared = wrapped(*args, **kwargs)
+    prepared = wrapped(*args, **kwargs)
     _watch(prepared, _frozen_role(model))
     return prepared
 
@@ -189,6 +187,8 @@ def _watch(prepared: Any, role: str) -> None:
     for holder in (prepared, engine):
         setattr(holder, _ROLE, role)
     module = engine.module
+    if current_plan().changes:
+        _restore_rope(module)
     ledger().note(role, "parameter", *(parameter.dtype for parameter in module.parameters()))
     ledger().note(role, "rope", *(buffer.dtype for name, buffer in module.named_buffers() if "inv_freq" in name))
     watch_compute(module, role)
@@ -208,21 +208,16 @@ class _ValueWatch:
             ledger().note(self.role, "value", first.dtype)
 
 
-class _FP32Buffers:
-    """Keeps FP32 buffers as they were: DeepSpeed up to 0.19.1 rounds RoPE's frequencies along with the weights."""
+def _restore_rope(module: nn.Module) -> None:
+    """Compute RoPE's frequencies again in FP32, where they were rounded with the weights.
 
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
-        self._kept = {name: buffer for name, buffer in module.named_buffers() if buffer.dtype is torch.float32}
-        self._values = {name: buffer.detach().clone() for name, buffer in self._kept.items()}
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *_exception: object) -> None:
-        for name, buffer in self._module.named_buffers():
-            if name in self._values and buffer.dtype is not torch.float32:
-                buffer.data = self._values[name].to(buffer.device)
+    ZeRO 3 builds a model in the parameters' dtype, buffers and all; DeepSpeed up to 0.19.1 rounds them in every stage.
+    """
+    for rotary in module.modules():
+        rounded = getattr(rotary, "inv_freq", None)
+        if isinstance(rounded, torch.Tensor) and rounded.dtype is not torch.float32 and hasattr(rotary, "config"):
+            for name, buffer in type(rotary)(rotary.config).named_buffers(recurse=False):
+                rotary.register_buffer(name, buffer.float().to(rounded.device), persistent=False)
 
 
 def _note_gradients(engine: Any) -> None:

@@ -90,6 +90,10 @@ def test_gradients_are_reduced_and_added_up_in_float32(learner: Callable[..., Fa
         assert facts["accumulation"] == ["float32"]
 
 
+def test_stock_rounds_ropes_frequencies_under_zero_3(learner: Callable[..., Facts]) -> None:
+    assert learner("stock", 3)["configuration"]["actor"]["rope"] == ["float16"]
+
+
 def test_actor_and_critic_compute_in_float16_and_rope_stays_float32(learner: Callable[..., Facts], stage: int) -> None:
     for role in ROLES:
         facts = learner("plan", stage)["configuration"][role]

@@ -60,8 +60,9 @@ def examine(plan: Plan, command: Sequence[str] = ()) -> Examination:
     versions = {name: _release(name) for name in PACKAGES}
     if not any(versions[name] for name in _FRAMEWORKS):
         problems.append("neither verl nor OpenRLHF is installed here. Fix: pip install one of them")
+    concerned = [verdict for verdict in patches.verdicts if versions.get(verdict.patch.framework)]
     examination = Examination(
-        problems, versions, list(_devices()), {verdict.patch.name: str(verdict) for verdict in patches.verdicts}
+        problems, versions, list(_devices()), {verdict.patch.name: str(verdict) for verdict in concerned}
     )
     problems += [str(conflict) for conflict in _hardware_conflicts(examination.hardware, plan)]
     problems += [str(conflict) for conflict in _loading_conflicts()]

@@ -35,6 +35,7 @@ def command(trainer: str, model: Path, out: Path) -> list[str]:
     settings = {
         "model.model_name_or_path": model,
         "data.dataset": pairs(out),
+        "eval.dataset": out / "pairs.jsonl",
         "data.max_samples": STEPS * BATCH,
         "data.max_len": 32,
         "train.micro_batch_size": 1,
@@ -46,7 +47,6 @@ def command(trainer: str, model: Path, out: Path) -> list[str]:
         "ckpt.path": out / "checkpoints",
         "logger.tensorboard_dir": out / "tensorboard",
         "logger.wandb.run_name": "run",
-        # Evaluates with the reference model at each of these steps otherwise.
         "eval.steps": 1000,
     }
     flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]

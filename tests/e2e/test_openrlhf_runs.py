@@ -78,6 +78,12 @@ def calibrating(start: Callable[..., RunResult]) -> RunResult:
 
 
 @pytest.fixture(scope="session")
+def lora(start: Callable[..., RunResult]) -> RunResult:
+    """Adapters on every linear layer; stock OpenRLHF ends at the first weight sync, in any dtype."""
+    return finished(start("lora", PATCHED, lora_rank=8))
+
+
+@pytest.fixture(scope="session")
 def mixed_pair(start: Callable[..., RunResult]) -> RunResult:
     """The plan, in a fork of OpenRLHF whose sampler stays in bfloat16."""
     return start("mixed_pair", (sys.executable, str(Path(__file__).with_name("mixed_pair.py"))))
@@ -186,6 +192,12 @@ def test_all_roles_on_both_ranks_attest(calibrating: RunResult) -> None:
     assert set(found["roles"]) == {"actor", "critic", "ref", "reward", "rollout"}
     for role in ("actor", "critic", "ref", "reward"):
         assert found["roles"][role]["parameter"] == found["roles"][role]["activation"] == ["float16"]
+
+
+def test_a_lora_policy_reaches_the_sampler(lora: RunResult) -> None:
+    assert ledger(lora)["roles"]["rollout"]["wire"] == ["float16"]
+    # The second step samples with the weights that the first one sent.
+    assert lora.steps[1]["mismatch/mean_abs"] < 1.5e-3
 
 
 def test_a_mixed_pair_is_refused_before_the_first_step(mixed_pair: RunResult) -> None:

@@ -65,7 +65,7 @@ $(1)/bin/python $(INSTALL) $$(grep -E '$(TORCH)' $(2))
 @$(1)/bin/python -c 'import torch' 2>/dev/null || { rm -rf $(1); echo "pip found a CUDA build of torch; let PIP_EXTRA_INDEX_URL name PyTorch's index of CPU builds and run make again"; exit 1; }
 $(1)/bin/python $(INSTALL) -r $(2)
 $(1)/bin/python $(INSTALL) --no-build-isolation -e .
--@$(1)/bin/python -m compileall -q -j 0 $(1)/lib >/dev/null 2>&1
+@$(1)/bin/python -m compileall -q -j 0 $(1)/lib >/dev/null 2>&1 || true
 endef
 
 clean:

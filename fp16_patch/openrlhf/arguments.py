@@ -42,6 +42,9 @@ def conflicts_of(args: Any, plan: Plan) -> Iterator[Conflict]:
     if (size := int(get(args, "ds.tensor_parallel_size") or 1)) > 1:
         reason = "OpenRLHF builds DeepSpeed's tensor parallelism in bfloat16"
         yield Conflict("--ds.tensor_parallel_size", size, reason, "use 1, with a higher --ds.zero_stage")
+    if (stage := int(get(args, "ds.zero_stage") or 2)) not in (2, 3):
+        reason = "its optimizers do not accumulate gradients in FP32 beside half-precision weights"
+        yield Conflict("--ds.zero_stage", stage, reason, "use 2 or 3")
     if int(get(args, "ds.lora.rank") or 0) > 0 and int(get(args, "ds.zero_stage") or 2) == 3:
         reason = "adapters are merged on the way to the sampler where a rank holds them whole"
         yield Conflict("--ds.lora.rank", get(args, "ds.lora.rank"), reason, "use --ds.zero_stage 2")
@@ -49,6 +52,18 @@ def conflicts_of(args: Any, plan: Plan) -> Iterator[Conflict]:
         yield from _model_conflicts(key, get(args, key), plan)
     if plan.scales_loss:
         yield from _scaler_conflicts(plan)
+        yield from _scaled_gradient_conflicts(args, stage)
+
+
+def _scaled_gradient_conflicts(args: Any, stage: int) -> Iterator[Conflict]:
+    """Settings under which DeepSpeed does to scaled FP16 gradients what only unscaled or FP32 ones bear."""
+    for key in ("actor.optim", "critic.optim", "optim"):
+        if get(args, key) == "muon":
+            reason = "DeepSpeed orthogonalizes scaled gradients and divides the result by the scale"
+            yield Conflict(f"--{key}", "muon", reason, f"use adam, or {MODE_ENV}=bf16")
+    if get(args, "ds.adam_offload") and stage != 3:
+        reason = "ZeRO 2 adds up offloaded gradients in float16, still scaled"
+        yield Conflict("--ds.adam_offload", True, reason, "use --ds.zero_stage 3, or leave it out")
 
 
 def _model_conflicts(key: str, name: Any, plan: Plan) -> Iterator[Conflict]:

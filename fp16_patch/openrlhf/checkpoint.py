@@ -28,6 +28,7 @@ def save_ckpt(wrapped: Any, strategy: Any, args: Any, kwargs: Any) -> Any:
 def load_ckpt(wrapped: Any, strategy: Any, args: Any, kwargs: Any) -> Any:
     """`DeepspeedStrategy.load_ckpt`: the saved scale goes on; window, hysteresis and floor are the plan's."""
     engine = argument(wrapped, args, kwargs, "model")
+    fresh = getattr(engine.optimizer, "loss_scaler", None)
     path, states = wrapped(*args, **kwargs)
     if path is None or not current_plan().scales_loss:
         return path, states
@@ -35,7 +36,12 @@ def load_ckpt(wrapped: Any, strategy: Any, args: Any, kwargs: Any) -> Any:
         history_of(engine).load_state_dict(states[_KEY]["history"])
     else:
         logger.warning("%s: no step counters in %s (saved without fp16_patch?); they start at 0", role_of(engine), path)
-    _resettle(engine)
+    if engine.optimizer.loss_scaler.dynamic:
+        _resettle(engine)
+    else:
+        # A bf16 run saves a scaler too, one that never scales.
+        logger.warning("%s: %s has no loss scale; it starts at %g", role_of(engine), path, current_plan().init_scale)
+        engine.optimizer.loss_scaler, engine.optimizer.dynamic_loss_scale = fresh, True
     return path, states
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from fp16_patch.errors import Conflict, PlanError
+
 _PREFIX = "base_model.model."
 _BASE = ".base_layer."
 _ADAPTER = ".lora_"
@@ -58,9 +60,13 @@ class MergedWeight:
 
 def merged_parameters(model: Any) -> Iterator[tuple[str, Any]]:
     """Name in the base model, and weight, of everything a sampler holds."""
-    from peft.tuners.lora import Linear
+    from peft.tuners.lora import Linear, LoraLayer
 
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, Linear)}
+    adapted = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    layers = {name: module for name, module in adapted.items() if isinstance(module, Linear)}
+    if others := sorted(adapted.keys() - layers.keys()):
+        reason = "adapters of these layers cannot be merged for the sampler"
+        raise PlanError([Conflict("--ds.lora.target_modules", others[0], reason, "use linear layers: all-linear")])
     for name, parameter in type(model).named_parameters(model):
         if _ADAPTER in name:
             continue

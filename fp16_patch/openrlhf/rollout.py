@@ -12,7 +12,7 @@ from fp16_patch import processes
 from fp16_patch.activation import attestation, current_plan, ledger
 from fp16_patch.vllm.engine import note_engine
 
-_LOG_PROBS = {"logprobs_mode": "processed_logprobs", "max_logprobs": 1}
+_LOG_PROBS = {"logprobs_mode": "processed_logprobs"}
 
 
 def create_vllm_engines(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
@@ -35,7 +35,9 @@ def update_weight(wrapped: Any, worker: Any, args: Any, kwargs: Any) -> Any:
     result = wrapped(*args, **kwargs)
     role = os.environ.get(processes.ROLE_ENV, "rollout")
     arrived = kwargs["dtype"] if "dtype" in kwargs else args[1]
-    if ledger().note(role, "wire", arrived) or note_engine(role, worker):
+    # Once for each dtype: this is called for every parameter.
+    if ledger().note(role, "wire", arrived):
+        note_engine(role, worker)
         processes.publish(attestation())
     return result
 

@@ -16,6 +16,7 @@ from fp16_patch import census, processes
 from fp16_patch.activation import attestation, current_plan, ledger
 from fp16_patch.carried import CarriedPlan
 from fp16_patch.compute import watch_compute
+from fp16_patch.errors import Conflict, PlanError
 from fp16_patch.openrlhf import arguments
 from fp16_patch.scaling import nonfinite_parameters
 from fp16_patch.stepping import WatchedEngine, history_of
@@ -214,10 +215,20 @@ def _restore_rope(module: nn.Module) -> None:
     ZeRO 3 builds a model in the parameters' dtype, buffers and all; DeepSpeed up to 0.19.1 rounds them in every stage.
     """
     for rotary in module.modules():
-        rounded = getattr(rotary, "inv_freq", None)
-        if isinstance(rounded, torch.Tensor) and rounded.dtype is not torch.float32 and hasattr(rotary, "config"):
-            for name, buffer in type(rotary)(rotary.config).named_buffers(recurse=False):
-                rotary.register_buffer(name, buffer.float().to(rounded.device), persistent=False)
+        own = dict(rotary.named_buffers(recurse=False))
+        if any("inv_freq" in name and buffer.dtype is not torch.float32 for name, buffer in own.items()):
+            for name, buffer in _rebuilt(rotary).named_buffers(recurse=False):
+                rotary.register_buffer(name, buffer.float().to(own[name].device), persistent=False)
+
+
+def _rebuilt(rotary: Any) -> nn.Module:
+    """A rotary embedding made anew: language models' take their configuration, vision towers' a size and a base."""
+    kind = type(rotary)
+    try:
+        return kind(rotary.config) if hasattr(rotary, "config") else kind(rotary.dim, rotary.theta)
+    except (AttributeError, TypeError) as problem:
+        reason = f"it rounds the RoPE frequencies of {kind.__name__}, and they cannot be computed again ({problem})"
+        raise PlanError([Conflict("--ds.zero_stage", 3, reason, "use 2")]) from problem
 
 
 def _note_gradients(engine: Any) -> None:
@@ -256,7 +267,7 @@ class _DeepSpeedStep(WatchedEngine):
             self._take()
         except Exception as failure:
             # DeepSpeed's own end of the run says neither which role, nor which step, nor which parameter.
-            self._at_floor = "already at minimum" in str(failure)
+            self._at_floor = current_plan().changes and "already at minimum" in str(failure)
             if not self._at_floor:
                 raise
         self._grow()

@@ -104,7 +104,7 @@ def required_quantities(trainer: Any, updated: set[str]) -> dict[str, tuple[str,
     Args:
         updated: the roles that have taken part in an update.
     """
-    computed, trained = ("parameter", "activation", "rope"), ("gradient", "master")
+    computed, trained = ("parameter", "activation"), ("gradient", "master")
     synced = ("wire",) if "actor" in updated else ()
     required: dict[str, tuple[str, ...]] = {"rollout": ("engine_weight", "kv_cache", "activation", *synced)}
     for role, attribute in _GROUPS.items():

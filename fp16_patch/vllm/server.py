@@ -36,7 +36,8 @@ def refresh_records(engines: Sequence[Any]) -> None:
 
     if not engines:
         return
-    ray.wait([engine.__ray_call__.remote(_fetch) for engine in engines], num_returns=len(engines))
+    asked = [engine.__ray_call__.remote(_fetch) for engine in engines]
+    ray.wait(asked, num_returns=len(asked), timeout=FETCH_TIMEOUT_S)
     deadline = time.monotonic() + FETCH_TIMEOUT_S
     while time.monotonic() < deadline and not all(_fetched(ray, engine) for engine in engines):
         time.sleep(_POLL_S)
@@ -44,7 +45,7 @@ def refresh_records(engines: Sequence[Any]) -> None:
 
 def _fetched(ray: Any, engine: Any) -> bool:
     try:
-        return bool(ray.get(engine.__ray_call__.remote(_is_idle)))
+        return bool(ray.get(engine.__ray_call__.remote(_is_idle), timeout=FETCH_TIMEOUT_S))
     except Exception:
         return True  # the census asks the same actor, and says what is wrong with it
 

@@ -46,6 +46,21 @@ def test_deepspeeds_tensor_parallelism_is_refused() -> None:
     assert "use 1" in refused("--ds.tensor_parallel_size", "2")
 
 
+@pytest.mark.parametrize(
+    ("flags", "fix"),
+    [
+        (("--actor.optim", "muon"), "use adam"),
+        (("--optim", "muon"), "use adam"),
+        (("--ds.adam_offload",), "use --ds.zero_stage 3"),
+        (("--ds.zero_stage", "1"), "use 2 or 3"),
+        (("--ds.lora.rank", "8", "--ds.zero_stage", "3"), "use --ds.zero_stage 2"),
+    ],
+    ids=str,
+)
+def test_what_deepspeed_spoils_under_a_loss_scale_is_refused(flags: tuple[str, ...], fix: str) -> None:
+    assert fix in refused(*flags)
+
+
 @pytest.mark.parametrize("family", ["gemma2", "gemma3", "gemma3_text", "glm4"])
 def test_a_model_that_vllm_refuses_in_float16_is_refused_before_it_is_loaded(family: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))

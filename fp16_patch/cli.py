@@ -1,4 +1,4 @@
-"""`fp16-patch`: doctor, run, report, demo."""
+"""`fp16-patch`: doctor, run, report, analyze, watch, demo."""
 
 from __future__ import annotations
 
@@ -79,8 +79,13 @@ def run(mode: str | None, command: tuple[str, ...]) -> None:
 @click.option(
     "--html", type=click.Path(path_type=Path), help="Write the page here [default: report.html in the first RUN]."
 )
-def report(runs: tuple[Path, ...], html: Path | None) -> None:
-    """Show what one or more runs measured: a table here, and a self-contained page with plots over steps.
+@click.option(
+    "--tokenizer",
+    type=click.Path(path_type=Path),
+    help="Where the tokenizer is that names the worst tokens [default: the plan's model, if it is on this machine].",
+)
+def report(runs: tuple[Path, ...], html: Path | None, tokenizer: Path | None) -> None:
+    """Show what one or more runs measured: a table and a diagnosis here, and a self-contained page with plots.
 
     RUN is a run's output directory, or the fp16_patch directory in it. Several are set side by side.
 
@@ -89,20 +94,93 @@ def report(runs: tuple[Path, ...], html: Path | None) -> None:
       fp16-patch report checkpoints/my_project/my_run
       fp16-patch report bf16_run fp16_run --html compare.html
     """
-    from rich.console import Console
-
-    from fp16_patch.mismatch.comparison import print_comparison
-    from fp16_patch.mismatch.page import write_html
     from fp16_patch.mismatch.record import load_run
 
     try:
         records = {label: load_run(path) for label, path in _labelled(runs).items()}
     except FileNotFoundError as missing:
         raise click.ClickException(str(missing)) from missing
-    print_comparison(records, Console())
-    page = html or runs[0] / "report.html"
-    write_html(records, page, "sampler against learner")
-    click.echo(f"page: {page}")
+    _show(records, html or runs[0] / "report.html", tokenizer)
+
+
+@main.command()
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--html", type=click.Path(path_type=Path), help="Write a self-contained page with plots here.")
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON instead of the table.")
+@click.option("--sampler-key", help="The name of the sampler's log-probs, where it is none of the known ones.")
+@click.option("--learner-key", help="The name of the learner's log-probs, likewise.")
+@click.option(
+    "--tokenizer", type=click.Path(path_type=Path), help="Where the tokenizer is that names the worst tokens."
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Write a run record here, for `report`; of several, one a folder."
+)
+def analyze(
+    files: tuple[Path, ...],
+    html: Path | None,
+    as_json: bool,
+    sampler_key: str | None,
+    learner_key: str | None,
+    tokenizer: Path | None,
+    out: Path | None,
+) -> None:
+    """Compare per-token log-probs that any trainer wrote: JSON lines, one line a sequence.
+
+    \b
+    {"step": 0, "sampler_log_probs": [-0.1, …], "learner_log_probs": [-0.2, …], "mask": [1, …], "token_ids": [17, …]}
+
+    step, mask and token_ids may be left out; null and NaN are non-finite. The names of verl, OpenRLHF, slime, TRL,
+    NeMo-RL and prime-rl are known as well. FILE may be a .jsonl, a .jsonl.gz, or a directory of them. Several are set
+    side by side.
+
+    \b
+    Examples:
+      fp16-patch analyze log_probs.jsonl
+      fp16-patch analyze bf16.jsonl.gz fp16.jsonl.gz --html compare.html
+      fp16-patch analyze outputs/token_exports --out runs/before
+    """
+    from fp16_patch.mismatch.report.dump import DumpError
+    from fp16_patch.mismatch.report.offline import analyze as analyzed
+    from fp16_patch.mismatch.report.offline import figures, write_record
+
+    try:
+        records = {label: analyzed(path, sampler_key, learner_key) for label, path in _labelled(files).items()}
+        if out is not None:
+            for label, record in records.items():
+                write_record(record, out / label.strip("/").replace("/", "_") if len(records) > 1 else out)
+    except (DumpError, FileNotFoundError, FileExistsError) as problem:
+        raise click.ClickException(str(problem)) from problem
+    if as_json:
+        click.echo(json.dumps({label: figures(record) for label, record in records.items()}, indent=1))
+    _show(records, html, tokenizer, quiet=as_json)
+
+
+@main.command()
+@click.argument("run", required=False, type=click.Path(path_type=Path))
+@click.option("--address", default="auto", show_default=True, help="The Ray cluster, where no RUN is given.")
+@click.option("--every", default=2.0, show_default=True, help="Seconds between two looks.")
+@click.option("--once", is_flag=True, help="Print what there is now and leave.")
+def watch(run: Path | None, address: str, every: float, once: bool) -> None:
+    """Show what a run measures while it trains, in this terminal; Ctrl-C leaves, the run goes on.
+
+    With RUN, a run's output directory, its record is followed. Without, all runs in the Ray cluster are asked.
+
+    \b
+    Examples:
+      fp16-patch watch
+      fp16-patch watch checkpoints/my_project/my_run
+      fp16-patch watch --address 10.0.0.1:6379 --once
+    """
+    from rich.console import Console
+
+    from fp16_patch.mismatch.report import live
+    from fp16_patch.mismatch.report.follow import Cluster, RecordFiles
+
+    try:
+        source = RecordFiles(run) if run else Cluster(address)
+        live.watch(source.poll, Console(), once, every)
+    except (live.SourceLost, FileNotFoundError) as problem:
+        raise click.ClickException(str(problem)) from problem
 
 
 @main.command()
@@ -116,10 +194,29 @@ def demo() -> None:
     os.execvp("make", ["make", "-C", str(makefile.parent), "demo"])
 
 
+def _show(records: Any, html: Path | None, tokenizer: Path | None, quiet: bool = False) -> None:
+    from rich.console import Console
+
+    from fp16_patch.mismatch.report.comparison import print_comparison, print_diagnosis
+    from fp16_patch.mismatch.report.page import write_html
+
+    if not quiet:
+        console = Console()
+        print_comparison(records, console)
+        print_diagnosis(records, console)
+    if html:
+        write_html(records, html, "sampler against learner", tokenizer)
+        click.echo(f"page: {html}", err=quiet)
+
+
 def _labelled(paths: tuple[Path, ...]) -> dict[str, Path]:
-    """Each run under its folder's name, or under its whole path where names repeat."""
+    """Each run under its folder's name, or, where names repeat, under its path from where the paths part."""
     names = [path.resolve().name for path in paths]
-    return {str(path) if names.count(name) > 1 else name: path for name, path in zip(names, paths, strict=True)}
+    common = os.path.commonpath([path.resolve() for path in paths]) if len(set(paths)) > 1 else Path.cwd()
+    return {
+        os.path.relpath(path.resolve(), common) if names.count(name) > 1 else name: path
+        for name, path in zip(names, paths, strict=True)
+    }
 
 
 def _plan(default_mode: str, mode: str | None = None) -> Plan:

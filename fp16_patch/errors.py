@@ -99,3 +99,23 @@ class LossScaleCollapse(Fp16PatchError):
 
     def __reduce__(self) -> tuple[type[LossScaleCollapse], tuple[str, int, str, dict[int, list[str]]]]:
         return type(self), (self.role, self.step, self.reason, self.culprits)
+
+
+class MismatchAlert(Fp16PatchError):
+    """Sampler and learner have drifted apart further than a threshold allows, under `on_alert=stop`.
+
+    Args:
+        step: the trainer's step at which the first of the alerts fired.
+        alerts: one sentence each, with metric, value and threshold.
+    """
+
+    def __init__(self, step: int, alerts: Sequence[str]) -> None:
+        self.step, self.alerts = step, tuple(alerts)
+        listed = "\n  ".join(self.alerts)
+        super().__init__(
+            f"training stopped at step {step}, as on_alert=stop asks:\n  {listed}\n"
+            "`fp16-patch report` on the run's record says what kind of gap it is; on_alert=log goes on all the same."
+        )
+
+    def __reduce__(self) -> tuple[type[MismatchAlert], tuple[int, tuple[str, ...]]]:
+        return type(self), (self.step, self.alerts)

@@ -39,6 +39,18 @@ class Plan:
         strict: refuse framework code we do not know. When false that is one warning and the ledger still decides.
         ledger_every: the driver reads every process's ledger before the first two updates, then each so many steps.
         out_dir: where the monitor writes; the framework's own output directory when None.
+        monitor: measure the mismatch of sampler and learner.
+        monitor_timeout_s: the longest a step waits for its own figures; without them it goes on.
+        noise_floor_every: steps between measurements of the learner against itself; 0 for none.
+        noise_floor_share: share of the sequences scored once more for it.
+        on_alert: `log`, or `stop` to end the run when an alert fires.
+        alert_k1: alert where |k1| is above; as for each alert, 0 disables it.
+        alert_ess: alert where the effective sample size, a share of the tokens, is below.
+        alert_chi2: alert where the tokens' or the sequences' chi-square divergence is above.
+        alert_token_mult_prob_error: alert where mean exp|d| is above.
+        alert_prob_diff: alert where some token's probabilities differ by more.
+        alert_doubling_steps: alert where mean |d| has doubled over so many steps.
+        alert_after: consecutive steps beyond a threshold before an alert fires, and within it before it clears.
 
     Raises:
         PlanError: a value is of the wrong kind or out of range; the message names setting, value and fix.
@@ -55,6 +67,18 @@ class Plan:
     strict: bool = True
     ledger_every: int = 50
     out_dir: str | None = None
+    monitor: bool = True
+    monitor_timeout_s: float = 2.0
+    noise_floor_every: int = 10
+    noise_floor_share: float = 0.03
+    on_alert: str = "log"
+    alert_k1: float = 0.1
+    alert_ess: float = 0.3
+    alert_chi2: float = 1.0
+    alert_token_mult_prob_error: float = 1.05
+    alert_prob_diff: float = 0.95
+    alert_doubling_steps: int = 100
+    alert_after: int = 2
 
     def __post_init__(self) -> None:
         conflicts = [conflict for check in _CHECKS if (conflict := check(self)) is not None]
@@ -128,6 +152,14 @@ class Plan:
         return cls.from_settings(settings, source="environment")
 
 
+_ALERT_THRESHOLDS = (
+    "alert_k1",
+    "alert_ess",
+    "alert_chi2",
+    "alert_token_mult_prob_error",
+    "alert_prob_diff",
+    "alert_doubling_steps",
+)
 _FIELD_TYPES: dict[str, str] = {field.name: str(field.type) for field in fields(Plan)}
 
 
@@ -172,6 +204,12 @@ def _check_mode(plan: Plan) -> Conflict | None:
     return Conflict("fp16_patch.mode", plan.mode, "no such mode", f"use one of {', '.join(_DTYPE_OF_MODE)} (1 = fp16)")
 
 
+def _check_on_alert(plan: Plan) -> Conflict | None:
+    if plan.on_alert in ("log", "stop"):
+        return None
+    return Conflict("fp16_patch.on_alert", plan.on_alert, "no such action", "use log or stop")
+
+
 def _range_check(name: str, good: Callable[[Any], bool], wanted: str) -> Callable[[Plan], Conflict | None]:
     def check(plan: Plan) -> Conflict | None:
         value = getattr(plan, name)
@@ -184,6 +222,10 @@ def _range_check(name: str, good: Callable[[Any], bool], wanted: str) -> Callabl
 
 def _positive(value: float) -> bool:
     return math.isfinite(value) and value > 0
+
+
+def _not_negative(value: float) -> bool:
+    return math.isfinite(value) and value >= 0
 
 
 def _check_floor(plan: Plan) -> Conflict | None:
@@ -205,4 +247,10 @@ _CHECKS: tuple[Callable[[Plan], Conflict | None], ...] = (
     _range_check("max_consecutive_skips", lambda value: value >= 1, "at least 1 step, 20 by default"),
     _range_check("ledger_every", lambda value: value >= 1, "at least 1 step, 50 by default"),
     _check_floor,
+    _range_check("monitor_timeout_s", _positive, "a finite number of seconds above 0, 2 by default"),
+    _range_check("noise_floor_every", lambda value: value >= 0, "a number of steps, 10 by default, 0 for never"),
+    _range_check("noise_floor_share", lambda value: 0 < value <= 1, "a share of the sequences, above 0 and at most 1"),
+    _check_on_alert,
+    *(_range_check(name, _not_negative, "a threshold of 0 (no such alert) or above") for name in _ALERT_THRESHOLDS),
+    _range_check("alert_after", lambda value: value >= 1, "at least 1 step, 2 by default"),
 )

@@ -5,16 +5,24 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fp16_patch.mismatch.stats import MismatchStats
+from fp16_patch.mismatch.lines import Coverage, Line, StandingAlert, alerts_of, coverage_of, metrics_of, parse_line
+from fp16_patch.mismatch.stats import MismatchStats, WorstToken
 
 PLAN, MISMATCH, STEPS, LEDGER = "plan.json", "mismatch.jsonl", "steps.jsonl", "ledger.json"
 RECORD_FILES = (PLAN, MISMATCH, STEPS, LEDGER)
 RECORD_FOLDER = "fp16_patch"
+
+STATES, OFFSET = ("state", "noise_floor"), "offset"
+KEPT_STEPS = 2000
+"""Of a longer run the summaries of so many steps are kept, evenly spread; totals are over all."""
+
+WORST_TOKENS = 16
+LISTED_PARTIAL_STEPS = 5
 
 FLOAT32_BY_DESIGN = frozenset({"master", "gradient", "wire", "logits", "log_prob", "entropy", "rope"})
 # verl's and OpenRLHF's names for the mean reward of a step.
@@ -26,8 +34,26 @@ Runs = Mapping[str, "RunRecord"]
 
 
 @dataclass(frozen=True)
+class Episode:
+    """An alert from the step it is about to the last one at which it stood."""
+
+    alert: StandingAlert
+    until: int
+    standing: bool
+
+
+@dataclass(frozen=True)
 class RunRecord:
-    """One run as it was recorded. ``steps`` and ``mismatch`` map a step to its metrics, in the order of steps."""
+    """One run as it was recorded; what is mapped by step is in the order of steps.
+
+    Attributes:
+        steps, mismatch: the metrics of each step, from the two files.
+        stats: the mismatch of all steps, merged.
+        step_stats: the mismatch of each step, of at most ``KEPT_STEPS`` steps.
+        worst: (step, token) of the largest finite |d|, largest first.
+        noise_floor: the learner against itself, merged; None where it was not measured.
+        attempts: the starts of the trainer that wrote the record.
+    """
 
     path: Path
     plan: dict[str, Any]
@@ -38,6 +64,12 @@ class RunRecord:
     stats: MismatchStats
     wall_s: float | None
     notes: list[str] = field(default_factory=list)
+    step_stats: dict[int, MismatchStats] = field(default_factory=dict)
+    worst: list[tuple[int, WorstToken]] = field(default_factory=list)
+    noise_floor: MismatchStats | None = None
+    coverage: dict[int, Coverage] = field(default_factory=dict)
+    alerts: dict[int, tuple[StandingAlert, ...]] = field(default_factory=dict)
+    attempts: list[str] = field(default_factory=list)
 
     def total(self) -> MismatchStats:
         """The mismatch of all steps, merged."""
@@ -68,6 +100,23 @@ class RunRecord:
                 name: totals[name] for name in ("mean_abs", "max_abs", "seq_mean_abs", "k1", "k3", "prob_mean_abs")
             },
         }
+
+    def over_floor(self) -> float:
+        """Mean |d| as a multiple of the learner's against itself; NaN where that was not measured, or is 0."""
+        floor = self.noise_floor.metrics(prefix="")["mean_abs"] if self.noise_floor is not None else math.nan
+        return self.total().metrics(prefix="")["mean_abs"] / floor if floor else math.nan
+
+    def covered(self) -> float:
+        """The share of the sampled tokens that was measured; NaN where it was not recorded."""
+        known = [(part.tokens, part.expected_tokens) for part in self.coverage.values() if part.expected_tokens]
+        return sum(tokens for tokens, _ in known) / sum(expected for _, expected in known) if known else math.nan
+
+    def episodes(self) -> list[Episode]:
+        """The alerts in the order in which they began, with the values at the last step at which they stood."""
+        last = {(alert.name, alert.since): (alert, step) for step, alerts in self.alerts.items() for alert in alerts}
+        end = max(self.mismatch, default=0)
+        episodes = [Episode(alert, step, standing=step == end) for alert, step in last.values()]
+        return sorted(episodes, key=lambda episode: (episode.alert.since, episode.alert.name))
 
     def planned_dtype(self) -> str | None:
         """The dtype the plan asks for, by its torch name; None if no plan was recorded."""
@@ -121,17 +170,30 @@ def load_run(path: str | Path) -> RunRecord:
     ledger = _read_object(folder / LEDGER, notes)
     steps = _read_lines(folder / STEPS, notes)
     mismatch = _read_lines(folder / MISMATCH, notes)
+    states = _read_states(folder / MISMATCH, mismatch, notes)
+    coverage = {step: part for step, line in mismatch.items() if (part := coverage_of(line)) is not None}
     return RunRecord(
         path=folder,
         plan=_read_object(folder / PLAN, notes),
         ledger=_merge_roles(ledger),
         processes=len(ledger.get("processes", [])),
-        steps={step: _metrics(line) for step, line in steps.items()},
-        mismatch={step: _metrics(line) for step, line in mismatch.items()},
-        stats=_merge_states(mismatch, notes),
+        steps={step: metrics_of(line) for step, line in steps.items()},
+        mismatch={step: metrics_of(line) for step, line in mismatch.items()},
+        stats=states.total,
         wall_s=_wall_seconds([*(steps or mismatch).values()]),
-        notes=notes,
+        notes=notes + _coverage_notes(coverage),
+        step_stats=states.kept,
+        worst=states.worst,
+        noise_floor=states.noise_floor,
+        coverage=coverage,
+        alerts={step: alerts for step, line in mismatch.items() if (alerts := alerts_of(line))},
+        attempts=_attempts([*mismatch.values(), *steps.values()]),
     )
+
+
+def worst_of(tokens: Iterable[tuple[int, WorstToken]]) -> list[tuple[int, WorstToken]]:
+    """Of (step, token), those of the largest |d|, largest first."""
+    return sorted(tokens, key=lambda pair: -abs(pair[1].d))[:WORST_TOKENS]
 
 
 def _record_folder(path: Path) -> Path:
@@ -158,43 +220,78 @@ def _read_object(path: Path, notes: list[str]) -> dict[str, Any]:
     return {}
 
 
-def _read_lines(path: Path, notes: list[str]) -> dict[int, dict[str, Any]]:
+def _read_lines(path: Path, notes: list[str]) -> dict[int, Line]:
+    """The last line of each step, without its states: their place in the file instead, as ``OFFSET``."""
     if not path.is_file():
         return {}
-    lines = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    parsed = [_parse_line(line) for line in lines]
-    if parsed and parsed[-1] is None:
+    by_step: dict[int, Line] = {}
+    unreadable, cut_off = 0, False
+    for offset, text in _lines_at(path):
+        line = parse_line(text)
+        unreadable, cut_off = unreadable + cut_off, line is None
+        if line is not None:
+            by_step[line["step"]] = {key: value for key, value in line.items() if key not in STATES} | {OFFSET: offset}
+    if cut_off:
         notes.append(f"{path.name}: the last line is cut off, and left out")
-    unreadable = sum(line is None for line in parsed[:-1])
     if unreadable:
         notes.append(f"{path.name}: {unreadable} unreadable lines left out")
-    by_step = {line["step"]: line for line in parsed if line is not None}
     return dict(sorted(by_step.items()))
 
 
-def _parse_line(line: str) -> dict[str, Any] | None:
-    try:
-        content = json.loads(line)
-    except ValueError:
-        return None
-    return content if isinstance(content, dict) and isinstance(content.get("step"), int) else None
+def _lines_at(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines that are not blank, each with its place in the file, in bytes."""
+    offset = 0
+    with path.open("rb") as lines:
+        for line in lines:
+            if line.strip():
+                yield offset, line
+            offset += len(line)
 
 
-def _metrics(line: dict[str, Any]) -> dict[str, float]:
-    metrics = line.get("metrics")
-    if not isinstance(metrics, dict):
-        return {}
-    return {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
+def _attempts(lines: Iterable[Line]) -> list[str]:
+    """The starts of the trainer, in the order of the steps they wrote."""
+    return list(dict.fromkeys(str(line["attempt"]) for line in lines if line.get("attempt")))
 
 
-def _merge_states(lines: dict[int, dict[str, Any]], notes: list[str]) -> MismatchStats:
-    total = MismatchStats.empty()
-    for step, line in lines.items():
-        try:
-            total += MismatchStats.from_dict(line["state"])
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            notes.append(f"{MISMATCH}: step {step} is not in the totals: {error!r}")
-    return total
+def _coverage_notes(coverage: Mapping[int, Coverage]) -> list[str]:
+    partial = [f"step {step}: {part.text()}" for step, part in coverage.items() if not part.complete]
+    more = len(partial) - LISTED_PARTIAL_STEPS
+    return partial[:LISTED_PARTIAL_STEPS] + ([f"{more} more steps are partly covered"] if more > 0 else [])
+
+
+@dataclass
+class _States:
+    """What the states of all lines come to, read one line at a time."""
+
+    kept: dict[int, MismatchStats] = field(default_factory=dict)
+    worst: list[tuple[int, WorstToken]] = field(default_factory=list)
+    total: MismatchStats = field(default_factory=MismatchStats.empty)
+    noise_floor: MismatchStats | None = None
+
+    def add(self, step: int, line: Line, keep: bool) -> None:
+        state = MismatchStats.from_dict(line["state"])
+        self.total += state
+        self.worst = worst_of([*self.worst, *((step, token) for token in state.worst_tokens())])
+        if keep:
+            self.kept[step] = state
+        if line.get("noise_floor"):
+            floor = MismatchStats.from_dict(line["noise_floor"])
+            self.noise_floor = floor if self.noise_floor is None else self.noise_floor + floor
+
+
+def _read_states(path: Path, lines: Mapping[int, Line], notes: list[str]) -> _States:
+    states = _States()
+    if not lines:
+        return states
+    kept = set([*lines][:: math.ceil(len(lines) / KEPT_STEPS)])
+    with path.open("rb") as file:
+        for step, line in lines.items():
+            file.seek(line[OFFSET])
+            try:
+                states.add(step, parse_line(file.readline()) or {}, step in kept)
+            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                notes.append(f"{MISMATCH}: step {step} is not in the totals: {error!r}")
+    return states
 
 
 def _merge_roles(ledger: dict[str, Any]) -> Ledger:
@@ -212,6 +309,6 @@ def _dtype_name(dtype: object) -> str:
     return DTYPE_ALIASES.get(name, name)
 
 
-def _wall_seconds(lines: Sequence[dict[str, Any]]) -> float | None:
+def _wall_seconds(lines: Sequence[Line]) -> float | None:
     times = [line["time"] for line in lines if isinstance(line.get("time"), int | float)]
     return max(times) - min(times) if times else None

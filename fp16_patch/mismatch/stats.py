@@ -1,173 +1,286 @@
 """A fixed-size, mergeable summary of the mismatch between sampler and learner log-probs.
 
 The mismatch of a sampled token is ``d = log π_learner − log μ_sampler``: positive where the learner finds the token
-likelier than the sampler did. ``r = exp(d)`` is the importance ratio.
+likelier than the sampler did. ``r = exp(d)`` is the importance ratio, ``D = Σ_t d`` the sum over a sequence.
 
 Sources of the formulas:
-    verl       ``verl/trainer/ppo/rollout_corr_helper.py``, ``compute_offpolicy_metrics``
+    verl       ``verl/trainer/ppo/rollout_corr_helper.py``, ``compute_offpolicy_metrics`` and ``compute_is_metrics``
     verl debug ``verl/utils/debug/metrics.py``, ``calculate_debug_metrics``
     Schulman   "Approximating KL Divergence" (2020), estimators k1 and k3
-    NeMo-RL    ``token_mult_prob_error`` in ``nemo_rl/algorithms``
+    NeMo-RL    ``ClippedPGLossFn`` in ``nemo_rl/algorithms``
+    TRL        ``GRPOTrainer``, its ``sampling/`` metrics
     DDSketch   Masson, Rim, Lee, "DDSketch" (VLDB 2019), log-spaced bins with bounded relative error
 """
 
 from __future__ import annotations
 
 import math
-import operator
-from dataclasses import dataclass, field, fields
-from typing import Any
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-STATE_VERSION = 1
+from fp16_patch.mismatch.statistics import bands, bins, serial
+from fp16_patch.mismatch.statistics.aliases import framework_names
+from fp16_patch.mismatch.statistics.bands import Band, LengthBand, WorstToken
+from fp16_patch.mismatch.statistics.bins import (
+    BIN_COUNT,
+    BINS_PER_DECADE,
+    BINS_PER_SIGN,
+    QUANTILE_RELATIVE_ERROR,
+    ZERO_BIN,
+    bin_edges,
+    bin_values,
+)
+from fp16_patch.mismatch.statistics.layout import (
+    ADDED_PART,
+    GREATER_PART,
+    LESSER_PART,
+    SCALARS,
+    SLICES,
+    STATE_SIZE,
+    WORST_COLUMNS,
+    WORST_PART,
+    empty_vector,
+    table,
+)
+from fp16_patch.mismatch.statistics.measure import state_of
+from fp16_patch.mismatch.statistics.moments import correlation, effective_share, mean, population_std, sample_std, slope
+from fp16_patch.mismatch.statistics.ratios import EXPONENT_CAP, RATIO_BOUND, bounded_ratio
+from fp16_patch.mismatch.statistics.serial import STATE_VERSION
+from fp16_patch.mismatch.statistics.worst import worst_rows
 
-BINS_PER_DECADE = 120
-DECADES = 12
-SMALLEST_MAGNITUDE = 1e-9
-BINS_PER_SIGN = BINS_PER_DECADE * DECADES
-ZERO_BIN = BINS_PER_SIGN
-BIN_COUNT = 2 * BINS_PER_SIGN + 1
-BIN_RATIO = 10 ** (1 / BINS_PER_DECADE)
-QUANTILE_RELATIVE_ERROR = (BIN_RATIO - 1) / (BIN_RATIO + 1)
+__all__ = [
+    "BINS_PER_DECADE",
+    "BINS_PER_SIGN",
+    "BIN_COUNT",
+    "EXPONENT_CAP",
+    "QUANTILE_RELATIVE_ERROR",
+    "RATIO_BOUND",
+    "STATE_SIZE",
+    "STATE_VERSION",
+    "ZERO_BIN",
+    "Band",
+    "LengthBand",
+    "MismatchStats",
+    "WorstToken",
+    "bin_edges",
+    "bin_values",
+]
 
-EXPONENT_CAP = 88.0
-"""Exponents are clamped here, near the end of float32: where verl and NeMo-RL overflow to inf, sums stay finite."""
-
-CONSTANT_SPREAD = 1e-14
-"""A variance below this share of the mean square is rounding of a constant; a correlation with it is NaN."""
+MERGED_AT_ONCE = 64
+"""States stacked by ``merge_all``: 4 MB of them."""
 
 _QUANTILES = {"abs_p50": 0.5, "abs_p90": 0.9, "abs_p99": 0.99, "abs_p99_9": 0.999}
 
-
-def _count() -> Any:
-    return field(default=0, metadata={"merge": operator.add, "kind": int})
+Number = TypeVar("Number", int, float)
 
 
-def _sum() -> Any:
-    return field(default=0.0, metadata={"merge": operator.add, "kind": float})
+class _Scalar(Generic[Number]):
+    """A figure of the state, by the name of the attribute."""
+
+    def __init__(self, kind: Callable[[float], Number]) -> None:
+        self._kind: Callable[[float], Number] = kind
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._at = SCALARS.index(name)
+
+    def __get__(self, stats: MismatchStats, owner: type | None = None) -> Number:
+        return self._kind(stats._scalars[self._at])
 
 
-def _least() -> Any:
-    return field(default=math.inf, metadata={"merge": min, "kind": float})
+def _count() -> _Scalar[int]:
+    return _Scalar(int)
 
 
-def _greatest(default: float = 0.0) -> Any:
-    return field(default=default, metadata={"merge": max, "kind": float})
-
-
-def _empty_histogram() -> Tensor:
-    return torch.zeros(BIN_COUNT, dtype=torch.int64)
+def _figure() -> _Scalar[float]:
+    return _Scalar(float)
 
 
 @dataclass(frozen=True, eq=False)
 class MismatchStats:
-    """Counts, float64 sums, extremes and a histogram of ``d`` over sampled tokens.
+    """Counts, float64 sums, extremes, histograms and the worst tokens of a set of sampled tokens.
 
-    Moments are over *finite* tokens: those where both log-probs are finite. Sequence sums ``D = Σ_t d`` are over
-    sequences with no non-finite token. Merging is associative and commutative: exact for counts, extremes and the
-    histogram, up to float64 rounding for sums.
+    Moments are over *finite* tokens: those where both log-probs are finite. Figures of sequences are over those that
+    have tokens, none of them non-finite. Merging is associative and commutative: exact for counts, extremes, tables of
+    counts and the worst tokens, up to float64 rounding for sums.
 
-    ``histogram`` is int64 of shape ``(BIN_COUNT,)`` on the host. Bin ``ZERO_BIN ± k`` holds
-    ``1e-9·γ^(k−1) ≤ ±d < 1e-9·γ^k`` with ``γ = 10^(1/120)``; smaller ``|d|`` is in the zero bin, ``|d|`` from 1e3 on in
-    the bin at the end.
+    ``weighed_tokens`` and ``weighed_sequences`` are those finite ones of which more is known than version 1 of the
+    state had: all, unless such a state was merged in.
+
+    ``vector`` is the state, float64 of shape ``(STATE_SIZE,)`` on the device where it was measured; see
+    ``fp16_patch.mismatch.statistics.layout``. Reading any figure copies it to the host, and on an accelerator waits for
+    it.
     """
 
-    tokens: int = _count()
-    sequences: int = _count()
-    nonfinite_sampler: int = _count()
-    nonfinite_learner: int = _count()
-    nonfinite_tokens: int = _count()
-    nonfinite_sequences: int = _count()
+    vector: Tensor
 
-    d_sum: float = _sum()
-    d_abs_sum: float = _sum()
-    d_square_sum: float = _sum()
-    d_min: float = _least()
-    d_max: float = _greatest(-math.inf)
-    k3_sum: float = _sum()
-    expm1_abs_sum: float = _sum()
+    tokens = _count()
+    sequences = _count()
+    nonfinite_sampler = _count()
+    nonfinite_learner = _count()
+    nonfinite_tokens = _count()
+    nonfinite_sequences = _count()
+    weighed_tokens = _count()
+    weighed_sequences = _count()
+    tail_1e_2_count = _count()
+    tail_1e_1_count = _count()
+    tail_1_count = _count()
+    ratio_above_2_count = _count()
+    ratio_below_half_count = _count()
+    ratio_above_5_count = _count()
+    sequence_ratio_outside_count = _count()
+    sequence_weight_above_2_count = _count()
+    sequence_weight_below_half_count = _count()
 
-    sampler_prob_sum: float = _sum()
-    learner_prob_sum: float = _sum()
-    sampler_prob_square_sum: float = _sum()
-    learner_prob_square_sum: float = _sum()
-    prob_product_sum: float = _sum()
-    prob_abs_sum: float = _sum()
-    prob_abs_max: float = _greatest()
+    d_sum = _figure()
+    d_abs_sum = _figure()
+    d_square_sum = _figure()
+    d_min = _figure()
+    d_max = _figure()
+    k3_sum = _figure()
+    k3_reverse_sum = _figure()
+    js_sum = _figure()
+    expm1_abs_sum = _figure()
+    capped_expm1_sum = _figure()
+    expm1_sum = _figure()
+    expm1_square_sum = _figure()
+    truncated_expm1_sum = _figure()
+    truncated_expm1_square_sum = _figure()
 
-    sequence_sum: float = _sum()
-    sequence_abs_sum: float = _sum()
-    sequence_square_sum: float = _sum()
-    sequence_abs_max: float = _greatest()
+    sampler_log_prob_sum = _figure()
+    learner_log_prob_sum = _figure()
+    sampler_log_prob_square_sum = _figure()
+    learner_log_prob_square_sum = _figure()
+    log_prob_product_sum = _figure()
 
-    histogram: Tensor = field(default_factory=_empty_histogram, metadata={"merge": operator.add})
+    sampler_prob_sum = _figure()
+    learner_prob_sum = _figure()
+    sampler_prob_square_sum = _figure()
+    learner_prob_square_sum = _figure()
+    prob_product_sum = _figure()
+    prob_abs_sum = _figure()
+    prob_difference_square_sum = _figure()
+    prob_abs_max = _figure()
+
+    sequence_sum = _figure()
+    sequence_abs_sum = _figure()
+    sequence_square_sum = _figure()
+    sequence_abs_max = _figure()
+    sequence_expm1_sum = _figure()
+    sequence_expm1_square_sum = _figure()
+    sequence_weight_sum = _figure()
+    sequence_weight_square_sum = _figure()
+    sequence_weight_min = _figure()
+    sequence_weight_max = _figure()
+
+    sampler_log_ppl_sum = _figure()
+    learner_log_ppl_sum = _figure()
+    sampler_ppl_sum = _figure()
+    learner_ppl_sum = _figure()
+    log_ppl_diff_sum = _figure()
+    log_ppl_diff_abs_sum = _figure()
+    log_ppl_diff_min = _figure()
+    log_ppl_diff_max = _figure()
+    ppl_ratio_expm1_sum = _figure()
 
     @classmethod
     def empty(cls) -> MismatchStats:
         """The summary of no tokens: the neutral element of ``merge``."""
-        return cls()
+        return cls(empty_vector())
 
     @classmethod
     @torch.no_grad()
     def from_log_probs(
-        cls, sampler: Tensor, learner: Tensor, mask: Tensor, sequence_ids: Tensor | None = None
+        cls,
+        sampler: Tensor,
+        learner: Tensor,
+        mask: Tensor,
+        sequence_ids: Tensor | None = None,
+        token_ids: Tensor | None = None,
+        first_sequence: int = 0,
     ) -> MismatchStats:
-        """Summarize one batch on the learner's device, with one copy of 23 KB to the host.
+        """Summarize one batch on the learner's device, without waiting for it unless ``sequence_ids`` are given.
 
         Args:
             sampler: log μ, shape (sequences, tokens), any real dtype; upcast to float64 before the subtraction.
             learner: log π, same shape.
             mask: same shape, non-zero on sampled tokens. What lies under zeros is ignored, NaN included.
-            sequence_ids: integers of the same shape, for rows that hold several sequences, or parts of one; by
-                default a row is a sequence. Finding the distinct ids costs one more synchronization.
+            sequence_ids: integers of the same shape, for rows that hold several sequences, or parts of one, each in the
+                order of its tokens; by default a row is a sequence.
+            token_ids: integers of the same shape, for the worst tokens to be named by.
+            first_sequence: the number of the first row, for the worst tokens; sequences with ids are named by these.
 
         A sequence counts if it has a sampled token, and must lie in one call: summaries cannot join its parts.
 
         Raises:
             ValueError: the shapes differ or are not two-dimensional.
         """
-        _require_equal_shapes(sampler=sampler, learner=learner, mask=mask, sequence_ids=sequence_ids)
+        _require_equal_shapes(
+            sampler=sampler, learner=learner, mask=mask, sequence_ids=sequence_ids, token_ids=token_ids
+        )
+        device = learner.device
         if mask.numel() == 0:
-            return cls()
-        sampler, learner = (side.to(device=learner.device, dtype=torch.float64) for side in (sampler, learner))
-        mask = mask.to(device=learner.device, dtype=torch.bool)
-        nonfinite_sampler = mask & ~torch.isfinite(sampler)
-        nonfinite_learner = mask & ~torch.isfinite(learner)
-        nonfinite = nonfinite_sampler | nonfinite_learner
-        finite = mask & ~nonfinite
-        d = torch.where(finite, learner - sampler, 0.0)
-        reductions = {
-            "tokens": mask.sum(),
-            "nonfinite_sampler": nonfinite_sampler.sum(),
-            "nonfinite_learner": nonfinite_learner.sum(),
-            "nonfinite_tokens": nonfinite.sum(),
-            **_token_reductions(d, finite),
-            **_probability_reductions(sampler, learner, finite),
-            **_sequence_reductions(d, mask, nonfinite, sequence_ids),
-        }
-        return cls._from_device(reductions, _histogram(d, finite))
+            return cls(empty_vector(device))
+        sequence_ids, token_ids = (
+            None if ids is None else ids.detach().to(device) for ids in (sequence_ids, token_ids)
+        )
+        vector = state_of(
+            sampler.detach().to(device),
+            learner.detach(),
+            mask.to(device=device, dtype=torch.bool),
+            sequence_ids,
+            token_ids,
+            first_sequence,
+        )
+        return cls(vector)
 
-    @classmethod
-    def _from_device(cls, reductions: dict[str, Tensor], histogram: Tensor) -> MismatchStats:
-        """One host copy for everything: float64 carries counts exactly up to 2^53."""
-        scalars = torch.stack([value.to(torch.float64) for value in reductions.values()])
-        host = torch.cat([scalars, histogram.to(torch.float64)]).cpu()
-        kinds = {item.name: item.metadata["kind"] for item in _scalar_fields()}
-        values = {name: kinds[name](value) for name, value in zip(reductions, host.tolist(), strict=False)}
-        return cls(**values, histogram=host[len(reductions) :].to(torch.int64))
+    def to_host(self) -> MismatchStats:
+        """The same summary in the host's memory: one copy, or this object if it is there."""
+        return self if self.vector.device.type == "cpu" else type(self)(self.vector.cpu())
 
     def merge(self, other: MismatchStats) -> MismatchStats:
-        """The summary of both sets of tokens. Neither operand changes."""
-        return type(self)(
-            **{
-                item.name: item.metadata["merge"](getattr(self, item.name), getattr(other, item.name))
-                for item in fields(self)
-            }
-        )
+        """The summary of both sets of tokens, on this one's device. Neither operand changes."""
+        return type(self)(_merged(torch.stack([self.vector, other.vector.to(self.vector.device)])))
 
     __add__ = merge
+
+    @classmethod
+    def merge_all(cls, summaries: Iterable[MismatchStats]) -> MismatchStats:
+        """The summary of all sets of tokens, on the first one's device; of none, the empty one."""
+        vectors = (stats.vector for stats in summaries)
+        total: Tensor | None = None
+        while block := list(islice(vectors, MERGED_AT_ONCE)):
+            device = block[0].device if total is None else total.device
+            parts = block if total is None else [total, *block]
+            total = _merged(torch.stack([part.to(device) for part in parts]))
+        return cls.empty() if total is None else cls(total)
+
+    def __reduce__(self) -> tuple[Callable[[bytes], MismatchStats], tuple[bytes]]:
+        """Pickled compactly, and read back on the host wherever it was."""
+        return type(self).from_bytes, (self.to_bytes(),)
+
+    @cached_property
+    def _host(self) -> Tensor:
+        return self.vector.cpu()
+
+    @cached_property
+    def _scalars(self) -> list[float]:
+        scalars: list[float] = torch.stack([self._host[SLICES[name].start] for name in SCALARS]).tolist()
+        return scalars
+
+    @property
+    def histogram(self) -> Tensor:
+        """Counts of ``d``, int64 of shape ``(BIN_COUNT,)`` on the host.
+
+        Bin ``ZERO_BIN ± k`` holds ``1e-9·γ^(k−1) ≤ ±d < 1e-9·γ^k`` with ``γ = 10^(1/120)``; smaller ``|d|`` is in the
+        zero bin, ``|d|`` from 1e3 on in the bin at the end.
+        """
+        return table(self._host, "histogram")
 
     @property
     def finite_tokens(self) -> int:
@@ -197,24 +310,88 @@ class MismatchStats:
 
     def abs_histogram(self) -> Tensor:
         """Counts of ``|d|``, int64 of shape ``(BINS_PER_SIGN + 1,)``: the zero bin, then upwards. See ``bin_edges``."""
-        folded = self.histogram[ZERO_BIN:].clone()
-        folded[1:] += self.histogram[:ZERO_BIN].flip(0)
+        histogram = self.histogram
+        folded = histogram[ZERO_BIN:].clone()
+        folded[1:] += histogram[:ZERO_BIN].flip(0)
         return folded
+
+    def joint_probability(self) -> Tensor:
+        """Counts of finite tokens by (sampler's, learner's) probability, int64 (P, P). See ``probability_edges``."""
+        return table(self._host, "joint").view(bins.PROBABILITY_BIN_COUNT, -1)
+
+    def length_density(self) -> Tensor:
+        """Counts of finite sequences by (length, D), int64 (L, B). See ``length_edges`` and ``sum_edges``."""
+        return table(self._host, "density").view(bins.LENGTH_BAND_COUNT, -1)
+
+    probability_edges = staticmethod(bins.probability_edges)
+    length_edges = staticmethod(bins.length_edges)
+    sum_edges = staticmethod(bins.sum_edges)
+
+    def probability_bands(self) -> list[Band]:
+        """``d`` by the sampler's probability of the token; bands without a finite token are left out."""
+        return bands.probability_bands(self._host)
+
+    def position_bands(self) -> list[Band]:
+        """``d`` by the token's position in its sequence, with bands of their own for the first and the last token.
+
+        Between them by powers of two; places are counted as in ``WorstToken``. The one token of a sequence is its
+        first. Bands without a finite token are left out; the last token has NaN for its edges.
+        """
+        return bands.position_bands(self._host)
+
+    def by_length(self) -> list[LengthBand]:
+        """``D`` by the number of sampled tokens; bands without a finite sequence are left out."""
+        return bands.length_bands(self._host)
+
+    def worst_tokens(self) -> list[WorstToken]:
+        """The tokens of largest ``|d|``, at most ``WORST_TOKENS``, largest first; non-finite ones are not among them.
+
+        Of equal ones, the lower sequence comes first, then the lower position.
+        """
+        return bands.worst_tokens(self._host)
 
     def pearson(self) -> float:
         """Pearson correlation of exp(sampler) and exp(learner); NaN if either is constant (verl debug)."""
-        n = self.finite_tokens
-        sampler = _spread(n, self.sampler_prob_sum, self.sampler_prob_square_sum)
-        learner = _spread(n, self.learner_prob_sum, self.learner_prob_square_sum)
-        if math.isnan(sampler) or math.isnan(learner):
-            return math.nan
-        covariance = self.prob_product_sum - self.sampler_prob_sum * self.learner_prob_sum / n
-        return max(-1.0, min(1.0, covariance / math.sqrt(sampler * learner)))
+        return correlation(
+            self.finite_tokens,
+            self.sampler_prob_sum,
+            self.learner_prob_sum,
+            self.sampler_prob_square_sum,
+            self.learner_prob_square_sum,
+            self.prob_product_sum,
+        )
+
+    def log_prob_correlation(self) -> float:
+        """Pearson correlation of the log-probs; NaN if either is constant."""
+        return correlation(
+            self.weighed_tokens,
+            self.sampler_log_prob_sum,
+            self.learner_log_prob_sum,
+            self.sampler_log_prob_square_sum,
+            self.learner_log_prob_square_sum,
+            self.log_prob_product_sum,
+        )
+
+    def log_prob_slope(self) -> float:
+        """Slope of the least-squares line of log π on log μ; NaN if log μ is constant."""
+        return slope(
+            self.weighed_tokens,
+            self.sampler_log_prob_sum,
+            self.learner_log_prob_sum,
+            self.sampler_log_prob_square_sum,
+            self.log_prob_product_sum,
+        )
+
+    def is_standard_error(self) -> float:
+        """Standard error of mean r: √(s²/n) with the unbiased variance s²; NaN with fewer than two tokens."""
+        n = self.weighed_tokens
+        return sample_std(n, self.expm1_sum, self.expm1_square_sum) / math.sqrt(n) if n else math.nan
 
     def metrics(self, prefix: str = "mismatch/") -> dict[str, float]:
         """The metrics under ``prefix``; with no finite token (or sequence), counts as they are and NaN for the rest.
 
-        Means are over finite tokens, ``p = exp(log-prob)``, ``Δp = p_learner − p_sampler``, ``D = Σ_t d``.
+        Means are over finite tokens, ``p = exp(log-prob)``, ``Δp = p_learner − p_sampler``, ``D = Σ_t d``,
+        ``R = exp(D)``, n their number.
 
         ======================  ====================================================  =================================
         name                    formula                                               source
@@ -222,20 +399,35 @@ class MismatchStats:
         tokens, sequences       sampled tokens; sequences that have one
         mean_abs, max_abs       mean |d|, max |d|                                     TRL sampling_logp_difference
         abs_p50 … abs_p99_9     quantiles of |d|, relative error ≤ 1 %                DDSketch
+        tail_1e_2, _1e_1, _1    share of tokens with |d| above 0.01, 0.1, 1
         k1                      mean(−d), of KL(μ‖π)                                  Schulman; verl rollout_corr/kl
         k3                      mean(r − 1 − d), of KL(μ‖π)                           Schulman; verl rollout_corr/k3_kl
+        k3_reverse              mean(1/r − 1 + d), of KL(π‖μ)                         NeMo-RL policy_kl_error
+        is_mean, is_std         mean r, its standard deviation
+        is_min, is_max          min r, max r
+        ess                     (Σ r)² / (n Σ r²)                                     Kish's effective sample size ÷ n
+        chi2_token              mean r² − 1                                           verl rollout_corr/chi2_token
+        tis_clip_fraction       share of tokens with r > 2                            verl rollout_is, token level
+        icepop_mask_fraction    share of tokens with r outside 0.5 … 5                IcePop's bounds
+        seq_is_mean, seq_ess    mean R, (Σ R)² / (n Σ R²)
+        seq_mask_fraction       share of sequences with R outside 0.5 … 2
+        chi2_seq                mean R² − 1                                           verl rollout_corr/chi2_seq
         seq_mean_abs            mean |D| over finite sequences
         seq_max_abs             max |D| over finite sequences
         prob_mean_abs           mean |Δp|                                             verl debug rollout_probs_diff_mean
         prob_max_abs            max |Δp|                                              verl debug rollout_probs_diff_max
         pearson                 corr(p_sampler, p_learner)                            verl debug, arXiv 2506.13585
+        log_prob_slope          least squares of log π on log μ
+        log_prob_correlation    corr(log μ, log π)
         token_mult_prob_error   mean exp|d|                                           NeMo-RL
         nonfinite_sampler       tokens where the sampler's log-prob is NaN or ±inf
         nonfinite_learner       tokens where the learner's is
         nonfinite_tokens        tokens where either is
         ======================  ====================================================  =================================
 
-        Exponents are capped at ``EXPONENT_CAP``, in k3, token_mult_prob_error and p alike.
+        Exponents are clamped to ±``RATIO_BOUND`` in r and R of the ``is_``, ``ess``, ``chi2_`` and ``seq_`` metrics, as
+        verl does, and to ``EXPONENT_CAP`` in k3, k3_reverse, token_mult_prob_error and p. With a state of version 1
+        merged in, what it lacks is over the other tokens alone, ``weighed_tokens`` of them.
         """
         values: dict[str, float] = {
             "tokens": float(self.tokens),
@@ -244,76 +436,90 @@ class MismatchStats:
             "nonfinite_learner": float(self.nonfinite_learner),
             "nonfinite_tokens": float(self.nonfinite_tokens),
             **self._token_metrics(),
+            **self._weight_metrics(),
             **self._sequence_metrics(),
         }
         return {prefix + name: value for name, value in values.items()}
 
+    def aliases(self) -> dict[str, float]:
+        """The same figures under the frameworks' own names; see ``fp16_patch.mismatch.statistics.aliases``."""
+        return framework_names(self)
+
     def _token_metrics(self) -> dict[str, float]:
         n = self.finite_tokens
         return {
-            "mean_abs": _mean(self.d_abs_sum, n),
+            "mean_abs": mean(self.d_abs_sum, n),
             "max_abs": self.d_abs_max if n else math.nan,
             **{name: self.abs_quantile(q) for name, q in _QUANTILES.items()},
-            "k1": _mean(-self.d_sum, n),
-            "k3": _mean(self.k3_sum, n),
-            "prob_mean_abs": _mean(self.prob_abs_sum, n),
+            "k1": mean(-self.d_sum, n),
+            "k3": mean(self.k3_sum, n),
+            "prob_mean_abs": mean(self.prob_abs_sum, n),
             "prob_max_abs": self.prob_abs_max if n else math.nan,
             "pearson": self.pearson(),
-            "token_mult_prob_error": 1.0 + _mean(self.expm1_abs_sum, n),
+            "token_mult_prob_error": 1.0 + mean(self.expm1_abs_sum, n),
+        }
+
+    def _weight_metrics(self) -> dict[str, float]:
+        n = self.weighed_tokens
+        return {
+            "tail_1e_2": mean(self.tail_1e_2_count, n),
+            "tail_1e_1": mean(self.tail_1e_1_count, n),
+            "tail_1": mean(self.tail_1_count, n),
+            "k3_reverse": mean(self.k3_reverse_sum, n),
+            "is_mean": 1.0 + mean(self.expm1_sum, n),
+            "is_std": population_std(n, self.expm1_sum, self.expm1_square_sum),
+            "is_min": bounded_ratio(self.d_min) if self.finite_tokens else math.nan,
+            "is_max": bounded_ratio(self.d_max) if self.finite_tokens else math.nan,
+            "ess": effective_share(n, self.expm1_sum, self.expm1_square_sum),
+            "chi2_token": mean(2 * self.expm1_sum + self.expm1_square_sum, n),
+            "tis_clip_fraction": mean(self.ratio_above_2_count, n),
+            "icepop_mask_fraction": mean(self.ratio_below_half_count + self.ratio_above_5_count, n),
+            "log_prob_slope": self.log_prob_slope(),
+            "log_prob_correlation": self.log_prob_correlation(),
         }
 
     def _sequence_metrics(self) -> dict[str, float]:
-        n = self.finite_sequences
+        n, weighed = self.finite_sequences, self.weighed_sequences
         return {
-            "seq_mean_abs": _mean(self.sequence_abs_sum, n),
+            "seq_mean_abs": mean(self.sequence_abs_sum, n),
             "seq_max_abs": self.sequence_abs_max if n else math.nan,
+            "seq_is_mean": 1.0 + mean(self.sequence_expm1_sum, weighed),
+            "seq_ess": effective_share(weighed, self.sequence_expm1_sum, self.sequence_expm1_square_sum),
+            "seq_mask_fraction": mean(self.sequence_ratio_outside_count, weighed),
+            "chi2_seq": mean(2 * self.sequence_expm1_sum + self.sequence_expm1_square_sum, weighed),
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able state: ``version``, the fields that are not at their default, and the occupied bins.
+        """JSON-able state: ``version``, and what is not as in the empty summary.
 
-        ``histogram`` is ``{"bins": [...], "counts": [...]}``, bins counted from the zero bin, negative for ``d < 0``.
+        Scalars by name. ``histogram`` is ``{"bins": [...], "counts": [...]}``, bins counted from the zero bin, negative
+        for ``d < 0``; the other tables are ``{"cells": [...], "values": [...]}``. ``worst`` is a list of rows: sampler,
+        learner, sequence, position, token_id.
         """
-        scalars = {item.name: getattr(self, item.name) for item in _scalar_fields()}
-        defaults = {item.name: item.default for item in _scalar_fields()}
-        occupied = self.histogram.nonzero().flatten()
-        return {
-            "version": STATE_VERSION,
-            **{name: value for name, value in scalars.items() if value != defaults[name]},
-            "histogram": {"bins": (occupied - ZERO_BIN).tolist(), "counts": self.histogram[occupied].tolist()},
-        }
+        return serial.as_dict(self._host)
 
     @classmethod
     def from_dict(cls, state: dict[str, Any]) -> MismatchStats:
-        """The inverse of ``to_dict``.
+        """The inverse of ``to_dict``. It reads version 1 too, whose missing parts are empty.
 
         Raises:
-            ValueError: a version other than ``STATE_VERSION``, a field that this version does not have, a bin outside
-                the histogram.
+            ValueError: a version that is not read, a field that this version does not have, a table with
+                cells that it does not have.
         """
-        if state.get("version") != STATE_VERSION:
-            raise ValueError(f"mismatch state has version {state.get('version')!r}; this release reads {STATE_VERSION}")
-        scalars = {name: value for name, value in state.items() if name not in ("version", "histogram")}
-        unknown = sorted(scalars.keys() - {item.name for item in _scalar_fields()})
-        if unknown:
-            raise ValueError(f"mismatch state of version {STATE_VERSION} has unknown fields: {', '.join(unknown)}")
-        return cls(**scalars, histogram=_dense_histogram(**state["histogram"]))
+        return cls(serial.of_dict(state))
 
+    def to_bytes(self) -> bytes:
+        """The state for a message: a magic, the version, and the vector compressed by zlib, a few KB."""
+        return serial.as_bytes(self._host)
 
-def bin_edges() -> Tensor:
-    """Edges of the bins of ``|d|`` above the zero bin, float64 of shape ``(BINS_PER_SIGN + 1,)``, from 1e-9 to 1e3."""
-    exponents = torch.arange(BINS_PER_SIGN + 1, dtype=torch.float64) / BINS_PER_DECADE
-    return SMALLEST_MAGNITUDE * torch.pow(10.0, exponents)
+    @classmethod
+    def from_bytes(cls, message: bytes) -> MismatchStats:
+        """The inverse of ``to_bytes``, on the host.
 
-
-def bin_values() -> Tensor:
-    """The value that stands for each bin of ``d``, float64 of shape ``(BIN_COUNT,)``.
-
-    ``2·edge_low·edge_high / (edge_low + edge_high)``, whose relative error is the same, (γ−1)/(γ+1), at both edges.
-    """
-    edges = bin_edges()
-    positive = 2 * edges[:-1] * edges[1:] / (edges[:-1] + edges[1:])
-    return torch.cat([-positive.flip(0), positive.new_zeros(1), positive])
+        Raises:
+            ValueError: not a message of ``to_bytes``, another version, or a damaged one.
+        """
+        return cls(serial.of_bytes(message))
 
 
 def _require_equal_shapes(**tensors: Tensor | None) -> None:
@@ -323,61 +529,17 @@ def _require_equal_shapes(**tensors: Tensor | None) -> None:
         raise ValueError(f"expected equal shapes (sequences, tokens), got {listed}")
 
 
-def _token_reductions(d: Tensor, finite: Tensor) -> dict[str, Tensor]:
-    """Reductions of ``d`` (zero where not finite) that are zero at ``d = 0``, or masked."""
-    exponent = d.clamp(max=EXPONENT_CAP)
-    return {
-        "d_sum": d.sum(),
-        "d_abs_sum": d.abs().sum(),
-        "d_square_sum": d.square().sum(),
-        "d_min": d.masked_fill(~finite, math.inf).amin(),
-        "d_max": d.masked_fill(~finite, -math.inf).amax(),
-        "k3_sum": (torch.expm1(exponent) - exponent).sum(),
-        "expm1_abs_sum": torch.expm1(d.abs().clamp(max=EXPONENT_CAP)).sum(),
-    }
-
-
-def _probability_reductions(sampler: Tensor, learner: Tensor, finite: Tensor) -> dict[str, Tensor]:
-    p_sampler, p_learner = (torch.where(finite, side.clamp(max=EXPONENT_CAP).exp(), 0.0) for side in (sampler, learner))
-    difference = (p_learner - p_sampler).abs()
-    return {
-        "sampler_prob_sum": p_sampler.sum(),
-        "learner_prob_sum": p_learner.sum(),
-        "sampler_prob_square_sum": p_sampler.square().sum(),
-        "learner_prob_square_sum": p_learner.square().sum(),
-        "prob_product_sum": (p_sampler * p_learner).sum(),
-        "prob_abs_sum": difference.sum(),
-        "prob_abs_max": difference.amax(),
-    }
-
-
-def _sequence_reductions(d: Tensor, mask: Tensor, nonfinite: Tensor, sequence_ids: Tensor | None) -> dict[str, Tensor]:
-    sampled, broken, sums = _sum_by_sequence([mask, nonfinite, d], sequence_ids)
-    sums = torch.where(broken > 0, 0.0, sums)
-    return {
-        "sequences": (sampled > 0).sum(),
-        "nonfinite_sequences": (broken > 0).sum(),
-        "sequence_sum": sums.sum(),
-        "sequence_abs_sum": sums.abs().sum(),
-        "sequence_square_sum": sums.square().sum(),
-        "sequence_abs_max": sums.abs().amax(),
-    }
-
-
-def _sum_by_sequence(values: list[Tensor], sequence_ids: Tensor | None) -> list[Tensor]:
-    if sequence_ids is None:
-        return [value.sum(dim=-1, dtype=torch.float64) for value in values]
-    distinct, index = torch.unique(sequence_ids.to(values[0].device).flatten(), return_inverse=True)
-    zeros = torch.zeros(len(distinct), dtype=torch.float64, device=index.device)
-    return [zeros.index_add(0, index, value.flatten().to(torch.float64)) for value in values]
-
-
-def _histogram(d: Tensor, finite: Tensor) -> Tensor:
-    """``index_add`` rather than ``bincount``, which on CUDA stops for the largest index."""
-    magnitude = (torch.log10(d.abs() / SMALLEST_MAGNITUDE) * BINS_PER_DECADE).floor() + 1
-    bins = ZERO_BIN + d.sign() * magnitude.clamp(0, BINS_PER_SIGN)
-    counts = torch.zeros(BIN_COUNT, dtype=torch.int64, device=d.device)
-    return counts.index_add(0, bins.flatten().to(torch.int64), finite.flatten().to(torch.int64))
+def _merged(vectors: Tensor) -> Tensor:
+    """One state vector of many, (n, STATE_SIZE)."""
+    worst = vectors[:, WORST_PART].reshape(-1, len(WORST_COLUMNS))
+    return torch.cat(
+        [
+            vectors[:, ADDED_PART].sum(0),
+            vectors[:, LESSER_PART].amin(0),
+            vectors[:, GREATER_PART].amax(0),
+            worst_rows(worst).flatten(),
+        ]
+    )
 
 
 def _bin_quantile(counts: Tensor, values: Tensor, q: float) -> float:
@@ -389,27 +551,3 @@ def _bin_quantile(counts: Tensor, values: Tensor, q: float) -> float:
         return math.nan
     rank = math.floor(q * (total - 1))
     return float(values[torch.searchsorted(cumulative, rank, right=True)])
-
-
-def _dense_histogram(bins: list[int], counts: list[int]) -> Tensor:
-    histogram = _empty_histogram()
-    if not all(-BINS_PER_SIGN <= index <= BINS_PER_SIGN for index in bins) or len(bins) != len(counts):
-        raise ValueError(f"mismatch state has a histogram outside ±{BINS_PER_SIGN} bins, or not one count a bin")
-    histogram[torch.tensor(bins, dtype=torch.int64) + ZERO_BIN] = torch.tensor(counts, dtype=torch.int64)
-    return histogram
-
-
-def _scalar_fields() -> list[Any]:
-    return [item for item in fields(MismatchStats) if "kind" in item.metadata]
-
-
-def _mean(total: float, count: int) -> float:
-    return total / count if count else math.nan
-
-
-def _spread(count: int, total: float, squares: float) -> float:
-    """Σ(x − mean)² from Σx and Σx²; NaN where that is only rounding."""
-    if count == 0:
-        return math.nan
-    spread = squares - total * total / count
-    return spread if spread > CONSTANT_SPREAD * squares else math.nan

@@ -12,8 +12,10 @@ import torch
 
 from fp16_patch.activation import current_plan, ledger
 from fp16_patch.census import Census
-from fp16_patch.mismatch.collect import Monitor
+from fp16_patch.mismatch.collection import actors
 from fp16_patch.mismatch.record import LEDGER, PLAN
+from fp16_patch.monitoring import RunMonitor
+from fp16_patch.openrlhf.observation import observe_buffer
 from fp16_patch.openrlhf.strategy import history_since, inner, norms_of
 from fp16_patch.stepping import history_of
 from fp16_patch.vllm import server
@@ -21,9 +23,14 @@ from fp16_patch.vllm import server
 logger = logging.getLogger(__name__)
 
 _CENSUS = "_fp16_patch_census"
-_GROUPS = {"actor": "actor_model_group", "critic": "critic_model_group", "reward": "reward_model_group"}
-_GROUPS["ref"] = "reference_model_group"
-_monitor: Monitor | None = None
+_ACTOR_TRAINED = "actor_lr"
+_GROUPS = {
+    "actor": "actor_model_group",
+    "critic": "critic_model_group",
+    "reward": "reward_model_group",
+    "ref": "reference_model_group",
+}
+_monitor: RunMonitor | None = None
 
 
 def init(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
@@ -36,19 +43,21 @@ def init(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
     caveats = caveats_of(run)
     for caveat in caveats:
         logger.warning("the mismatch of this run: %s", caveat)
-    _monitor = Monitor(Path(current_plan().out_dir or Path(run.ckpt.path) / "fp16_patch"))
-    plan = {**asdict(current_plan()), "dtype": current_plan().dtype, "caveats": caveats}
+    out_dir = Path(current_plan().out_dir or Path(run.ckpt.path) / "fp16_patch")
+    _monitor = RunMonitor(current_plan(), out_dir, actors.job_run())
+    model = run.actor.model_name_or_path
+    plan = {**asdict(current_plan()), "dtype": current_plan().dtype, "caveats": caveats, "model": model}
     _monitor.write(PLAN, {"framework": "openrlhf", **plan})
     server.request_records(trainer.vllm_engines or [])
     return result
 
 
 def make_experience(wrapped: Any, maker: Any, args: Any, kwargs: Any) -> Any:
-    """`RemoteExperienceMaker.make_experience`, where OpenRLHF has both log-probs of the tokens just sampled."""
+    """`RemoteExperienceMaker.make_experience`: how many tokens the ranks must have observed once they train on them."""
     experiences = wrapped(*args, **kwargs)
-    if _monitor is not None:
-        for experience in experiences:
-            _observe(_monitor, experience)
+    if _monitor is not None and _monitor.measures:
+        measurable = [experience for experience in experiences if experience.rollout_log_probs is not None]
+        _monitor.expect(sum(int(experience.action_mask.sum()) for experience in measurable))
     return experiences
 
 
@@ -69,7 +78,8 @@ def train_step(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
     """`BasePPOTrainer.train_step`: our metrics join OpenRLHF's status, and the step goes on record."""
     status, step = wrapped(*args, **kwargs)
     if _monitor is not None:
-        _monitor.end_step(step, status)
+        # The ranks count a round where the actor trains, so not while it is frozen.
+        (_monitor.end_step if _ACTOR_TRAINED in status else _monitor.pass_step)(step, status)
     return status, step
 
 
@@ -82,7 +92,8 @@ def save_logs_and_checkpoints(wrapped: Any, trainer: Any, args: Any, kwargs: Any
 
 
 def train_actor(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
-    """`ActorPPOTrainer.ppo_train`: the outcome of its optimizer steps goes into OpenRLHF's status."""
+    """`ActorPPOTrainer.ppo_train`: what it trains on is observed, what becomes of its steps goes into the status."""
+    observe_buffer(trainer)
     return _reported("actor", "fp16/", inner(trainer.actor), lambda: wrapped(*args, **kwargs))
 
 
@@ -129,12 +140,6 @@ def _drop_copies(actor_class: Any) -> None:
         copy = vars(actor_class).get(name)
         if hasattr(method, "__wrapped__") and getattr(copy, "__qualname__", None) == f"BasePPOTrainer.{name}":
             setattr(actor_class, name, method)
-
-
-def _observe(monitor: Monitor, experience: Any) -> None:
-    sampler, learner = experience.rollout_log_probs, experience.action_log_probs
-    if sampler is not None and learner is not None:
-        monitor.observe(sampler, learner, experience.action_mask)
 
 
 def _reported(role: str, prefix: str, engine: Any, train: Callable[[], dict[str, Any]]) -> dict[str, Any]:

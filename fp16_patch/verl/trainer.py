@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Collection
 from dataclasses import asdict
@@ -12,15 +13,16 @@ from fp16_patch import processes
 from fp16_patch.activation import attestation, current_plan, ledger, refine
 from fp16_patch.census import Census
 from fp16_patch.errors import PlanError
-from fp16_patch.mismatch.collect import Monitor
 from fp16_patch.mismatch.record import LEDGER, PLAN
+from fp16_patch.monitoring import RunMonitor
 from fp16_patch.verl import config as verl_config
+from fp16_patch.verl.observation import ORDER
 
 logger = logging.getLogger(__name__)
 
 _CENSUS = "_fp16_patch_census"
 _OUTCOME_SUFFIXES = ("/min", "/max")
-_monitor: Monitor | None = None
+_monitor: RunMonitor | None = None
 
 
 def validate_config(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
@@ -39,7 +41,7 @@ def init_dataloader(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
     global _monitor
     ledger().kind = "task_runner"
     prepare(trainer.config)
-    _monitor = Monitor(_out_dir(trainer.config))
+    _monitor = RunMonitor(current_plan(), _out_dir(trainer.config))
     _monitor.write(PLAN, {"framework": "verl", **_plan_facts(trainer.config)})
     return wrapped(*args, **kwargs)
 
@@ -61,12 +63,23 @@ def update_critic(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
     return _judged_update("critic", wrapped, trainer, args, kwargs)
 
 
+def compute_old_log_prob(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
+    """`PPOTrainer._compute_old_log_prob`: the ranks are told to observe, with this batch and in this pass only."""
+    batch = kwargs["batch"] if "batch" in kwargs else args[0]
+    if _monitor is not None and _monitor.measures:
+        batch.extra_info[ORDER] = json.dumps(_monitor.order)
+    try:
+        return wrapped(*args, **kwargs)
+    finally:
+        batch.extra_info.pop(ORDER, None)
+
+
 def calculate_debug_metrics(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> dict[str, Any]:
-    """`calculate_debug_metrics`, where verl has both log-probs of the tokens just sampled."""
+    """`calculate_debug_metrics`, where verl has the tokens just scored: how many the ranks must have observed."""
     metrics: dict[str, Any] = wrapped(*args, **kwargs)
-    if _monitor is not None:
+    if _monitor is not None and _monitor.measures:
         batch = kwargs.get("data", args[0] if args else None).batch
-        _monitor.observe(batch["rollout_log_probs"], batch["old_log_probs"], batch["response_mask"])
+        _monitor.expect(int(batch["response_mask"].sum()))
     return metrics
 
 
@@ -198,7 +211,9 @@ def _out_dir(config: Any) -> Path:
 
 
 def _plan_facts(config: Any) -> dict[str, Any]:
-    return {**asdict(current_plan()), "dtype": current_plan().dtype, "caveats": caveats_of(config)}
+    plan = current_plan()
+    model = str(config.actor_rollout_ref.model.path)
+    return {**asdict(plan), "dtype": plan.dtype, "caveats": caveats_of(config), "model": model}
 
 
 def _samples_from_a_part(config: Any) -> bool:

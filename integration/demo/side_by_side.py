@@ -13,9 +13,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from fp16_patch.mismatch.comparison import print_comparison
-from fp16_patch.mismatch.page import write_html
 from fp16_patch.mismatch.record import REWARDS, RunRecord, load_run
+from fp16_patch.mismatch.report.comparison import print_comparison
+from fp16_patch.mismatch.report.page import write_html
 from integration.cpu.arms import record_of
 from integration.cpu.process import RunResult
 from integration.demo import make_model

@@ -145,6 +145,7 @@ def test_mismatch_and_step_outcome_are_in_the_status_without_correction(patched:
         assert step["mismatch/tokens"] > 500
         assert step["mismatch/nonfinite_tokens"] == 0
         assert "vllm_kl" not in step
+        assert step["mismatch/coverage"] == 1
 
 
 def test_our_signed_mean_is_openrlhfs(bf16: RunResult) -> None:
@@ -176,6 +177,14 @@ def test_skips_are_counted_for_both_engines_and_the_schedule_holds(calibrating: 
         assert "actor_grad_norm" not in step
         assert "critic_grad_norm" not in step
     assert len({step["actor_lr"] for step in calibrating.steps}) == 1
+
+
+def test_every_token_trained_on_is_observed_on_its_rank(calibrating: RunResult) -> None:
+    run = load_run(record(calibrating))
+    assert sorted(run.coverage) == [step["step"] for step in calibrating.steps]
+    for coverage in run.coverage.values():
+        assert (coverage.ranks, coverage.expected_ranks, coverage.complete) == (2, 2, True)
+        assert coverage.tokens == coverage.expected_tokens > 500
 
 
 def test_calibration_is_announced_once_for_each_engine(calibrating: RunResult) -> None:

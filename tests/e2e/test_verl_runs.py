@@ -16,6 +16,7 @@ pytest.importorskip("verl")
 pytest.importorskip("vllm")
 
 from fp16_patch.cli import main
+from fp16_patch.mismatch.diagnosis import diagnose_run
 from fp16_patch.mismatch.record import load_run
 from integration.cpu.arms import ARMS, record_of
 from integration.cpu.launch import LaunchConfig, RunResult, run
@@ -166,6 +167,32 @@ def test_mismatch_and_step_outcome_are_in_verls_metrics(one_flag: RunResult) -> 
         assert step["mismatch/nonfinite_tokens"] == 0
         # verl's own figure of the same tokens
         assert step["mismatch/prob_mean_abs"] == pytest.approx(step["training/rollout_probs_diff_mean"], rel=1e-3)
+        # other frameworks' names, which verl does not report itself here
+        assert step["rollout_corr/kl"] == step["mismatch/k1"]
+        assert step["sampling/sampling_logp_difference/mean"] == step["mismatch/mean_abs"]
+
+
+def test_every_sampled_token_is_observed_on_the_rank_that_scored_it(
+    one_flag: RunResult, calibrating: RunResult
+) -> None:
+    for result, ranks in ((one_flag, 1), (calibrating, 2)):
+        run = load_run(record(result))
+        assert sorted(run.coverage) == list(range(1, STEPS + 1))
+        for coverage in run.coverage.values():
+            assert coverage.complete
+            assert (coverage.ranks, coverage.expected_ranks, coverage.dropped) == (ranks, ranks, 0)
+            assert coverage.tokens == coverage.expected_tokens > 500
+
+
+def test_the_learner_is_compared_with_itself_at_the_first_step(one_flag: RunResult) -> None:
+    floors = [step.get("mismatch/noise_floor_tokens") for step in one_flag.steps]
+    assert floors[0] > 0
+    assert floors[1:] == [None] * (STEPS - 1)
+    assert one_flag.steps[0]["mismatch/noise_floor_mean_abs"] < one_flag.steps[0]["mismatch/mean_abs"]
+
+
+def test_the_runs_kind_of_gap_is_named(one_flag: RunResult) -> None:
+    assert diagnose_run(load_run(record(one_flag)))[0].cause == "precision"
 
 
 def test_three_more_bits_show_on_the_same_keys_and_seeds(one_flag: RunResult, stock_fp16: RunResult) -> None:

@@ -59,6 +59,8 @@ def test_mode_off_wins_over_the_environment(started: dict[str, Any], monkeypatch
         (["run", "--", "ray", "job", "submit"], "ray job submit … -- fp16-patch run -- python …"),
         (["run", "--mode", "fp8", "--", "python"], "mode=fp8: no such mode"),
         (["report", "no/such/run"], "no/such/run"),
+        (["analyze", "no/such/file"], "no/such/file: no such file or directory"),
+        (["watch", "no/such/run"], "no/such/run: no such directory"),
     ],
 )
 def test_what_cannot_be_done_is_said(started: dict[str, Any], arguments: list[str], message: str) -> None:
@@ -68,7 +70,7 @@ def test_what_cannot_be_done_is_said(started: dict[str, Any], arguments: list[st
     assert not started
 
 
-@pytest.mark.parametrize("command", ["doctor", "run", "report"])
+@pytest.mark.parametrize("command", ["doctor", "run", "report", "analyze", "watch"])
 def test_help_has_examples(command: str) -> None:
     assert "Examples:" in CliRunner().invoke(main, [command, "--help"]).output
 
@@ -78,3 +80,5 @@ def test_runs_of_the_same_name_stay_apart() -> None:
 
     paths = (Path("a/checkpoints"), Path("b/checkpoints"), Path("c"))
     assert list(_labelled(paths)) == ["a/checkpoints", "b/checkpoints", "c"]
+    deep = (Path("out/demo/bf16/checkpoints"), Path("out/demo/fp16/checkpoints"))
+    assert list(_labelled(deep)) == ["bf16/checkpoints", "fp16/checkpoints"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import json
 import math
@@ -14,10 +15,16 @@ import pytest
 import torch
 from rich.console import Console
 
-from fp16_patch.mismatch.chart import Axis, decade_axis, linear_axis, octave_axis
-from fp16_patch.mismatch.comparison import print_comparison
-from fp16_patch.mismatch.page import write_html
+from fp16_patch.mismatch import diagnosis
+from fp16_patch.mismatch import record as record_module
+from fp16_patch.mismatch.diagnosis import diagnose_run
 from fp16_patch.mismatch.record import RunRecord, load_run
+from fp16_patch.mismatch.report.axis import Axis, decade_axis, linear_axis, octave_axis
+from fp16_patch.mismatch.report.comparison import CAUSES, cause_text, print_comparison, print_diagnosis
+from fp16_patch.mismatch.report.decoding import visible
+from fp16_patch.mismatch.report.figure import thinned
+from fp16_patch.mismatch.report.heatmap import Heatmap, heatmap_figure
+from fp16_patch.mismatch.report.page import write_html
 from fp16_patch.mismatch.stats import MismatchStats
 
 FLOAT16_LEDGER = {
@@ -34,6 +41,26 @@ def stats_of(d: float, tokens: int = 4) -> MismatchStats:
 def mismatch_line(step: int, d: float) -> str:
     stats = stats_of(d)
     return json.dumps({"step": step, "time": 100.0 + step, "metrics": stats.metrics(), "state": stats.to_dict()})
+
+
+def uneven_stats(scale: float, token_ids: bool = True) -> MismatchStats:
+    """Tokens of many probabilities, in sequences of several lengths; the worst is the 1. of the sequence 3, id 7."""
+    generator = torch.Generator().manual_seed(0)
+    sampler = -torch.rand(6, 40, generator=generator, dtype=torch.float64).pow(3) * 8
+    learner = sampler + scale * torch.randn(sampler.shape, generator=generator, dtype=torch.float64)
+    learner[3, 0] = sampler[3, 0] - 5.0
+    mask = torch.arange(40) < torch.tensor([[1], [2], [5], [11], [30], [40]])
+    ids = torch.arange(sampler.numel()).view(sampler.shape) % 113
+    return MismatchStats.from_log_probs(sampler, learner, mask, token_ids=ids if token_ids else None)
+
+
+def rewrite(record: Path, step: int, **fields: Any) -> None:
+    """Other fields for a line of mismatch.jsonl; ``stats`` for its state and metrics."""
+    if stats := fields.pop("stats", None):
+        fields |= {"state": stats.to_dict(), "metrics": stats.metrics()}
+    lines = [json.loads(line) for line in (record / "mismatch.jsonl").read_text().splitlines()]
+    changed = [line | fields if line["step"] == step else line for line in lines]
+    (record / "mismatch.jsonl").write_text("".join(json.dumps(line) + "\n" for line in changed))
 
 
 def step_line(step: int, **metrics: float) -> str:
@@ -298,7 +325,9 @@ class Elements(HTMLParser):
 
 
 def test_page_needs_nothing_else(record: Path, tmp_path: Path) -> None:
-    page = page_of({"run": load_run(record)}, tmp_path)
+    alert = {"name": "k1", "value": 0.2, "threshold": 0.1, "since": 2}
+    rewrite(record, 2, stats=uneven_stats(1e-2), noise_floor=stats_of(1e-4).to_dict(), alerts=[alert])
+    page = page_of({"run": load_run(record), "again": load_run(record)}, tmp_path)
     elements = Elements(page)
 
     assert elements.open == []
@@ -321,11 +350,244 @@ def test_page_shows_the_values(tmp_path: Path) -> None:
         assert title in page
 
 
-def test_a_long_run_keeps_the_page_small(tmp_path: Path) -> None:
-    page = page_of({"run": load_run(write_record(tmp_path / "run", steps=1000))}, tmp_path)
+def test_long_runs_keep_the_page_small(tmp_path: Path) -> None:
+    stats, folder = uneven_stats(1e-2), write_record(tmp_path / "run", steps=500)
+    line = {"metrics": stats.metrics(), "state": stats.to_dict()}
+    lines = (json.dumps({"step": step, **line}) + "\n" for step in range(1, 501))
+    (folder / "mismatch.jsonl").write_text("".join(lines))
+    page = page_of(dict.fromkeys(("bf16", "fp16", "stock"), load_run(folder)), tmp_path)
 
-    assert len(page) < 1_000_000
-    assert '<g class="mark quiet s0">' in page
+    assert len(page.encode()) < 1_000_000
+    assert '<path class="mark quiet s0"' in page
+
+
+def test_thinning_keeps_the_spikes() -> None:
+    points = [(float(step), 1.0) for step in range(5000)]
+    points[1234], points[4321] = (1234.0, 9.0), (4321.0, -9.0)
+    kept = thinned(points, 100)
+
+    assert len(kept) <= 100
+    assert {points[1234], points[4321]} <= {*kept}
+    assert [*kept] == sorted(kept)
+
+
+def coverage(tokens: int, ranks: int, **more: Any) -> dict[str, Any]:
+    return {
+        "tokens": tokens,
+        "expected_tokens": 1024,
+        "ranks": ranks,
+        "expected_ranks": 8,
+        "dropped": 0,
+        "complete": tokens == 1024,
+        **more,
+    }
+
+
+def test_a_step_that_was_measured_in_part_is_noted(record: Path, tmp_path: Path) -> None:
+    rewrite(record, 1, coverage=coverage(1024, 8))
+    rewrite(record, 2, coverage=coverage(900, 7))
+    run = load_run(record)
+
+    assert run.notes == ["step 2: 7 of 8 ranks, 900 of 1024 tokens"]
+    assert re.search(r"tokens measured +│ +93.9 %, 1 of 2 steps in part", printed({"run": run}))
+    page = page_of({"run": run}, tmp_path)
+    assert "<li>step 2: 7 of 8 ranks, 900 of 1024 tokens</li>" in page
+    assert "<title>run, step 2: 0.879</title>" in page
+
+
+def test_of_many_partial_steps_the_first_are_listed(tmp_path: Path) -> None:
+    record = write_record(tmp_path / "run", steps=8)
+    for step in range(1, 9):
+        rewrite(record, step, coverage=coverage(1, 1, expected_tokens=None, expected_ranks=None, complete=False))
+    notes = load_run(record).notes
+
+    assert notes == [*(f"step {step}: 1 ranks, 1 tokens" for step in range(1, 6)), "3 more steps are partly covered"]
+
+
+def test_whole_coverage_is_no_note_and_no_chart(record: Path, tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        rewrite(record, step, coverage=coverage(1024, 8))
+    run = load_run(record)
+
+    assert run.notes == []
+    assert re.search(r"tokens measured +│ +all │", printed({"run": run}))
+    assert "tokens measured / sampled" not in page_of({"run": run}, tmp_path)
+
+
+def test_alerts_say_since_when_and_whether_they_stand(record: Path, tmp_path: Path) -> None:
+    k1 = {"name": "k1", "value": 0.2, "threshold": 0.1, "since": 2}
+    rewrite(record, 1, alerts=[{"name": "prob_diff", "value": 0.97, "threshold": 0.95, "since": 1}])
+    rewrite(record, 2, alerts=[k1])
+    rewrite(record, 3, alerts=[k1 | {"value": 0.3}])
+    run = load_run(record)
+
+    assert "▲ run: alerts stand at the last step: k1 since step 2." in printed({"run": run})
+    page = page_of({"run": run}, tmp_path)
+    assert "<tr><th>prob_diff</th><td>1</td><td>1</td><td>0.97</td><td>0.95</td></tr>" in page
+    assert '<tr class="standing"><th>▲ k1</th><td>2</td><td>now</td><td>0.3</td><td>0.1</td></tr>' in page
+
+
+def test_without_alerts_nothing_is_said_of_them(record: Path, tmp_path: Path) -> None:
+    run = load_run(record)
+
+    assert "alert" not in printed({"run": run})
+    assert "<h2>Alerts</h2>" not in page_of({"run": run}, tmp_path)
+
+
+def test_the_gap_is_held_against_the_noise_floor(record: Path, tmp_path: Path) -> None:
+    rewrite(record, 1, noise_floor=stats_of(1e-4).to_dict())
+    rewrite(record, 3, noise_floor=stats_of(3e-4).to_dict())
+    without = load_run(write_record(tmp_path / "without"))
+    runs = {"run": load_run(record), "without": without}
+
+    assert re.search(r"mean \|d\| ÷ learner against itself +│ +5× │ +– │", printed(runs))
+    page = page_of(runs, tmp_path)
+    assert "<title>learner against learner: 2.00e-4</title>" in page
+    assert "÷ learner against itself" not in printed({"without": without})
+
+
+def test_the_diagnosis_is_printed_and_on_the_page(record: Path, tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        rewrite(record, step, stats=MismatchStats.merge_all([uneven_stats(1e-3)] * 40))
+    run = load_run(record)
+    console = Console(width=160, record=True, file=io.StringIO())
+    print_diagnosis({"run": run}, console)
+    text, page = console.export_text(), page_of({"run": run}, tmp_path)
+
+    for finding in diagnose_run(run):
+        assert f"run: {cause_text(finding)}" in text
+        assert html.escape(finding.advice) in page
+        assert all(html.escape(sentence) in page for sentence in finding.evidence)
+
+
+def test_every_cause_has_a_title() -> None:
+    assert CAUSES.keys() == {*diagnosis.CAUSES}
+
+
+def test_distributions_are_drawn_for_each_run(tmp_path: Path) -> None:
+    runs = {}
+    for name, scale in (("bf16", 1e-2), ("fp16", 1e-3)):
+        record = write_record(tmp_path / name)
+        rewrite(record, 1, stats=uneven_stats(scale))
+        runs[name] = load_run(record)
+    page = page_of(runs, tmp_path)
+
+    for title in ("|d| by probability", "|d| by position", "|Σd| by length"):
+        assert f"<h3>{title}</h3>" in page
+    assert re.search("<title>bf16, first: [0-9.e-]+</title>", page)
+    for name in runs:
+        assert f'aria-label="{name}: learner&#x27;s probability against sampler&#x27;s probability"' in page
+        assert f'aria-label="{name}: Σd (nats) against sampled tokens"' in page
+
+
+def test_a_heat_map_has_every_cell_in_one_shade() -> None:
+    counts = [[0] * 4 for _ in range(4)]
+    counts[0][0], counts[1][0], counts[3][3] = 1_000_000, 1_000_000, 1
+    drawn = heatmap_figure(Heatmap("run", 0, "", counts, "x", "y", [], [], (0, 0, 1, 1)))
+    paths = re.findall(r'<path opacity="([0-9.]+)" d="([^"]*)"><title>up to ([^ ]*) in', drawn)
+
+    # The two neighbours are one rectangle, twice as wide.
+    assert [(shade, path) for shade, path, _ in paths] == [
+        ("1.0", "M0.0 225.0h150.0v75.0h-150.0z"),
+        ("0.17", "M225.0 0.0h75.0v75.0h-75.0z"),
+    ]
+    assert [most for _, _, most in paths] == ["1\u202f000\u202f000", "1"]
+
+
+def test_the_worst_tokens_are_listed_with_their_steps(record: Path, tmp_path: Path) -> None:
+    rewrite(record, 2, stats=uneven_stats(1e-3))
+    run = load_run(record)
+    page = page_of({"run": run}, tmp_path)
+
+    step, token = run.worst[0]
+    assert (step, token.sequence, token.position, token.token_id) == (2, 3, 0, 7)
+    assert re.search(
+        r"<tr><th>2</th><td>3</td><td>0</td><td>7</td><td class=.text.><bdi>–</bdi></td>.*<td>-5</td>", page
+    )
+    assert "token ids only: for the texts, report with --tokenizer PATH" in page
+
+
+def test_without_token_ids_a_tokenizer_is_not_asked_for(record: Path, tmp_path: Path) -> None:
+    assert "token ids were not recorded" in page_of({"run": load_run(record)}, tmp_path)
+
+
+def save_tokenizer(folder: Path, texts: dict[int, str]) -> Path:
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    vocabulary = {texts.get(number, f"t{number}"): number for number in range(113)}
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="t0"))
+    transformers.PreTrainedTokenizerFast(tokenizer_object=model).save_pretrained(folder)
+    return folder
+
+
+def test_a_tokenizer_gives_the_texts(record: Path, tmp_path: Path) -> None:
+    rewrite(record, 2, stats=uneven_stats(1e-3))
+    tokenizer = save_tokenizer(tmp_path / "tokenizer", {7: "<b>\n\u202e x"})
+    write_html({"run": load_run(record)}, tmp_path / "page.html", tokenizer=tokenizer)
+
+    assert "<bdi>&lt;b&gt;␊\\u202e␣x</bdi>" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_the_model_of_the_plan_gives_the_texts(record: Path, tmp_path: Path) -> None:
+    rewrite(record, 2, stats=uneven_stats(1e-3))
+    model = save_tokenizer(tmp_path / "model", {7: "seven"})
+    (record / "plan.json").write_text(json.dumps({"mode": "fp16", "dtype": "float16", "model": str(model)}))
+
+    assert "<bdi>seven</bdi>" in page_of({"run": load_run(record)}, tmp_path)
+
+
+def test_without_a_tokenizer_there_the_ids_are_shown(record: Path, tmp_path: Path) -> None:
+    rewrite(record, 2, stats=uneven_stats(1e-3))
+    write_html({"run": load_run(record)}, tmp_path / "page.html", tokenizer=tmp_path / "none")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+
+    assert f"token ids only: {tmp_path / 'none'}: no such file or directory" in page
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (" the", "␣the"),
+        ("\t\r\n\0", "␉␍␊␀"),
+        ("\x7f\u200b\u202e\ufeff", "\\x7f\\u200b\\u202e\\ufeff"),
+        ("\ud800", "\\ud800"),
+        ("é漢🙂", "é漢🙂"),
+    ],
+)
+def test_a_token_is_made_visible(text: str, shown: str) -> None:
+    assert visible(text) == shown
+
+
+def test_of_a_very_long_run_some_steps_are_kept_and_all_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(record_module, "KEPT_STEPS", 4)
+    run = load_run(write_record(tmp_path / "run", steps=10))
+
+    assert [*run.step_stats] == [1, 4, 7, 10]
+    assert run.total().tokens == 80
+    assert len(run.mismatch) == 10
+
+
+def test_a_record_of_the_first_release_is_shown_without_what_it_lacks(record: Path, tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        state = {"version": 1, "tokens": 2, "sequences": 1, "d_sum": 0.2, "d_abs_sum": 0.2, "d_square_sum": 0.02}
+        state |= {"d_min": 0.1, "d_max": 0.1, "histogram": {"bins": [961], "counts": [2]}}
+        rewrite(record, step, state=state, metrics={"mismatch/mean_abs": 0.1})
+    run = load_run(record)
+    page = page_of({"run": run}, tmp_path)
+
+    assert run.notes == []
+    assert "Distribution of |d|" in page
+    assert "|d| by probability" not in page
+    assert re.search(r"effective sample size +│ +– │", printed({"run": run}))
+
+
+def test_starts_of_the_trainer_are_counted(record: Path, tmp_path: Path) -> None:
+    for step, attempt in ((1, "a"), (2, "a"), (3, "b")):
+        rewrite(record, step, attempt=attempt)
+
+    assert "2 starts of the trainer" in page_of({"run": load_run(record)}, tmp_path)
 
 
 def test_no_run_is_an_error(tmp_path: Path) -> None:

@@ -9,8 +9,23 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from fp16_patch.mismatch.diagnosis import Finding, diagnose_run
 from fp16_patch.mismatch.record import RunRecord, Runs
 
+# What a finding is called before its evidence.
+CAUSES = {
+    "precision": "rounding: the gap is what the dtype makes it",
+    "temperature": "temperature: the two divide the logits by different temperatures",
+    "raw_log_probs": "raw log-probs: the sampler reports them before temperature and truncation",
+    "truncated_sampling": "truncated sampling: top-p or top-k on the sampler's side only",
+    "stale_weights": "stale weights: the sampler ran on older ones than the learner",
+    "mask_shifted": "shifted mask: the two score different tokens",
+    "one_side_lower_precision": "lower precision on one side",
+    "nonfinite_sampler": "the sampler's log-probs are not finite",
+    "nonfinite_learner": "the learner's log-probs are not finite",
+    "unknown": "no known cause",
+}
+AGAINST_ITSELF, COVERAGE, ALERTS = "mean |d| ÷ learner against itself", "tokens measured", "alerts at the end"
 COMPUTE_QUANTITIES = ("activation", "autocast", "parameter")
 
 
@@ -28,6 +43,20 @@ def print_comparison(runs: Runs, console: Console) -> None:
     for name, run in runs.items():
         for note in run.notes:
             console.print(f"{name}: {note}", style="dim", markup=False, highlight=False)
+
+
+def print_diagnosis(runs: Runs, console: Console) -> None:
+    """Print each run's findings: the cause, the figures it rests on, and what to do."""
+    for name, run in runs.items():
+        for finding in diagnose_run(run):
+            console.print(f"{name}: {cause_text(finding)}", style="bold", markup=False, highlight=False)
+            for sentence in finding.evidence:
+                console.print(f"  {sentence}", markup=False, highlight=False)
+            console.print(f"  → {finding.advice}", markup=False, highlight=False)
+
+
+def cause_text(finding: Finding) -> str:
+    return CAUSES.get(finding.cause, finding.cause.replace("_", " "))
 
 
 def comparison_rows(runs: Runs) -> list[tuple[str, list[str]]]:
@@ -49,26 +78,47 @@ def comparison_rows(runs: Runs) -> list[tuple[str, list[str]]]:
         "wall time": lambda name: _duration(summaries[name]["wall_s"]),
         "mean |d|": mismatch("mean_abs"),
         against_first: times_less,
+        AGAINST_ITSELF: lambda name: _times(runs[name].over_floor()),
         "max |d|": mismatch("max_abs"),
         "mean |Σd| a sequence": mismatch("seq_mean_abs"),
         "mean |Δp|": mismatch("prob_mean_abs"),
         "k1 = mean(−d)": mismatch("k1"),
         "k3 = mean(r − 1 − d)": mismatch("k3"),
+        "effective sample size": lambda name: _percent(runs[name].total().metrics(prefix="")["ess"]),
         "non-finite tokens": lambda name: number_text(runs[name].total().nonfinite_tokens),
         "reward, first → last": lambda name: _first_to_last(summaries[name]["reward"]),
         "loss scale": lambda name: number_text(summaries[name]["loss_scale"]),
         "skipped steps": lambda name: number_text(summaries[name]["skipped"]),
+        COVERAGE: lambda name: coverage_text(runs[name]),
+        ALERTS: lambda name: _standing(runs[name]) or "none",
         "actor compute": lambda name: dtypes_text(runs[name].dtypes_of(COMPUTE_QUANTITIES, "actor")),
         "sampler weights": lambda name: dtypes_text(runs[name].dtypes_of(["engine_weight"])),
     }
-    if len(runs) < 2:
-        del rows[against_first]
-    return [(label, [cell(name) for name in runs]) for label, cell in rows.items()]
+    idle = _idle_rows(runs, against_first)
+    return [(label, [cell(name) for name in runs]) for label, cell in rows.items() if label not in idle]
+
+
+def _idle_rows(runs: Runs, against_first: str) -> set[str]:
+    """Rows that say nothing of any of the runs."""
+    idle = {
+        against_first: len(runs) < 2,
+        AGAINST_ITSELF: all(run.noise_floor is None for run in runs.values()),
+        COVERAGE: not any(run.coverage for run in runs.values()),
+        ALERTS: not any(run.alerts for run in runs.values()),
+    }
+    return {label for label, is_idle in idle.items() if is_idle}
 
 
 def verdict(runs: Runs) -> list[str]:
     """Sentences for the head of the page, the most important first."""
-    return [_mismatch_verdict(runs), *(_ledger_verdict(name, run) for name, run in runs.items())]
+    alerts = (_alerts_verdict(name, run) for name, run in runs.items())
+    ledgers = (_ledger_verdict(name, run) for name, run in runs.items())
+    return [_mismatch_verdict(runs), *filter(None, alerts), *ledgers]
+
+
+def _alerts_verdict(name: str, run: RunRecord) -> str:
+    standing = _standing(run)
+    return f"▲ {name}: alerts stand at the last step: {standing}." if standing else ""
 
 
 def _mismatch_verdict(runs: Runs) -> str:
@@ -125,6 +175,29 @@ def ratio(numerator: float, denominator: float) -> float:
 
 def _times(factor: float) -> str:
     return f"{number_text(factor)}×" if math.isfinite(factor) else "–"
+
+
+def _percent(share: float) -> str:
+    """With two digits of what is missing from the whole, where that is less than a tenth: 99.987 %."""
+    if not math.isfinite(share):
+        return "–"
+    missing = 100 * (1 - share)
+    digits = min(6, 1 - math.floor(math.log10(missing))) if 1e-6 < missing < 10 else 0
+    return f"{100 * share:.{digits}f} %"
+
+
+def coverage_text(run: RunRecord) -> str:
+    """The share of the tokens that was measured, and how many steps were not measured whole."""
+    partial = sum(not part.complete for part in run.coverage.values())
+    if not run.coverage or not partial:
+        return "all" if run.coverage else "–"
+    return f"{_percent(run.covered())}, {partial} of {len(run.coverage)} steps in part"
+
+
+def _standing(run: RunRecord) -> str:
+    """The alerts that stand at the last step; nothing if there are none."""
+    standing = [episode.alert for episode in run.episodes() if episode.standing]
+    return ", ".join(f"{alert.name} since step {alert.since}" for alert in standing)
 
 
 def _duration(seconds: float | None) -> str:

@@ -1,0 +1,34 @@
+"""The lines of the latest steps, for those who watch a run while it trains."""
+
+from __future__ import annotations
+
+from typing import Any
+
+Line = dict[str, Any]
+
+KEPT_STEPS = 256
+BULKY = ("state", "noise_floor")
+
+
+class History:
+    """Lines by step and file, without the statistics in them; a step's later line takes the place of its former."""
+
+    def __init__(self) -> None:
+        self._steps: dict[int, dict[str, Line]] = {}
+
+    def add(self, name: str, line: Line) -> None:
+        lines = self._steps.setdefault(line["step"], {})
+        lines[name] = {field: value for field, value in line.items() if field not in BULKY}
+        if len(self._steps) > KEPT_STEPS:
+            del self._steps[next(iter(self._steps))]
+
+    def line(self, name: str, step: int) -> Line | None:
+        return self._steps.get(step, {}).get(name)
+
+    def lines(self, last: int) -> list[Line]:
+        """Those of the last so many steps, in the order in which the steps ended."""
+        return [line for step in list(self._steps)[-last:] for line in self._steps[step].values()]
+
+    def newest(self) -> int | None:
+        """The step that ended last."""
+        return next(reversed(self._steps), None)

@@ -1,0 +1,1 @@
+"""What people look at: tables, the page, the live terminal, dumps of other trainers."""

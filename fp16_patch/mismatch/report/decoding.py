@@ -1,0 +1,60 @@
+"""The text of a token, for people to read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+CONTROL_PICTURES = 0x2400
+SPACE = "␣"
+
+TextOf = Callable[[int], str]
+
+
+class TokenizerError(Exception):
+    """Why there are no texts."""
+
+
+def tokenizer_of(path: str | Path) -> TextOf:
+    """What decodes the ids of the tokenizer, or of the model, at ``path``. Nothing is fetched from anywhere.
+
+    Raises:
+        TokenizerError: transformers is not installed, or finds no tokenizer there.
+    """
+    if not Path(path).exists():
+        raise TokenizerError(f"{path}: no such file or directory")
+    try:
+        from transformers import AutoTokenizer
+    except ImportError:
+        raise TokenizerError("transformers is not installed") from None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+    except Exception as problem:
+        raise TokenizerError(f"no tokenizer in {path}: {type(problem).__name__}") from problem
+    return lambda token_id: visible(_decoded(tokenizer, token_id))
+
+
+def _decoded(tokenizer: Any, token_id: int) -> str:
+    try:
+        text = str(tokenizer.decode([token_id], clean_up_tokenization_spaces=False))
+        piece = str(tokenizer.convert_ids_to_tokens(token_id))
+    except (IndexError, KeyError, OverflowError, TypeError, ValueError):
+        return ""
+    # SentencePiece's decoder drops the space that a word begins with.
+    return f" {text}" if piece.startswith("▁") and not text.startswith(" ") else text
+
+
+def visible(text: str) -> str:
+    """The text with a sign in the place of whatever leaves no mark, or moves what is around it."""
+    return "".join(_visible_character(character) for character in text)
+
+
+def _visible_character(character: str) -> str:
+    if character == " ":
+        return SPACE
+    if ord(character) < 0x20:
+        return chr(CONTROL_PICTURES + ord(character))
+    if character.isprintable():
+        return character
+    return character.encode("unicode_escape").decode("ascii")

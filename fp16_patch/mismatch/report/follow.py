@@ -1,0 +1,144 @@
+"""Where the lines of running trainings come from: the files of a record, or the roots in a Ray cluster."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from fp16_patch.mismatch.collection.actors import NAMESPACE, root_name
+from fp16_patch.mismatch.lines import Line, parse_line
+from fp16_patch.mismatch.record import MISMATCH, RECORD_FOLDER, STEPS
+from fp16_patch.mismatch.report.live import HISTORY, SourceLost
+
+TAIL_BYTES = 1 << 24
+"""So much of the end of a file is read at first: some hundred lines."""
+
+ANSWER_TIMEOUT_S = 10.0
+TOKEN_HINT = (
+    "A cluster that asks for a token, as Ray's local ones do by default, wants RAY_AUTH_MODE=token here as well; "
+    "without Ray, give the directory of a run"
+)
+
+
+class RecordFiles:
+    """Follows the files of a run record, which may still be empty or missing.
+
+    Raises:
+        FileNotFoundError: there is no such directory.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if not path.is_dir():
+            raise FileNotFoundError(f"{path}: no such directory. Give the output directory of a run")
+        self._path = path
+        self._tails: dict[Path, _Tail] = {}
+
+    def poll(self) -> dict[str, list[Line]]:
+        """The lines that were added since the last call."""
+        if not self._path.is_dir():
+            raise SourceLost(f"{self._path} is gone")
+        folder = self._path / RECORD_FOLDER if (self._path / RECORD_FOLDER).is_dir() else self._path
+        tails = [self._tails.setdefault(folder / name, _Tail(folder / name)) for name in (MISMATCH, STEPS)]
+        return {str(self._path): [line for tail in tails for line in tail.read()]}
+
+
+class _Tail:
+    """The lines added to a file since it was read last; a file that was replaced is read anew."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset: int | None = None
+
+    def read(self) -> list[Line]:
+        if not self._path.is_file():
+            return []
+        size = self._path.stat().st_size
+        if self._offset is None or size < self._offset:
+            self._offset = max(0, size - TAIL_BYTES)
+        with self._path.open("rb") as file:
+            file.seek(self._offset)
+            added = file.read()
+        whole = added[: added.rfind(b"\n") + 1]
+        self._offset += len(whole)
+        return [line for text in whole.splitlines() if (line := parse_line(text)) is not None]
+
+
+class Cluster:
+    """Asks the roots of all runs in a Ray cluster.
+
+    Raises:
+        SourceLost: there is no Ray here, or no cluster at the address.
+    """
+
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._roots: dict[str, Any] = {}
+        try:
+            import ray
+        except ImportError:
+            raise SourceLost("ray is not installed here: give the directory of a run instead") from None
+        try:
+            ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, RuntimeError, ValueError) as problem:
+            raise SourceLost(
+                f"no way to the Ray cluster at {address}: {_first_line(problem)}. {TOKEN_HINT}"
+            ) from problem
+
+    def poll(self) -> dict[str, list[Line]]:
+        """The last lines of every run that answers. A run that is over is not in it any more."""
+        import ray
+
+        self._require_cluster()
+        try:
+            answers = {name: root.history.remote(HISTORY) for name, root in self._find().items()}
+            if answers:
+                ray.wait([*answers.values()], num_returns=len(answers), timeout=ANSWER_TIMEOUT_S)
+            return {name: lines for name, answer in answers.items() if (lines := self._lines(name, answer)) is not None}
+        except Exception as problem:
+            raise SourceLost(f"the Ray cluster at {self._address} is gone: {_first_line(problem)}") from problem
+
+    def _require_cluster(self) -> None:
+        """Ray itself waits a minute for a cluster that is gone, and then ends this process."""
+        import ray
+
+        host, port = ray.get_runtime_context().gcs_address.rsplit(":", 1)
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_TIMEOUT_S).close()
+        except OSError as problem:
+            raise SourceLost(f"the Ray cluster at {self._address} is gone") from problem
+
+    def _find(self) -> dict[str, Any]:
+        import ray
+        from ray.util import list_named_actors
+
+        ending = root_name("")
+        listed = [actor["name"] for actor in list_named_actors(all_namespaces=True) if actor["namespace"] == NAMESPACE]
+        for name in listed:
+            if name.endswith(ending) and name not in self._roots:
+                self._roots[name] = ray.get_actor(name, namespace=NAMESPACE)
+        return self._roots
+
+    def _lines(self, name: str, answer: Any) -> list[Line] | None:
+        """None from a run that is over, or that does not answer in time."""
+        import ray
+
+        try:
+            return records(ray.get(answer, timeout=0))
+        except ray.exceptions.GetTimeoutError:
+            return None
+        except ray.exceptions.RayActorError:
+            del self._roots[name]
+            return None
+
+
+def records(history: Iterable[dict[str, Any]]) -> list[Line]:
+    """The lines in a root's history, each in an envelope with the name of its file, or as it is."""
+    lines = (entry.get("record", entry) for entry in history)
+    return [line for line in lines if isinstance(line, dict) and isinstance(line.get("step"), int)]
+
+
+def _first_line(problem: BaseException) -> str:
+    return (str(problem).strip().splitlines() or [type(problem).__name__])[0]

@@ -1,0 +1,223 @@
+"""The live terminal: what runs measure while they train."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from fp16_patch.errors import Fp16PatchError
+from fp16_patch.mismatch.lines import Coverage, Line, StandingAlert, alerts_of, coverage_of, metrics_of
+from fp16_patch.mismatch.report.comparison import number_text
+
+HISTORY = 240
+SPARKS = "▁▂▃▄▅▆▇█"
+SPARKLINE_STEPS = 60
+POLL_EVERY_S = 2.0
+QUANTILES = {"p50": "abs_p50", "p90": "abs_p90", "p99": "abs_p99", "p99.9": "abs_p99_9", "max": "max_abs"}
+RATIOS = {"k1": "k1", "k3": "k3", "ESS": "ess", "mean r": "is_mean"}
+
+Poll = Callable[[], Mapping[str, Iterable[Line]]]
+"""Each run's lines, those of ``mismatch.jsonl`` and of ``steps.jsonl``: the last ones again, or only what is new."""
+
+
+class SourceLost(Fp16PatchError):
+    """What was watched is gone. The message is one line."""
+
+
+@dataclass
+class Step:
+    """What is known of a step so far; its two lines come one after the other, in either order, and again."""
+
+    measured: dict[str, float] = field(default_factory=dict)
+    trained: dict[str, float] = field(default_factory=dict)
+    coverage: Coverage | None = None
+    alerts: tuple[StandingAlert, ...] = ()
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """A correction of the mismatch goes before what the trainer knew at the step's end."""
+        return self.trained | self.measured
+
+    def add(self, line: Line) -> None:
+        coverage = coverage_of(line)
+        (self.trained if coverage is None else self.measured).update(metrics_of(line))
+        self.coverage = coverage or self.coverage
+        self.alerts = alerts_of(line) if "alerts" in line else self.alerts
+
+
+@dataclass
+class View:
+    """A run as it is shown: its last ``HISTORY`` steps, ascending."""
+
+    steps: dict[int, Step] = field(default_factory=dict)
+    written: float | None = None
+    attempt: str | None = None
+    answers: bool = True
+
+    def add(self, lines: Iterable[Line]) -> None:
+        for line in lines:
+            self._forget_abandoned(line)
+            self.steps.setdefault(line["step"], Step()).add(line)
+            if isinstance(line.get("time"), int | float):
+                self.written = max(line["time"], self.written or 0.0)
+        self.steps = dict(sorted(self.steps.items())[-HISTORY:])
+
+    def _forget_abandoned(self, line: Line) -> None:
+        """A trainer that was started again goes over the last steps once more: what is known of them is void."""
+        attempt = line.get("attempt")
+        if attempt is None or attempt == self.attempt:
+            return
+        if self.attempt is not None:
+            self.steps = {number: step for number, step in self.steps.items() if number < line["step"]}
+        self.attempt = attempt
+
+    def series(self, metric: str) -> dict[int, float]:
+        return {number: step.metrics[metric] for number, step in self.steps.items() if metric in step.metrics}
+
+    def last(self, metric: str) -> float | None:
+        """The latest value, NaN included; None if the metric was never recorded."""
+        return next(reversed(self.series(metric).values()), None)
+
+    def measured(self) -> int | None:
+        """The latest step whose mismatch is known; its coverage and alerts are those that are shown."""
+        return next(reversed(self.series("mismatch/tokens")), None)
+
+
+def watch(poll: Poll, console: Console, once: bool = False, every: float = POLL_EVERY_S) -> None:
+    """Show the runs until the user ends it with Ctrl-C; ``once``: one frame.
+
+    Raises:
+        SourceLost: nothing is left to watch.
+    """
+    views: dict[str, View] = {}
+    if once:
+        console.print(_polled(poll, views))
+        return
+    try:
+        with Live(_frame(views), console=console, auto_refresh=False) as live:
+            while True:
+                live.update(_polled(poll, views), refresh=True)
+                time.sleep(every)
+    except KeyboardInterrupt:
+        return
+
+
+def _polled(poll: Poll, views: dict[str, View]) -> RenderableType:
+    polled = poll()
+    for name, lines in polled.items():
+        views.setdefault(name, View()).add(lines)
+    for name, view in views.items():
+        view.answers = name in polled
+    return _frame(views)
+
+
+def _frame(views: Mapping[str, View]) -> RenderableType:
+    if not views:
+        return Text("no run is here yet", style="dim")
+    return Group(*(_panel(name, view) for name, view in views.items()))
+
+
+def _panel(name: str, view: View) -> RenderableType:
+    title = Text(name if view.answers else f"{name}: over, or without an answer")
+    border = "dim" if not view.answers else "red" if _alerts(view) else "none"
+    return Panel(_content(view), title=title, title_align="left", border_style=border)
+
+
+def _content(view: View) -> RenderableType:
+    if not view.steps:
+        return Text("no step has been recorded yet", style="dim")
+    rows = Table.grid(padding=(0, 2))
+    rows.add_column(style="dim", no_wrap=True)
+    rows.add_column()
+    for label, text in _rows(view):
+        rows.add_row(label, text)
+    return rows
+
+
+def _rows(view: View) -> list[tuple[str, Text]]:
+    gaps = [*view.series("mismatch/mean_abs").values()]
+    rows = {
+        "step": f"{next(reversed(view.steps))}{_age(view)}",
+        "tokens": f"{number_text(view.last('mismatch/tokens'))}{_covered(view)}",
+        "mean |d|": f"{_value(view, 'mismatch/mean_abs')}  {sparkline(gaps)}  {_range(gaps)}",
+        "|d|": _listed(view, {label: f"mismatch/{metric}" for label, metric in QUANTILES.items()}),
+        "ratios": _listed(view, {label: f"mismatch/{metric}" for label, metric in RATIOS.items()}),
+        "not finite": _nonfinite(view),
+        "loss scale": _loss_scale(view),
+    }
+    shown = [(label, Text(text)) for label, text in rows.items() if text]
+    return shown + [("alert", Text(text, style="bold red")) for text in _alerts(view)]
+
+
+def _age(view: View) -> str:
+    return "" if view.written is None else f"   {max(0, round(time.time() - view.written))} s ago"
+
+
+def _covered(view: View) -> str:
+    number = view.measured()
+    coverage = None if number is None else view.steps[number].coverage
+    if coverage is None:
+        return ""
+    return "   complete" if coverage.complete else f"   partial: {coverage.text()}"
+
+
+def _listed(view: View, metrics: Mapping[str, str]) -> str:
+    return "   ".join(f"{label} {_value(view, metric)}" for label, metric in metrics.items() if view.series(metric))
+
+
+def _value(view: View, metric: str) -> str:
+    value = view.last(metric)
+    return "NaN" if value is not None and math.isnan(value) else number_text(value)
+
+
+def _range(values: Sequence[float]) -> str:
+    finite = [value for value in values[-SPARKLINE_STEPS:] if math.isfinite(value)]
+    if len(finite) < 2:
+        return ""
+    return f"{number_text(min(finite))} … {number_text(max(finite))} in {len(values[-SPARKLINE_STEPS:])} steps"
+
+
+def _nonfinite(view: View) -> str:
+    sides = {side: view.last(f"mismatch/nonfinite_{side}") for side in ("sampler", "learner")}
+    return ", ".join(f"{number_text(count)} tokens of the {side}" for side, count in sides.items() if count)
+
+
+def _loss_scale(view: View) -> str:
+    if view.last("fp16/loss_scale") is None:
+        return ""
+    skipped, in_a_row = view.last("fp16/skipped_total"), view.last("fp16/consecutive_skips")
+    return (
+        number_text(view.last("fp16/loss_scale"))
+        + (f"   {number_text(skipped)} steps skipped" if skipped is not None else "")
+        + (f", the last {number_text(in_a_row)} in a row" if in_a_row else "")
+    )
+
+
+def _alerts(view: View) -> list[str]:
+    number = view.measured()
+    return [
+        f"▲ {alert.name} {number_text(alert.value)}, threshold {number_text(alert.threshold)}, since step {alert.since}"
+        for alert in (() if number is None else view.steps[number].alerts)
+    ]
+
+
+def sparkline(values: Sequence[float]) -> str:
+    """The last values as bars between their least and their greatest; a blank where a value is not finite."""
+    shown = values[-SPARKLINE_STEPS:]
+    finite = [value for value in shown if math.isfinite(value)]
+    if not finite:
+        return ""
+    least, spread = min(finite), max(finite) - min(finite)
+    return "".join(_spark((value - least) / spread if spread else 0.5) for value in shown)
+
+
+def _spark(share: float) -> str:
+    return SPARKS[min(len(SPARKS) - 1, int(share * len(SPARKS)))] if math.isfinite(share) else " "

@@ -1,0 +1,1 @@
+"""What the state of `MismatchStats` is made of, and how a batch becomes one."""

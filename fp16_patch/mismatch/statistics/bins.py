@@ -1,0 +1,131 @@
+"""Which values share a bin, in each histogram of the mismatch.
+
+Indices are computed in float32: an edge is where it is said to be up to about 1e-4 of the bin's width, and there for
+every batch. Source of the log-spaced bins: Masson, Rim, Lee, "DDSketch" (VLDB 2019).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+# d of a token: 1e-9 to 1e3 on either side of a zero bin.
+BINS_PER_DECADE = 120
+DECADES = 12
+SMALLEST_MAGNITUDE = 1e-9
+BINS_PER_SIGN = BINS_PER_DECADE * DECADES
+ZERO_BIN = BINS_PER_SIGN
+BIN_COUNT = 2 * BINS_PER_SIGN + 1
+BIN_RATIO = 10 ** (1 / BINS_PER_DECADE)
+QUANTILE_RELATIVE_ERROR = (BIN_RATIO - 1) / (BIN_RATIO + 1)
+
+# D of a sequence: 1e-4 to 1e4 on either side of a zero bin.
+SUM_BINS_PER_DECADE = 4
+SMALLEST_SUM = 1e-4
+SUM_BINS_PER_SIGN = SUM_BINS_PER_DECADE * 8
+SUM_BIN_COUNT = 2 * SUM_BINS_PER_SIGN + 1
+
+# Probabilities: a quarter of a decade of p below a half, of 1 − p above it.
+PROBABILITY_BINS_PER_DECADE = 4
+_FIRST_STEP, _LAST_STEP = 2, 23
+_STEPS = range(_FIRST_STEP, _LAST_STEP + 1)
+PROBABILITY_BINS_BELOW_HALF = len(_STEPS) + 1
+PROBABILITY_BIN_COUNT = 2 * PROBABILITY_BINS_BELOW_HALF
+PROBABILITY_BAND_EDGES = (0.0, 1e-4, 1e-3, 1e-2, 0.1, 0.5, 0.9, 0.99, 0.999, 1.0)
+
+# Positions: the first token, powers of two up to 2^20, the last token. Lengths: powers of two up to 2^20.
+POWERS_OF_TWO = 21
+LAST_POSITION = POWERS_OF_TWO + 1
+POSITION_BAND_COUNT = POWERS_OF_TWO + 2
+LENGTH_BAND_COUNT = POWERS_OF_TWO
+
+
+def bin_edges() -> Tensor:
+    """Edges of the bins of ``|d|`` above the zero bin, float64 of shape ``(BINS_PER_SIGN + 1,)``, from 1e-9 to 1e3."""
+    exponents = torch.arange(BINS_PER_SIGN + 1, dtype=torch.float64) / BINS_PER_DECADE
+    return SMALLEST_MAGNITUDE * torch.pow(10.0, exponents)
+
+
+def bin_values() -> Tensor:
+    """The value that stands for each bin of ``d``, float64 of shape ``(BIN_COUNT,)``.
+
+    ``2·edge_low·edge_high / (edge_low + edge_high)``, whose relative error is the same, (γ−1)/(γ+1), at both edges.
+    """
+    edges = bin_edges()
+    positive = 2 * edges[:-1] * edges[1:] / (edges[:-1] + edges[1:])
+    return torch.cat([-positive.flip(0), positive.new_zeros(1), positive])
+
+
+def sum_edges() -> Tensor:
+    """Edges of the bins of ``D``, float64 of shape ``(SUM_BIN_COUNT + 1,)``: negative, the zero bin, positive.
+
+    The outermost bins are open: what lies beyond ±1e4 is in them.
+    """
+    exponents = torch.arange(SUM_BINS_PER_SIGN + 1, dtype=torch.float64) / SUM_BINS_PER_DECADE
+    positive = SMALLEST_SUM * torch.pow(10.0, exponents)
+    return torch.cat([-positive.flip(0), positive])
+
+
+def length_edges() -> Tensor:
+    """Edges of the bands of lengths, float64 of shape ``(LENGTH_BAND_COUNT + 1,)``: 1, 2, 4, … 2^20, ∞."""
+    edges = torch.pow(2.0, torch.arange(LENGTH_BAND_COUNT + 1, dtype=torch.float64))
+    edges[-1] = math.inf
+    return edges
+
+
+def probability_edges() -> Tensor:
+    """Edges of the bins of a probability, float64 of shape ``(PROBABILITY_BIN_COUNT + 1,)``, from 0 to 1.
+
+    A quarter of a decade apart, in p below a half and in 1 − p above: 0, 1.8e-6 … 0.1, 0.18, 0.32, 0.5, 0.68, 0.82, 0.9
+    … 1 − 1.8e-6, 1.
+    """
+    steps = torch.tensor(_STEPS, dtype=torch.float64)
+    tail = torch.pow(10.0, -steps / PROBABILITY_BINS_PER_DECADE)
+    ends = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)
+    return torch.cat([ends[:1], tail.flip(0), ends[1:2], 1 - tail, ends[2:]])
+
+
+def difference_bin(d: Tensor) -> Tensor:
+    """The bin of each ``d``, int64 in ``[0, BIN_COUNT)``."""
+    return _signed_bin(d, SMALLEST_MAGNITUDE, BINS_PER_DECADE, BINS_PER_SIGN)
+
+
+def sum_bin(sums: Tensor) -> Tensor:
+    """The bin of each ``D``, int64 in ``[0, SUM_BIN_COUNT)``."""
+    return _signed_bin(sums, SMALLEST_SUM, SUM_BINS_PER_DECADE, SUM_BINS_PER_SIGN)
+
+
+def probability_bin(log_prob: Tensor, probability: Tensor) -> Tensor:
+    """The bin of each probability, a whole number in float32 below PROBABILITY_BIN_COUNT; above 1 it is the last.
+
+    In float32 because cells are cheaper to combine there than in int64. The bins of the upper half are added where it
+    is reached, because a choice between the two is dearer than to compute both.
+
+    Args:
+        log_prob, probability: float64, so that 1 − p is known near 1.
+    """
+    per_nat = PROBABILITY_BINS_PER_DECADE / math.log(10)
+    below = log_prob.float().mul_(per_nat).add_(_LAST_STEP + 1)
+    is_above = torch.ge(below, per_nat * math.log(0.5) + _LAST_STEP + 1, out=torch.empty_like(below))
+    above = (1.0 - probability).float().clamp_(min=1e-30).log_().mul_(-per_nat).add_(2 - _FIRST_STEP).mul_(is_above)
+    below.clamp_(0, PROBABILITY_BINS_BELOW_HALF - 1)
+    return below.add_(above).clamp_(max=PROBABILITY_BIN_COUNT - 1).trunc_()
+
+
+def position_band(position: Tensor) -> Tensor:
+    """The band of each position, whole, in float32: 0 for the first token, ``k`` for ``2^(k−1) ≤ position < 2^k``."""
+    return torch.frexp(position.double()).exponent.clamp_(max=POWERS_OF_TWO).float()
+
+
+def length_band(length: Tensor) -> Tensor:
+    """The band of each length, int64: ``k`` for ``2^k ≤ length < 2^(k+1)``; a length of 0 is in band 0."""
+    return torch.frexp(length.double()).exponent.sub(1).clamp(0, LENGTH_BAND_COUNT - 1).long()
+
+
+def _signed_bin(values: Tensor, smallest: float, per_decade: int, per_sign: int) -> Tensor:
+    """The middle bin holds ``|value| < smallest``, the bins at the ends what is too large."""
+    values = values.float()
+    magnitude = values.abs().log2_().mul_(per_decade * math.log10(2)).add_(1 - per_decade * math.log10(smallest))
+    return magnitude.clamp_(0, per_sign).copysign_(values).long().add_(per_sign)

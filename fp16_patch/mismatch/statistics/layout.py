@@ -1,0 +1,163 @@
+"""Where each figure of the mismatch lies in one flat vector of float64.
+
+Every part is merged in one way: added, the lesser, the greater. The worst tokens, at the end, are merged by
+``fp16_patch.mismatch.statistics.worst``. Counts are exact up to 2^53.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from fp16_patch.mismatch.statistics.bins import (
+    BIN_COUNT,
+    LENGTH_BAND_COUNT,
+    POSITION_BAND_COUNT,
+    PROBABILITY_BIN_COUNT,
+    SUM_BIN_COUNT,
+)
+
+TOKEN_COUNTS = (
+    "tail_1e_2_count",
+    "tail_1e_1_count",
+    "tail_1_count",
+    "ratio_above_2_count",
+    "ratio_below_half_count",
+    "ratio_above_5_count",
+)
+TOKEN_SUMS = (
+    "d_sum",
+    "d_abs_sum",
+    "d_square_sum",
+    "k3_sum",
+    "k3_reverse_sum",
+    "js_sum",
+    "expm1_abs_sum",
+    "capped_expm1_sum",
+    "expm1_sum",
+    "expm1_square_sum",
+    "truncated_expm1_sum",
+    "truncated_expm1_square_sum",
+    "sampler_log_prob_sum",
+    "learner_log_prob_sum",
+    "sampler_log_prob_square_sum",
+    "learner_log_prob_square_sum",
+    "log_prob_product_sum",
+    "sampler_prob_sum",
+    "learner_prob_sum",
+    "sampler_prob_square_sum",
+    "learner_prob_square_sum",
+    "prob_product_sum",
+    "prob_abs_sum",
+    "prob_difference_square_sum",
+)
+SEQUENCE_COUNTS = (
+    "tokens",
+    "sequences",
+    "nonfinite_sampler",
+    "nonfinite_learner",
+    "nonfinite_tokens",
+    "nonfinite_sequences",
+    "weighed_tokens",
+    "weighed_sequences",
+    "sequence_ratio_outside_count",
+    "sequence_weight_above_2_count",
+    "sequence_weight_below_half_count",
+)
+SEQUENCE_SUMS = (
+    "sequence_sum",
+    "sequence_abs_sum",
+    "sequence_square_sum",
+    "sequence_expm1_sum",
+    "sequence_expm1_square_sum",
+    "sequence_weight_sum",
+    "sequence_weight_square_sum",
+    "sampler_log_ppl_sum",
+    "learner_log_ppl_sum",
+    "sampler_ppl_sum",
+    "learner_ppl_sum",
+    "log_ppl_diff_sum",
+    "log_ppl_diff_abs_sum",
+    "ppl_ratio_expm1_sum",
+)
+COUNT_TABLES = {
+    "histogram": BIN_COUNT,
+    "joint": PROBABILITY_BIN_COUNT**2,
+    "density": LENGTH_BAND_COUNT * SUM_BIN_COUNT,
+    "position_tokens": POSITION_BAND_COUNT,
+    "length_sequences": LENGTH_BAND_COUNT,
+}
+SUM_TABLES = {
+    "probability_d": PROBABILITY_BIN_COUNT,
+    "probability_d_abs": PROBABILITY_BIN_COUNT,
+    "probability_d_square": PROBABILITY_BIN_COUNT,
+    "position_d": POSITION_BAND_COUNT,
+    "position_d_abs": POSITION_BAND_COUNT,
+    "position_d_square": POSITION_BAND_COUNT,
+    "length_sum": LENGTH_BAND_COUNT,
+    "length_abs_sum": LENGTH_BAND_COUNT,
+    "length_square_sum": LENGTH_BAND_COUNT,
+}
+LEAST = ("d_min", "log_ppl_diff_min", "sequence_weight_min")
+GREATEST = ("d_max", "log_ppl_diff_max", "sequence_weight_max")
+MAGNITUDES = ("prob_abs_max", "sequence_abs_max")
+MAGNITUDE_TABLES = {
+    "probability_d_abs_max": PROBABILITY_BIN_COUNT,
+    "position_d_abs_max": POSITION_BAND_COUNT,
+    "length_abs_max": LENGTH_BAND_COUNT,
+}
+
+WORST_TOKENS = 16
+WORST_COLUMNS = ("magnitude", "sampler", "learner", "sequence", "position", "token_id")
+NO_TOKEN = -1.0
+"""The magnitude of a row of the worst tokens that holds none."""
+
+COUNTS = frozenset({*TOKEN_COUNTS, *SEQUENCE_COUNTS})
+_ADDED_SCALARS = (*TOKEN_COUNTS, *TOKEN_SUMS, *SEQUENCE_COUNTS, *SEQUENCE_SUMS)
+_ADDED = dict.fromkeys(_ADDED_SCALARS, 1) | COUNT_TABLES | SUM_TABLES
+_LESSER = dict.fromkeys(LEAST, 1)
+_GREATER = dict.fromkeys((*GREATEST, *MAGNITUDES), 1) | MAGNITUDE_TABLES
+_SIZES = _ADDED | _LESSER | _GREATER | {"worst": WORST_TOKENS * len(WORST_COLUMNS)}
+
+SCALARS = (*_ADDED_SCALARS, *LEAST, *GREATEST, *MAGNITUDES)
+TABLES = (*COUNT_TABLES, *SUM_TABLES, *MAGNITUDE_TABLES)
+
+
+def _slices(sizes: Mapping[str, int]) -> dict[str, slice]:
+    ends = list(accumulate(sizes.values()))
+    return {name: slice(end - size, end) for (name, size), end in zip(sizes.items(), ends, strict=True)}
+
+
+SLICES = _slices(_SIZES)
+STATE_SIZE = sum(_SIZES.values())
+
+ADDED_PART = slice(0, sum(_ADDED.values()))
+LESSER_PART = slice(ADDED_PART.stop, ADDED_PART.stop + sum(_LESSER.values()))
+GREATER_PART = slice(LESSER_PART.stop, LESSER_PART.stop + sum(_GREATER.values()))
+WORST_PART = SLICES["worst"]
+
+
+def table(vector: Tensor, name: str) -> Tensor:
+    """A part of a vector, flat; counts as int64."""
+    part = vector[SLICES[name]]
+    return part.to(torch.int64) if name in COUNT_TABLES else part
+
+
+def start_of(name: str) -> float:
+    """The value of a figure that has seen no token: the neutral element of its merging."""
+    if name in LEAST:
+        return math.inf
+    return -math.inf if name in GREATEST else 0.0
+
+
+def empty_vector(device: torch.device | str = "cpu") -> Tensor:
+    """The state of no tokens, float64 of shape ``(STATE_SIZE,)``."""
+    vector = torch.zeros(STATE_SIZE, dtype=torch.float64, device=device)
+    for name in (*LEAST, *GREATEST):
+        vector[SLICES[name]] = start_of(name)
+    vector[WORST_PART] = NO_TOKEN
+    return vector

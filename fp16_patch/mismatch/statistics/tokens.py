@@ -1,0 +1,211 @@
+"""The sampled tokens of a batch as flat float64 tensors, sequence after sequence."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from fp16_patch.mismatch.statistics.bins import LAST_POSITION, position_band
+
+
+@dataclass(frozen=True)
+class Tokens(ABC):
+    """n places of S sequences. A place that holds no finite token has 0 for both log-probs, and is not ``present``.
+
+    Attributes:
+        sampler, learner: log μ and log π, float64 (n,).
+        d: learner − sampler, float64 (n,).
+        present: bool (n,), or None where every place holds a finite token.
+        band: float32 (n,), see ``bins.position_band``; the last of several tokens has a band of its own.
+        token_id: integers (n,), or None where they are not known.
+        numbers: int64 (S,), what the sequences are called.
+        first: int64 (S,), where in the batch the first sampled token of a sequence is, as an index of its places.
+        lengths: int64 (S,), sampled tokens.
+        nonfinite: int64 (3, S), sampled tokens whose sampler's, learner's, or either's log-prob is not finite.
+    """
+
+    sampler: Tensor
+    learner: Tensor
+    d: Tensor
+    present: Tensor | None
+    band: Tensor
+    token_id: Tensor | None
+    numbers: Tensor
+    first: Tensor
+    lengths: Tensor
+    nonfinite: Tensor
+
+    @abstractmethod
+    def by_sequence(self, values: Tensor) -> Tensor:
+        """Sums of values (n,) over each sequence, (S,)."""
+
+    @abstractmethod
+    def sequence_at(self, index: Tensor) -> Tensor:
+        """Which of the S sequences the tokens at these of the n places belong to."""
+
+    @abstractmethod
+    def place_of(self, index: Tensor) -> Tensor:
+        """Where in the batch these of the n places are."""
+
+    def only_present(self, values: Tensor, otherwise: float = 0.0) -> Tensor:
+        """The values, replaced where no token is present."""
+        return values if self.present is None else torch.where(self.present, values, otherwise)
+
+
+class PaddedTokens(Tokens):
+    """Every place of a two-dimensional batch: shapes depend on no value, which on an accelerator saves waiting."""
+
+    def by_sequence(self, values: Tensor) -> Tensor:
+        return values.view(len(self.lengths), -1).sum(1)
+
+    def sequence_at(self, index: Tensor) -> Tensor:
+        return index // (len(self.d) // len(self.lengths))
+
+    def place_of(self, index: Tensor) -> Tensor:
+        return index
+
+
+@dataclass(frozen=True)
+class PackedTokens(Tokens):
+    """Sampled finite tokens only: ``kept`` (S,) of each sequence, from these ``places`` (n,) of the batch."""
+
+    kept: Tensor
+    places: Tensor
+
+    def by_sequence(self, values: Tensor) -> Tensor:
+        return torch.segment_reduce(values, "sum", lengths=self.kept, unsafe=True, initial=0.0)
+
+    def sequence_at(self, index: Tensor) -> Tensor:
+        return torch.searchsorted(self.kept.cumsum(0), index, right=True)
+
+    def place_of(self, index: Tensor) -> Tensor:
+        return self.places[index]
+
+
+def padded(sampler: Tensor, learner: Tensor, mask: Tensor, token_ids: Tensor | None, numbers: Tensor) -> PaddedTokens:
+    """All places of a batch of shape (S, tokens), a sequence a row."""
+    rows, width = mask.shape
+    sampler, learner = sampler.double(), learner.double()
+    unusable = [mask & ~torch.isfinite(values) for values in (sampler, learner, learner - sampler)]
+    present = mask & ~unusable[2]
+    sampler, learner = (torch.where(present, side, 0.0).flatten() for side in (sampler, learner))
+    columns = torch.arange(width, device=mask.device)
+    first = torch.where(mask, columns, width).amin(1)
+    last = torch.where(mask, columns, -1).amax(1)
+    is_last = (columns == last[:, None]) & (last > first)[:, None]
+    band = torch.where(is_last, float(LAST_POSITION), position_band((columns - first[:, None]).clamp(min=0)))
+    return PaddedTokens(
+        sampler=sampler,
+        learner=learner,
+        d=learner - sampler,
+        present=present.flatten(),
+        band=band.flatten(),
+        token_id=None if token_ids is None else token_ids.flatten(),
+        numbers=numbers,
+        first=first + torch.arange(rows, device=mask.device) * width,
+        lengths=mask.sum(1),
+        nonfinite=torch.stack([found.sum(1) for found in unusable]),
+    )
+
+
+def packed(sampler: Tensor, learner: Tensor, mask: Tensor, token_ids: Tensor | None, numbers: Tensor) -> PackedTokens:
+    """The sampled tokens of a batch of shape (S, tokens), a sequence a row."""
+    places = torch.arange(mask.numel()) if mask.all() else mask.flatten().nonzero().squeeze(1)
+    return _pack(sampler, learner, token_ids, places, mask.count_nonzero(dim=1), numbers, longest=mask.shape[1])
+
+
+def packed_by_id(
+    sampler: Tensor, learner: Tensor, mask: Tensor, token_ids: Tensor | None, sequence_ids: Tensor
+) -> PackedTokens:
+    """The sampled tokens of the sequences that the ids tell apart, wherever they lie in the batch."""
+    places = mask.flatten().nonzero().squeeze(1)
+    ids, order = sequence_ids.flatten()[places].to(torch.int64).sort(stable=True)
+    numbers, lengths = torch.unique_consecutive(ids, return_counts=True)
+    return _pack(sampler, learner, token_ids, places[order], lengths, numbers, longest=mask.numel())
+
+
+def _pack(
+    sampler: Tensor,
+    learner: Tensor,
+    token_ids: Tensor | None,
+    places: Tensor,
+    lengths: Tensor,
+    numbers: Tensor,
+    longest: int,
+) -> PackedTokens:
+    """
+    Args:
+        places: flat indices of the sampled tokens, sequence after sequence.
+        longest: how many places there can be between the first and the last token of a sequence.
+    """
+    sampler, learner = (side.flatten().index_select(0, places).double() for side in (sampler, learner))
+    first, band = _positions(places, lengths, longest)
+    tokens = PackedTokens(
+        sampler=sampler,
+        learner=learner,
+        d=learner - sampler,
+        present=None,
+        band=band,
+        token_id=None if token_ids is None else token_ids.flatten().index_select(0, places),
+        numbers=numbers,
+        first=first,
+        lengths=lengths,
+        nonfinite=lengths.new_zeros(3, len(lengths)),
+        kept=lengths,
+        places=places,
+    )
+    # A sum is cheaper than a look at every token, and not finite if one of them is not.
+    return tokens if len(places) and tokens.d.sum().isfinite() else _without_nonfinite(tokens)
+
+
+def _positions(places: Tensor, lengths: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+    """The first place of each sequence, and the band of each token."""
+    ends = lengths.cumsum(0)
+    if not len(places):
+        return torch.zeros_like(ends), places.float()
+    first = places[(ends - lengths).clamp_(max=len(places) - 1)]
+    # As many bands as there are places at most: looking them up is cheaper than a logarithm each.
+    bands = position_band(torch.arange(longest, device=places.device))
+    band = bands.index_select(0, places - first.repeat_interleave(lengths))
+    band[ends[lengths > 1] - 1] = LAST_POSITION
+    return first, band
+
+
+def _without_nonfinite(tokens: PackedTokens) -> PackedTokens:
+    """The finite ones; if there are none, one place that holds no token, because nothing has no extremes."""
+    unusable = [~torch.isfinite(values) for values in (tokens.sampler, tokens.learner, tokens.d)]
+    nonfinite = torch.stack([tokens.by_sequence(found.double()) for found in unusable]).long()
+    index = (~unusable[2]).nonzero().squeeze(1)
+    kept = tokens.lengths - nonfinite[2]
+    if not len(index):
+        return _one_absent(replace(tokens, nonfinite=nonfinite, kept=kept))
+    return replace(
+        tokens,
+        sampler=tokens.sampler[index],
+        learner=tokens.learner[index],
+        d=tokens.d[index],
+        band=tokens.band[index],
+        token_id=None if tokens.token_id is None else tokens.token_id[index],
+        nonfinite=nonfinite,
+        kept=kept,
+        places=tokens.places[index],
+    )
+
+
+def _one_absent(tokens: PackedTokens) -> PackedTokens:
+    place = tokens.places.new_zeros(1)
+    zero = tokens.sampler.new_zeros(1)
+    return replace(
+        tokens,
+        sampler=zero,
+        learner=zero,
+        d=zero,
+        present=place.bool(),
+        band=zero.float(),
+        token_id=None,
+        kept=tokens.kept.index_fill(0, place, 1),
+        places=place,
+    )

@@ -1,0 +1,87 @@
+"""What the mismatch monitor costs, what it survives, and whether it names what is planted: the bounds it must keep.
+
+    python -m integration.bench.monitor                 # everything: about an hour on two cores
+    python -m integration.bench.monitor ns_per_token    # the named figures; the others stay as they were
+
+Results go to `out/monitor.json`, each with its bound. Every ratio is of two arms in one run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from integration.bench import monitor_cost, monitor_runs
+
+OUT = Path(__file__).parent / "out"
+SEED = 0
+# Figure → what measures it, given a folder of its own.
+FIGURES: dict[str, Callable[[Path, int], Any]] = {
+    "ns_per_token": monitor_cost.ns_per_token,
+    "observe_vs_forward": monitor_cost.observe_vs_forward,
+    "merge_4096_s": monitor_cost.merge_seconds,
+    "root_growth_mb": monitor_cost.root_growth,
+    "step_ratio": monitor_runs.step_ratio,
+    "faults": monitor_runs.faults,
+    "causes": monitor_runs.causes,
+}
+# (figure, key in it, what it is at most)
+BOUNDS = (
+    ("ns_per_token", None, 100.0),
+    ("observe_vs_forward", "100m", 0.005),
+    ("observe_vs_forward", "demo", 0.05),
+    ("merge_4096_s", None, 1.0),
+    ("step_ratio", None, 1.01),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("figures", nargs="*", choices=[[], *FIGURES], help="only these")
+    parser.add_argument("--out", type=Path, default=OUT)
+    arguments = parser.parse_args()
+    out: Path = arguments.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    result = out / "monitor.json"
+    measured: dict[str, Any] = json.loads(result.read_text()) if result.is_file() else {}
+    for name in arguments.figures or FIGURES:
+        measured[name] = FIGURES[name](out / "monitor" / name, SEED)
+        measured |= {"machine": machine(), "seed": SEED, "command": f"python -m {__spec__.name} {name}"}
+        result.write_text(json.dumps(measured, indent=1) + "\n")
+    show(measured, Console())
+
+
+def machine() -> dict[str, Any]:
+    return {
+        "cores": os.cpu_count(),
+        "processor": platform.processor() or platform.machine(),
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+    }
+
+
+def show(measured: dict[str, Any], console: Console) -> None:
+    table = Table("figure", "measured", "at most")
+    for name, key, bound in BOUNDS:
+        if name in measured:
+            value = measured[name] if key is None else measured[name][key]
+            table.add_row(f"{name} {key or ''}", f"{value:.4g}", f"{bound:g}")
+    for name, reached in measured.get("faults", {}).items():
+        table.add_row(f"fault {name} reached training", str(reached), "False")
+    for planted, diagnosed in measured.get("causes", {}).items():
+        table.add_row(f"planted {planted}", str(diagnosed), monitor_runs.CAUSES[planted].cause)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()

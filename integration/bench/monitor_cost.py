@@ -1,0 +1,190 @@
+"""What observing costs: per token, beside the learner's forward, and in the actors that merge."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+from ray.cluster_utils import Cluster
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from rich.console import Console
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from fp16_patch.mismatch.collection import actors
+from fp16_patch.mismatch.collection.monitor import Monitor
+from fp16_patch.mismatch.collection.part import Part
+from fp16_patch.mismatch.record import load_run
+from fp16_patch.mismatch.stats import MismatchStats
+from integration.demo.side_by_side import prepare_model
+
+REPEATS = 9
+# Batches as a learner's rank has them.
+LARGE_BATCH, DEMO_BATCH, COST_BATCH = (4, 256), (32, 32), (256, 1024)
+NODES, RANKS, MERGES = 4, 4096, 3
+BF16_NOISE = 5e-3
+
+
+def ns_per_token(_out: Path, seed: int) -> float:
+    """Nanoseconds a token on one core, token ids included; the median of the repeats."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        batch = simulated_log_probs(COST_BATCH, seed)
+        seconds = statistics.median(timed(lambda: observe(*batch)) for _ in range(REPEATS))
+    finally:
+        torch.set_num_threads(threads)
+    return seconds / int(batch[2].sum()) * 1e9
+
+
+def observe_vs_forward(out: Path, seed: int) -> dict[str, float]:
+    """Observing a batch ÷ the learner's log-prob forward on it, on the same cores, alternating; medians."""
+    torch.manual_seed(seed)
+    # 111 M parameters.
+    large = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=32000,
+            hidden_size=768,
+            intermediate_size=2304,
+            num_hidden_layers=12,
+            num_attention_heads=12,
+            num_key_value_heads=12,
+            tie_word_embeddings=True,
+        )
+    )
+    assert sum(parameter.numel() for parameter in large.parameters()) >= 100e6
+    demo = AutoModelForCausalLM.from_pretrained(prepare_model(out, Console()))
+    return {"100m": _observing_share(large, LARGE_BATCH, seed), "demo": _observing_share(demo, DEMO_BATCH, seed)}
+
+
+def _observing_share(model: Any, shape: tuple[int, int], seed: int) -> float:
+    model = model.eval()
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(0, model.config.vocab_size, shape, generator=generator)
+    learner = log_prob_forward(model, tokens)
+    sampler = learner + BF16_NOISE * torch.randn(learner.shape, generator=generator)
+    mask = torch.ones_like(learner)
+    forward, observing = [], []
+    for _ in range(REPEATS):
+        forward.append(timed(lambda: log_prob_forward(model, tokens)))
+        observing.append(timed(lambda: observe(sampler, learner, mask, tokens[:, 1:])))
+    return statistics.median(observing) / statistics.median(forward)
+
+
+@torch.no_grad()
+def log_prob_forward(model: Any, tokens: torch.Tensor) -> torch.Tensor:
+    """The log-probs of the tokens after the first: what a learner computes once a step for each sampled token."""
+    logits = model(tokens).logits[:, :-1].float()
+    return logits.log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
+
+
+def observe(sampler: torch.Tensor, learner: torch.Tensor, mask: torch.Tensor, tokens: torch.Tensor) -> MismatchStats:
+    return MismatchStats.from_log_probs(sampler, learner, mask, token_ids=tokens).to_host()
+
+
+def simulated_log_probs(shape: tuple[int, int], seed: int) -> tuple[torch.Tensor, ...]:
+    """Sampler and learner log-probs that differ as in BF16, a mask of responses of all lengths, and token ids."""
+    generator = torch.Generator().manual_seed(seed)
+    sampler = -torch.rand(shape, generator=generator).pow(2) * 6
+    learner = sampler + BF16_NOISE * torch.randn(shape, generator=generator)
+    lengths = torch.randint(shape[1] // 2, shape[1] + 1, (shape[0], 1), generator=generator)
+    tokens = torch.randint(0, 32000, shape, generator=generator)
+    return sampler, learner, torch.arange(shape[1]) < lengths, tokens
+
+
+def timed(action: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+def merge_seconds(out: Path, seed: int) -> float:
+    """From the last of 4096 ranks' reports to the merged record on disk; the median of the repeats.
+
+    Four Ray nodes on this machine, on each an actor that reports as 1024 ranks to the node's aggregator.
+    """
+    with simulated_job(NODES, out) as (monitor, reporters):
+        per_node, seconds = RANKS // NODES, []
+        for repeat in range(MERGES):
+            ranks = [range(node * per_node, (node + 1) * per_node) for node in range(NODES)]
+            reported = [
+                reporter.report.remote(monitor.run, repeat, list(mine), RANKS, seed)
+                for reporter, mine in zip(reporters, ranks, strict=True)
+            ]
+            tokens = sum(ray.get(reported))
+            monitor.expect(tokens, RANKS)
+            seconds.append(timed(lambda step=repeat: _end(monitor, step)))
+        _require_complete(out, RANKS)
+    return statistics.median(seconds)
+
+
+def root_growth(out: Path, seed: int) -> float:
+    """MB by which the root's memory grows from step 200 to step 1200, with two ranks reporting each step."""
+    with simulated_job(1, out) as (monitor, (reporter,)):
+        sizes = []
+        for steps in (range(200), range(200, 1200)):
+            for step in steps:
+                monitor.expect(ray.get(reporter.report.remote(monitor.run, step, [0, 1], 2, seed)), 2)
+                monitor.end_step(step, {})
+            monitor.flush()
+            sizes.append(_resident_mb(ray.get_actor(actors.root_name(monitor.run), actors.NAMESPACE)))
+        _require_complete(out, 2)
+    return sizes[1] - sizes[0]
+
+
+@contextmanager
+def simulated_job(nodes: int, out: Path) -> Iterator[tuple[Monitor, list[Any]]]:
+    """A monitor, and on each of some Ray nodes an actor that reports for many ranks."""
+    shutil.rmtree(out, ignore_errors=True)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    try:
+        for _ in range(nodes - 1):
+            cluster.add_node(num_cpus=2)
+        ray.init(address=cluster.address, log_to_driver=False)
+        places = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in ray.nodes()]
+        reporters = [ray.remote(_Reporter).options(scheduling_strategy=place).remote() for place in places]
+        yield Monitor(out, timeout_s=30.0), reporters
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+class _Reporter:
+    """Reports as many ranks, a message each, as their observers do; returns the tokens when all have arrived."""
+
+    def report(self, run: str, number: int, ranks: list[int], world_size: int, seed: int) -> int:
+        aggregator = actors.aggregator_here(run)
+        stats = MismatchStats.from_log_probs(*simulated_log_probs((4, 64), seed)[:3]).to_host()
+        calls = []
+        for rank in ranks:
+            part = Part(stats, None, frozenset([rank]), world_size)
+            calls.append(aggregator.report.remote(f"rank {rank}", number, number, part.pack()))
+            if len(calls) == actors.MAX_PENDING_CALLS:
+                ray.get(calls)
+                calls = []
+        ray.get(calls)
+        return stats.tokens * len(ranks)
+
+
+def _end(monitor: Monitor, step: int) -> None:
+    monitor.end_step(step, {})
+    monitor.flush()
+
+
+def _require_complete(out: Path, ranks: int) -> None:
+    for step, coverage in load_run(out).coverage.items():
+        if not coverage.complete or coverage.ranks != ranks:
+            raise RuntimeError(f"step {step} covers {coverage.text()}")
+
+
+def _resident_mb(root: Any) -> float:
+    pid = ray.get(root.__ray_call__.remote(lambda _self: os.getpid()))
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20

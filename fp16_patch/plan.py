@@ -46,7 +46,7 @@ class Plan:
         on_alert: `log`, or `stop` to end the run when an alert fires.
         alert_k1: alert where |k1| is above; as for each alert, 0 disables it.
         alert_ess: alert where the effective sample size, a share of the tokens, is below.
-        alert_chi2: alert where the tokens' or the sequences' chi-square divergence is above.
+        alert_chi2: alert where the chi-square divergence of the tokens' ratios is above.
         alert_token_mult_prob_error: alert where mean exp|d| is above.
         alert_prob_diff: alert where some token's probabilities differ by more.
         alert_doubling_steps: alert where mean |d| has doubled over so many steps.

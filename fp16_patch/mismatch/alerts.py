@@ -32,7 +32,7 @@ class Thresholds:
     Attributes:
         k1: |k1| above, nats.
         ess: effective sample size, a share of the tokens, below.
-        chi2: χ² divergence of the tokens' or of the sequences' ratios above.
+        chi2: χ² divergence of the tokens' ratios above. Not the sequences': theirs grows with their length.
         token_mult_prob_error: mean exp|d| above.
         prob_diff: max |Δp| of a token above.
         doubling_steps: mean |d| is twice what it was so many steps ago.
@@ -156,7 +156,6 @@ _RULES = (
     _Rule("k1", "mismatch/k1", "k1", _IS_OUTSIDE),
     _Rule("ess", "mismatch/ess", "ess", _IS_BELOW, below=True),
     _Rule("chi2_token", "mismatch/chi2_token", "chi2"),
-    _Rule("chi2_seq", "mismatch/chi2_seq", "chi2"),
     _Rule("token_mult_prob_error", "mismatch/token_mult_prob_error", "token_mult_prob_error"),
     _Rule("prob_diff", "mismatch/prob_max_abs", "prob_diff"),
     _Rule("doubling", "mismatch/mean_abs", "doubling_steps", _HAS_GROWN, fixed=DOUBLED, reads=_TREND),

@@ -13,13 +13,12 @@ BEYOND = {
     "k1": ("k1", -0.2),
     "ess": ("ess", 0.1),
     "chi2_token": ("chi2_token", 3.0),
-    "chi2_seq": ("chi2_seq", 3.0),
     "token_mult_prob_error": ("token_mult_prob_error", 1.2),
     "prob_diff": ("prob_max_abs", 0.99),
 }
 """Alert → the metric it watches, and a value beyond the default threshold."""
 
-CALM = {"k1": 0.001, "ess": 0.99, "chi2_token": 0.01, "chi2_seq": 0.1, "token_mult_prob_error": 1.004}
+CALM = {"k1": 0.001, "ess": 0.99, "chi2_token": 0.01, "chi2_seq": 30.0, "token_mult_prob_error": 1.004}
 CALM |= {"prob_max_abs": 0.03, "nonfinite_tokens": 0.0, "mean_abs": 4e-3}
 
 

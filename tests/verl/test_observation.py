@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,8 +19,6 @@ from verl.workers.utils.padding import response_from_nested
 import fp16_patch
 from fp16_patch import Plan
 from fp16_patch.mismatch.stats import MismatchStats
-from fp16_patch.verl import observation
-from fp16_patch.verl.observation import ORDER, infer_batch, response_log_probs, rows_to_rescore
 
 pytestmark = pytest.mark.verl
 
@@ -44,6 +43,20 @@ def batch() -> TensorDict:
     )
     tensordict_utils.assign_non_tensor(data, micro_batch_size_per_gpu=2, use_dynamic_bsz=False)
     return data
+
+
+@pytest.fixture(autouse=True)
+def observation() -> Iterator[Any]:
+    """The module under test; importing its package activates."""
+    from fp16_patch.verl import observation
+
+    fp16_patch.deactivate()
+    yield observation
+    fp16_patch.deactivate()
+
+
+def order(data: TensorDict, observation: Any, *of_the_driver: Any) -> None:
+    tensordict_utils.assign_non_tensor_data(data, observation.ORDER, json.dumps(of_the_driver))
 
 
 class Engine:
@@ -72,7 +85,7 @@ class Engine:
 
 
 @pytest.fixture
-def reports(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+def reports(observation: Any, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     seen: list[Any] = []
 
     class Observer:
@@ -87,17 +100,17 @@ def reports(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return seen
 
 
-def test_the_response_part_is_what_verl_cuts_out(batch: TensorDict) -> None:
+def test_the_response_part_is_what_verl_cuts_out(batch: TensorDict, observation: Any) -> None:
     log_probs = batch["input_ids"]
     expected = response_from_nested(log_probs, batch["response_mask"]).to_padded_tensor(0.0)
     lengths, sequences = torch.tensor(RESPONSES), log_probs.offsets().diff()
-    assert torch.equal(response_log_probs(log_probs, lengths, sequences), expected)
+    assert torch.equal(observation.response_log_probs(log_probs, lengths, sequences), expected)
 
 
-def test_an_ordered_pass_is_observed_on_its_rank(batch: TensorDict, reports: list[Any]) -> None:
+def test_an_ordered_pass_is_observed_on_its_rank(batch: TensorDict, observation: Any, reports: list[Any]) -> None:
     engine = Engine()
-    tensordict_utils.assign_non_tensor_data(batch, ORDER, json.dumps(["run", 7, False]))
-    outputs = infer_batch(engine.infer, engine, (batch,), {})
+    order(batch, observation, "run", 7, False)
+    outputs = observation.infer_batch(engine.infer, engine, (batch,), {})
     ((who, number, stats, floor),) = reports
     assert (who, number, floor) == (("run", 1, 2), 7, None)
     learner = response_from_nested(outputs["model_output"]["log_probs"], batch["response_mask"])
@@ -107,27 +120,24 @@ def test_an_ordered_pass_is_observed_on_its_rank(batch: TensorDict, reports: lis
     assert stats.tokens == sum(RESPONSES)
     assert stats.d_abs_sum == pytest.approx(expected.d_abs_sum)
     assert {worst.sequence for worst in stats.worst_tokens()} <= {4, 5, 6, 7}  # the second rank's rows
-    assert ORDER not in batch.keys()  # noqa: SIM118
+    assert observation.ORDER not in batch.keys()  # noqa: SIM118
 
 
-def test_a_pass_nobody_ordered_is_left_alone(batch: TensorDict, reports: list[Any]) -> None:
+def test_a_pass_nobody_ordered_is_left_alone(batch: TensorDict, observation: Any, reports: list[Any]) -> None:
     engine = Engine()
-    infer_batch(engine.infer, engine, (batch,), {})
+    observation.infer_batch(engine.infer, engine, (batch,), {})
     assert engine.passes == [len(batch)]
     assert reports == []
 
 
 @pytest.mark.parametrize("company_matters", [0.0, 1e-3])
 def test_the_noise_floor_is_the_learner_against_itself_alone(
-    batch: TensorDict, reports: list[Any], company_matters: float
+    batch: TensorDict, observation: Any, reports: list[Any], company_matters: float
 ) -> None:
     engine = Engine(company_matters)
-    tensordict_utils.assign_non_tensor_data(batch, ORDER, json.dumps(["run", 0, True]))
+    order(batch, observation, "run", 0, True)
     fp16_patch.activate(Plan(noise_floor_share=0.25))
-    try:
-        infer_batch(engine.infer, engine, (batch,), {})
-    finally:
-        fp16_patch.deactivate()
+    observation.infer_batch(engine.infer, engine, (batch,), {})
     assert engine.passes == [4, 1]
     floor = reports[0][-1]
     assert floor.tokens == RESPONSES[0]
@@ -135,7 +145,11 @@ def test_the_noise_floor_is_the_learner_against_itself_alone(
 
 
 def test_a_failing_observation_is_one_warning_and_no_more(
-    batch: TensorDict, reports: list[Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    batch: TensorDict,
+    observation: Any,
+    reports: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     def broken(*_arguments: Any, **_settings: Any) -> Any:
         raise RuntimeError("planted")
@@ -143,8 +157,8 @@ def test_a_failing_observation_is_one_warning_and_no_more(
     monkeypatch.setattr(observation, "_compare", broken)
     engine = Engine()
     for number in range(2):
-        tensordict_utils.assign_non_tensor_data(batch, ORDER, json.dumps(["run", number, False]))
-        assert "model_output" in infer_batch(engine.infer, engine, (batch,), {})
+        order(batch, observation, "run", number, False)
+        assert "model_output" in observation.infer_batch(engine.infer, engine, (batch,), {})
     assert reports == []
     assert [record.getMessage() for record in caplog.records if "planted" in record.getMessage()] == [
         "the mismatch is not observed on this rank, training goes on: planted"
@@ -152,5 +166,5 @@ def test_a_failing_observation_is_one_warning_and_no_more(
 
 
 @pytest.mark.parametrize(("rows", "share", "chosen"), [(32, 0.03, [0]), (32, 0.125, [0, 8, 16, 24]), (2, 1.0, [0, 1])])
-def test_rescored_rows_are_spread_evenly(rows: int, share: float, chosen: list[int]) -> None:
-    assert rows_to_rescore(rows, share) == chosen
+def test_rescored_rows_are_spread_evenly(observation: Any, rows: int, share: float, chosen: list[int]) -> None:
+    assert observation.rows_to_rescore(rows, share) == chosen

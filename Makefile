@@ -19,7 +19,7 @@ unexport PYTHONDONTWRITEBYTECODE
 INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile --no-deps
 TORCH := ^(torch|typing-extensions|sympy|mpmath|networkx|jinja2|markupsafe|fsspec|filelock|setuptools|numpy|wheel)==
 
-.PHONY: demo demo-openrlhf test test-verl test-openrlhf unit lint bench clean
+.PHONY: demo demo-openrlhf test test-verl test-openrlhf unit lint bench bench-monitor clean
 
 demo: $(READY)
 	$(BIN)/python -m integration.demo.run
@@ -46,6 +46,9 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python -m integration.bench.mismatch
 
+bench-monitor: $(READY)
+	$(BIN)/python -m integration.bench.monitor
+
 $(READY): integration/verl.lock pyproject.toml
 	@echo "installing real verl, vLLM, Ray and torch into .venv: a few minutes, once"
 	$(call environment,.venv,integration/verl.lock)
@@ -69,4 +72,4 @@ $(1)/bin/python $(INSTALL) --no-build-isolation -e .
 endef
 
 clean:
-	rm -rf .venv .venv-openrlhf integration/demo/out integration/demo/out-openrlhf integration/bench/out
+	rm -rf .venv .venv-openrlhf integration/demo/out integration/demo/out-openrlhf integration/bench/out/*/

@@ -26,8 +26,10 @@ from fp16_patch.mismatch.stats import MismatchStats
 from integration.demo.side_by_side import prepare_model
 
 REPEATS = 9
-# Batches as a learner's rank has them.
-LARGE_BATCH, DEMO_BATCH, COST_BATCH = (4, 256), (32, 32), (256, 1024)
+# Sequences, tokens of a prompt, tokens of a response. The demo's are those of its trainer: all that a step samples.
+LARGE_BATCH, DEMO_BATCH = (4, 64, 256), (32, 16, 32)
+MICRO_BATCH = 16
+COST_BATCH = (256, 1024)
 NODES, RANKS, MERGES = 4, 4096, 3
 BF16_NOISE = 5e-3
 
@@ -38,7 +40,8 @@ def ns_per_token(_out: Path, seed: int) -> float:
     torch.set_num_threads(1)
     try:
         batch = simulated_log_probs(COST_BATCH, seed)
-        seconds = statistics.median(timed(lambda: observe(*batch)) for _ in range(REPEATS))
+        observe(*batch)
+        seconds = statistics.median(timed(lambda: observe(*batch)) for _ in range(4 * REPEATS))
     finally:
         torch.set_num_threads(threads)
     return seconds / int(batch[2].sum()) * 1e9
@@ -64,25 +67,30 @@ def observe_vs_forward(out: Path, seed: int) -> dict[str, float]:
     return {"100m": _observing_share(large, LARGE_BATCH, seed), "demo": _observing_share(demo, DEMO_BATCH, seed)}
 
 
-def _observing_share(model: Any, shape: tuple[int, int], seed: int) -> float:
-    model = model.eval()
+def _observing_share(model: Any, batch: tuple[int, int, int], seed: int) -> float:
+    rows, prompt, response = batch
     generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(0, model.config.vocab_size, shape, generator=generator)
-    learner = log_prob_forward(model, tokens)
+    tokens = torch.randint(0, model.config.vocab_size, (rows, prompt + response), generator=generator)
+    learner = log_prob_forward(model, tokens, response)
     sampler = learner + BF16_NOISE * torch.randn(learner.shape, generator=generator)
     mask = torch.ones_like(learner)
     forward, observing = [], []
     for _ in range(REPEATS):
-        forward.append(timed(lambda: log_prob_forward(model, tokens)))
-        observing.append(timed(lambda: observe(sampler, learner, mask, tokens[:, 1:])))
+        forward.append(timed(lambda: log_prob_forward(model, tokens, response)))
+        observing.append(timed(lambda: observe(sampler, learner, mask, tokens[:, prompt:])))
     return statistics.median(observing) / statistics.median(forward)
 
 
 @torch.no_grad()
-def log_prob_forward(model: Any, tokens: torch.Tensor) -> torch.Tensor:
-    """The log-probs of the tokens after the first: what a learner computes once a step for each sampled token."""
-    logits = model(tokens).logits[:, :-1].float()
-    return logits.log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
+def log_prob_forward(model: Any, tokens: torch.Tensor, response: int) -> torch.Tensor:
+    """The log-probs of the responses' tokens, as a learner computes them once a step: in micro-batches, in BF16."""
+    return torch.cat([_score(model.eval(), micro_batch, response) for micro_batch in tokens.split(MICRO_BATCH)])
+
+
+def _score(model: Any, tokens: torch.Tensor, response: int) -> torch.Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(tokens).logits[:, -response - 1 : -1].float()
+    return logits.log_softmax(-1).gather(-1, tokens[:, -response:, None]).squeeze(-1)
 
 
 def observe(sampler: torch.Tensor, learner: torch.Tensor, mask: torch.Tensor, tokens: torch.Tensor) -> MismatchStats:
@@ -115,7 +123,7 @@ def merge_seconds(out: Path, seed: int) -> float:
         for repeat in range(MERGES):
             ranks = [range(node * per_node, (node + 1) * per_node) for node in range(NODES)]
             reported = [
-                reporter.report.remote(monitor.run, repeat, list(mine), RANKS, seed)
+                reporter.report.remote(repeat, list(mine), RANKS, seed)
                 for reporter, mine in zip(reporters, ranks, strict=True)
             ]
             tokens = sum(ray.get(reported))
@@ -131,7 +139,7 @@ def root_growth(out: Path, seed: int) -> float:
         sizes = []
         for steps in (range(200), range(200, 1200)):
             for step in steps:
-                monitor.expect(ray.get(reporter.report.remote(monitor.run, step, [0, 1], 2, seed)), 2)
+                monitor.expect(ray.get(reporter.report.remote(step, [0, 1], 2, seed)), 2)
                 monitor.end_step(step, {})
             monitor.flush()
             sizes.append(_resident_mb(ray.get_actor(actors.root_name(monitor.run), actors.NAMESPACE)))
@@ -150,7 +158,11 @@ def simulated_job(nodes: int, out: Path) -> Iterator[tuple[Monitor, list[Any]]]:
         ray.init(address=cluster.address, log_to_driver=False)
         places = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in ray.nodes()]
         reporters = [ray.remote(_Reporter).options(scheduling_strategy=place).remote() for place in places]
-        yield Monitor(out, timeout_s=30.0), reporters
+        monitor = Monitor(out, timeout_s=30.0)
+        # The actors start before what is measured.
+        ray.get(ray.get_actor(actors.root_name(monitor.run), actors.NAMESPACE).begin.remote(str(out)))
+        ray.get([reporter.start.remote(monitor.run) for reporter in reporters])
+        yield monitor, reporters
     finally:
         ray.shutdown()
         cluster.shutdown()
@@ -159,13 +171,17 @@ def simulated_job(nodes: int, out: Path) -> Iterator[tuple[Monitor, list[Any]]]:
 class _Reporter:
     """Reports as many ranks, a message each, as their observers do; returns the tokens when all have arrived."""
 
-    def report(self, run: str, number: int, ranks: list[int], world_size: int, seed: int) -> int:
-        aggregator = actors.aggregator_here(run)
+    def start(self, run: str) -> None:
+        # As an observer does: an actor ends with its creator's last handle.
+        self._aggregator = actors.aggregator_here(run)
+        ray.get(self._aggregator.take.remote({}))
+
+    def report(self, number: int, ranks: list[int], world_size: int, seed: int) -> int:
         stats = MismatchStats.from_log_probs(*simulated_log_probs((4, 64), seed)[:3]).to_host()
         calls = []
         for rank in ranks:
             part = Part(stats, None, frozenset([rank]), world_size)
-            calls.append(aggregator.report.remote(f"rank {rank}", number, number, part.pack()))
+            calls.append(self._aggregator.report.remote(f"rank {rank}", number, number, part.pack()))
             if len(calls) == actors.MAX_PENDING_CALLS:
                 ray.get(calls)
                 calls = []

@@ -110,12 +110,13 @@ class Tally:
 
     def add(self, tokens: Tokens) -> None:
         magnitude = tokens.d.abs()
-        ratios = Ratios(tokens.d, magnitude)
+        reach = _bound(magnitude)
+        ratios = Ratios(tokens.d, magnitude, reach)
         probabilities = [tokens.only_present(_probability(side)) for side in (tokens.sampler, tokens.learner)]
         probability_sums, largest_difference = _probability_sums(*probabilities)
         sums = (
             _difference_sums(tokens.d, magnitude)
-            | _threshold_counts(tokens.d, magnitude)
+            | _threshold_counts(tokens.d, magnitude, reach)
             | _log_prob_sums(tokens)
             | ratios.sums()
             | probability_sums
@@ -179,17 +180,29 @@ def _difference_sums(d: Tensor, magnitude: Tensor) -> dict[str, Tensor]:
     return {"d_sum": d.sum(), "d_abs_sum": magnitude.sum(), "d_square_sum": torch.dot(d, d)}
 
 
-def _threshold_counts(d: Tensor, magnitude: Tensor) -> dict[str, Tensor]:
-    """Importance ratios beyond a threshold are found by their logarithm."""
+def _bound(values: Tensor) -> float:
+    """A bound of the values: their greatest on a CPU, where a look costs less than passes that nothing needs."""
+    return float(values.max()) if values.device.type == "cpu" else math.inf
+
+
+def _threshold_counts(d: Tensor, magnitude: Tensor, reach: float) -> dict[str, Tensor]:
+    """Importance ratios beyond a threshold are found by their logarithm.
+
+    Args:
+        reach: a bound of the magnitude.
+    """
+    none = d.new_zeros(())
 
     def above(values: Tensor, threshold: float) -> Tensor:
+        if reach <= threshold:
+            return none
         # A comparison into float64 costs a quarter of one into bool.
         return torch.gt(values, threshold, out=torch.empty_like(values)).sum()
 
     return {
         **{name: above(magnitude, threshold) for name, threshold in TAILS.items()},
         "ratio_above_2_count": above(d, math.log(TRUNCATION)),
-        "ratio_below_half_count": above(-d, math.log(TRUNCATION)),
+        "ratio_below_half_count": none if reach <= math.log(TRUNCATION) else above(-d, math.log(TRUNCATION)),
         "ratio_above_5_count": above(d, math.log(ICEPOP_HIGH)),
     }
 
@@ -205,7 +218,7 @@ def _log_prob_sums(tokens: Tokens) -> dict[str, Tensor]:
 
 
 def _probability(log_prob: Tensor) -> Tensor:
-    return log_prob.clamp(max=EXPONENT_CAP).exp_()
+    return log_prob.exp() if _bound(log_prob) <= EXPONENT_CAP else log_prob.clamp(max=EXPONENT_CAP).exp_()
 
 
 def _probability_sums(sampler: Tensor, learner: Tensor) -> tuple[dict[str, Tensor], Tensor]:

@@ -32,8 +32,9 @@ class SequenceFigures:
     @staticmethod
     def rows(tokens: Tokens, ratios: Ratios) -> Tensor:
         """Of each sequence: its length, non-finite tokens by side and of either, sums of d, log μ, r − 1, w − 1."""
-        values = (tokens.d, tokens.sampler, ratios.excess, ratios.truncated)
-        sums = [tokens.by_sequence(value) for value in values]
+        sums = [tokens.by_sequence(value) for value in (tokens.d, tokens.sampler, ratios.excess)]
+        same = ratios.truncated is ratios.excess
+        sums.append(sums[-1] if same else tokens.by_sequence(ratios.truncated))
         return torch.cat([tokens.lengths[None].double(), tokens.nonfinite.double(), torch.stack(sums)])
 
     def sums(self) -> Tensor:

@@ -41,6 +41,7 @@ BOUNDS = (
     ("observe_vs_forward", "100m", 0.005),
     ("observe_vs_forward", "demo", 0.05),
     ("merge_4096_s", None, 1.0),
+    ("root_growth_mb", None, 10.0),
     ("step_ratio", None, 1.01),
 )
 
@@ -56,7 +57,7 @@ def main() -> None:
     measured: dict[str, Any] = json.loads(result.read_text()) if result.is_file() else {}
     for name in arguments.figures or FIGURES:
         measured[name] = FIGURES[name](out / "monitor" / name, SEED)
-        measured |= {"machine": machine(), "seed": SEED, "command": f"python -m {__spec__.name} {name}"}
+        measured |= {"machine": machine(), "seed": SEED, "command": "python -m integration.bench.monitor"}
         result.write_text(json.dumps(measured, indent=1) + "\n")
     show(measured, Console())
 

@@ -23,7 +23,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         raise SystemExit(0)
 
     monkeypatch.setattr(os, "execvp", execvp)
-    for name in (MODE_ENV, PLAN_ENV, "VERL_USE_EXTERNAL_MODULES"):
+    for name in (MODE_ENV, PLAN_ENV, "VERL_USE_EXTERNAL_MODULES", "PYTHONPATH"):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     return found

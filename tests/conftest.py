@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -54,3 +55,24 @@ def tiny_reward_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
     from integration.cpu.tiny_model import make_random_reward_model
 
     return make_random_reward_model(tmp_path_factory.mktemp("tiny_reward_model"), tiny_model)
+
+
+@pytest.fixture
+def reports_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], list[Any]]:
+    """Given a framework's module of observation: what its observers report, each (who, *what)."""
+
+    def reports(observation: Any) -> list[Any]:
+        seen: list[Any] = []
+
+        class Observer:
+            def __init__(self, *who: Any) -> None:
+                self.who = who
+
+            def observe(self, *what: Any) -> None:
+                seen.append((self.who, *what))
+
+        monkeypatch.setattr(observation, "Observer", Observer)
+        monkeypatch.setattr(observation, "_observers", type(observation._observers)())
+        return seen
+
+    return reports

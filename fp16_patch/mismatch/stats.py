@@ -447,10 +447,11 @@ class MismatchStats:
 
     def _token_metrics(self) -> dict[str, float]:
         n = self.finite_tokens
+        magnitudes, values = self.abs_histogram(), bin_values()[ZERO_BIN:]
         return {
             "mean_abs": mean(self.d_abs_sum, n),
             "max_abs": self.d_abs_max if n else math.nan,
-            **{name: self.abs_quantile(q) for name, q in _QUANTILES.items()},
+            **{name: _bin_quantile(magnitudes, values, q) for name, q in _QUANTILES.items()},
             "k1": mean(-self.d_sum, n),
             "k3": mean(self.k3_sum, n),
             "prob_mean_abs": mean(self.prob_abs_sum, n),

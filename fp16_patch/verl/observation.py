@@ -31,7 +31,7 @@ def infer_batch(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
     if order is None or role_of(engine) != "actor":
         return outputs
     run, number, rescore = order
-    floor = _guard.run(lambda: _noise_floor(wrapped, engine, data, outputs)) if rescore else None
+    floor = _guard.run(lambda: _noise_floor(wrapped, data, outputs)) if rescore else None
     if engine.is_mp_src_rank_with_outputs():
         _guard.run(lambda: _observe(engine, data, outputs, run, number, floor))
     return outputs
@@ -96,7 +96,7 @@ def _compare(data: Any, log_probs: Tensor, first_sequence: int) -> MismatchStats
     return stats
 
 
-def _noise_floor(infer: Any, engine: Any, data: Any, outputs: Any) -> MismatchStats | None:
+def _noise_floor(infer: Any, data: Any, outputs: Any) -> MismatchStats | None:
     """The learner against itself: a few sequences scored once more, each alone. Every rank takes part, as FSDP must."""
     from verl.utils import tensordict_utils
 

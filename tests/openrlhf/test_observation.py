@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -49,20 +50,9 @@ def batch() -> Experience:
 
 
 @pytest.fixture
-def reports(observation: Any, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    seen: list[Any] = []
-
-    class Observer:
-        def __init__(self, *who: Any) -> None:
-            self.who = who
-
-        def observe(self, *what: Any) -> None:
-            seen.append((self.who, *what))
-
-    monkeypatch.setattr(observation, "Observer", Observer)
-    monkeypatch.setattr(observation, "_observers", [])
+def reports(observation: Any, reports_of: Callable[[Any], list[Any]], monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(observation.actors, "job_run", lambda: "job")
-    return seen
+    return reports_of(observation)
 
 
 class Axis:

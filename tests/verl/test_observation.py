@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -85,19 +85,8 @@ class Engine:
 
 
 @pytest.fixture
-def reports(observation: Any, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    seen: list[Any] = []
-
-    class Observer:
-        def __init__(self, *who: Any) -> None:
-            self.who = who
-
-        def observe(self, *what: Any) -> None:
-            seen.append((self.who, *what))
-
-    monkeypatch.setattr(observation, "Observer", Observer)
-    monkeypatch.setattr(observation, "_observers", {})
-    return seen
+def reports(observation: Any, reports_of: Callable[[Any], list[Any]]) -> list[Any]:
+    return reports_of(observation)
 
 
 def test_the_response_part_is_what_verl_cuts_out(batch: TensorDict, observation: Any) -> None:

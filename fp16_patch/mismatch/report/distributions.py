@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,21 +106,17 @@ def probability_maps(runs: Runs) -> list[Heatmap]:
     together = torch.stack([*counts.values()]).sum(0)
     part = _occupied(together.sum(0) + together.sum(1))
     ticks = _probability_ticks(MismatchStats.probability_edges()[part.start : part.stop + 1].tolist())
-    return [
-        Heatmap(
-            name=name,
-            style=style,
-            caption=f"{number_text(int(counts[name].sum()))} tokens; on the dashed line both agree.",
-            counts=counts[name][part, part].tolist(),
-            x_label="sampler's probability",
-            y_label="learner's probability",
-            x_ticks=ticks,
-            y_ticks=ticks,
-            guide=(0, 0, 1, 1),
-        )
-        for style, name in enumerate(runs)
-        if name in counts
-    ]
+    return _maps(
+        runs,
+        counts,
+        (part, part),
+        "tokens; on the dashed line both agree.",
+        x_label="sampler's probability",
+        y_label="learner's probability",
+        x_ticks=ticks,
+        y_ticks=ticks,
+        guide=(0, 0, 1, 1),
+    )
 
 
 def length_maps(runs: Runs) -> list[Heatmap]:
@@ -131,17 +128,28 @@ def length_maps(runs: Runs) -> list[Heatmap]:
     lengths, sums = _occupied(together.sum(1)), _symmetric(_occupied(together.sum(0)), together.shape[1])
     x_ticks = _edge_ticks(MismatchStats.length_edges()[lengths.start : lengths.stop + 1].tolist(), every=1)
     y_ticks = _sum_ticks(MismatchStats.sum_edges()[sums.start : sums.stop + 1].tolist())
+    return _maps(
+        runs,
+        counts,
+        (lengths, sums),
+        "sequences; on the dashed line Σd is 0.",
+        x_label="sampled tokens",
+        y_label="Σd (nats)",
+        x_ticks=x_ticks,
+        y_ticks=y_ticks,
+        guide=(0, 0.5, 1, 0.5),
+    )
+
+
+def _maps(runs: Runs, counts: dict[str, Tensor], part: tuple[slice, slice], counted: str, **axes: Any) -> list[Heatmap]:
+    """A map of each run that has counts, in the run's colour: this part of them, on the same axes."""
     return [
         Heatmap(
             name=name,
             style=style,
-            caption=f"{number_text(int(counts[name].sum()))} sequences; on the dashed line Σd is 0.",
-            counts=counts[name][lengths, sums].tolist(),
-            x_label="sampled tokens",
-            y_label="Σd (nats)",
-            x_ticks=x_ticks,
-            y_ticks=y_ticks,
-            guide=(0, 0.5, 1, 0.5),
+            caption=f"{number_text(int(counts[name].sum()))} {counted}",
+            counts=counts[name][part].tolist(),
+            **axes,
         )
         for style, name in enumerate(runs)
         if name in counts

@@ -39,7 +39,9 @@ FIGURES: dict[str, Callable[[Path, int], Any]] = {
 BOUNDS = (
     ("ns_per_token", None, 100.0),
     ("observe_vs_forward", "100m", 0.005),
+    ("observe_vs_forward", "100m_fp32", 0.005),
     ("observe_vs_forward", "demo", 0.05),
+    ("observe_vs_forward", "demo_fp32", 0.05),
     ("merge_4096_s", None, 1.0),
     ("root_growth_mb", None, 10.0),
     ("step_ratio", None, 1.01),

@@ -48,7 +48,11 @@ def ns_per_token(_out: Path, seed: int) -> float:
 
 
 def observe_vs_forward(out: Path, seed: int) -> dict[str, float]:
-    """Observing a batch ÷ the learner's log-prob forward on it, on the same cores, alternating; medians."""
+    """Observing a batch ÷ the learner's log-prob forward on it, on the same cores, alternating; medians.
+
+    The demo's learner computes in BF16 autocast, which a CPU without BF16 units is slow at; `_fp32` is the same against
+    a forward in FP32, the faster one there.
+    """
     torch.manual_seed(seed)
     # 111 M parameters.
     large = Qwen2ForCausalLM(
@@ -64,31 +68,35 @@ def observe_vs_forward(out: Path, seed: int) -> dict[str, float]:
     )
     assert sum(parameter.numel() for parameter in large.parameters()) >= 100e6
     demo = AutoModelForCausalLM.from_pretrained(prepare_model(out, Console()))
-    return {"100m": _observing_share(large, LARGE_BATCH, seed), "demo": _observing_share(demo, DEMO_BATCH, seed)}
+    return {
+        f"{name}{suffix}": _observing_share(model, batch, bf16, seed)
+        for name, model, batch in (("100m", large, LARGE_BATCH), ("demo", demo, DEMO_BATCH))
+        for suffix, bf16 in (("", True), ("_fp32", False))
+    }
 
 
-def _observing_share(model: Any, batch: tuple[int, int, int], seed: int) -> float:
+def _observing_share(model: Any, batch: tuple[int, int, int], bf16: bool, seed: int) -> float:
     rows, prompt, response = batch
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, model.config.vocab_size, (rows, prompt + response), generator=generator)
-    learner = log_prob_forward(model, tokens, response)
+    learner = log_prob_forward(model, tokens, response, bf16)
     sampler = learner + BF16_NOISE * torch.randn(learner.shape, generator=generator)
     mask = torch.ones_like(learner)
     forward, observing = [], []
     for _ in range(REPEATS):
-        forward.append(timed(lambda: log_prob_forward(model, tokens, response)))
+        forward.append(timed(lambda: log_prob_forward(model, tokens, response, bf16)))
         observing.append(timed(lambda: observe(sampler, learner, mask, tokens[:, prompt:])))
     return statistics.median(observing) / statistics.median(forward)
 
 
 @torch.no_grad()
-def log_prob_forward(model: Any, tokens: torch.Tensor, response: int) -> torch.Tensor:
-    """The log-probs of the responses' tokens, as a learner computes them once a step: in micro-batches, in BF16."""
-    return torch.cat([_score(model.eval(), micro_batch, response) for micro_batch in tokens.split(MICRO_BATCH)])
+def log_prob_forward(model: Any, tokens: torch.Tensor, response: int, bf16: bool) -> torch.Tensor:
+    """The log-probs of the responses' tokens, as a learner computes them once a step: in micro-batches."""
+    return torch.cat([_score(model.eval(), micro_batch, response, bf16) for micro_batch in tokens.split(MICRO_BATCH)])
 
 
-def _score(model: Any, tokens: torch.Tensor, response: int) -> torch.Tensor:
-    with torch.autocast("cpu", torch.bfloat16):
+def _score(model: Any, tokens: torch.Tensor, response: int, bf16: bool) -> torch.Tensor:
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         logits = model(tokens).logits[:, -response - 1 : -1].float()
     return logits.log_softmax(-1).gather(-1, tokens[:, -response:, None]).squeeze(-1)
 

@@ -536,8 +536,8 @@ def test_a_threshold_is_not_beyond_itself() -> None:
 def test_small_differences_do_not_cancel() -> None:
     metrics = of_differences([[1e-7, -1e-7] * 50]).metrics(prefix="")
 
-    assert metrics["chi2_token"] == pytest.approx(2e-14, rel=1e-6)
-    assert metrics["k3"] == metrics["k3_reverse"] == pytest.approx(5e-15, rel=1e-6)
+    assert metrics["chi2_token"] == pytest.approx(2e-14, rel=1e-6, abs=0.0)
+    assert [metrics["k3"], metrics["k3_reverse"]] == pytest.approx([5e-15] * 2, rel=1e-6, abs=0.0)
     assert metrics["is_std"] == pytest.approx(1e-7, rel=1e-6)
 
 

@@ -7,6 +7,7 @@ every batch. Source of the log-spaced bins: Masson, Rim, Lee, "DDSketch" (VLDB 2
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -97,26 +98,32 @@ def sum_bin(sums: Tensor) -> Tensor:
     return _signed_bin(sums, SMALLEST_SUM, SUM_BINS_PER_DECADE, SUM_BINS_PER_SIGN)
 
 
-def probability_bin(log_prob: Tensor, probability: Tensor) -> Tensor:
-    """The bin of each probability, a whole number in float32 below PROBABILITY_BIN_COUNT; above 1 it is the last.
+def probability_bin(probability: Tensor) -> Tensor:
+    """The bin of each probability, int32 in ``[0, PROBABILITY_BIN_COUNT)``; above 1 it is the last.
 
-    In float32 because cells are cheaper to combine there than in int64. The bins of the upper half are added where it
-    is reached, because a choice between the two is dearer than to compute both.
+    The bins lie symmetrically about a half, so one logarithm, of what is the less of p and 1 − p, is enough.
 
     Args:
-        log_prob, probability: float64, so that 1 − p is known near 1.
+        probability: float64, so that 1 − p is known near 1.
     """
-    per_nat = PROBABILITY_BINS_PER_DECADE / math.log(10)
-    below = log_prob.float().mul_(per_nat).add_(_LAST_STEP + 1)
-    is_above = torch.ge(below, per_nat * math.log(0.5) + _LAST_STEP + 1, out=torch.empty_like(below))
-    above = (1.0 - probability).float().clamp_(min=1e-30).log_().mul_(-per_nat).add_(2 - _FIRST_STEP).mul_(is_above)
-    below.clamp_(0, PROBABILITY_BINS_BELOW_HALF - 1)
-    return below.add_(above).clamp_(max=PROBABILITY_BIN_COUNT - 1).trunc_()
+    half = PROBABILITY_BIN_COUNT / 2
+    above = probability - 0.5
+    side = above.float()
+    tail = above.abs_().neg_().add_(0.5).float().clamp_(min=1e-30)
+    # From the middle towards the end where the tail is; within the bin at the end it may be anywhere.
+    distance = torch.rsub(tail.log_(), half - _LAST_STEP - 1, alpha=PROBABILITY_BINS_PER_DECADE / math.log(10))
+    return distance.clamp_(max=half - 0.5).copysign_(side).add_(half).int()
 
 
 def position_band(position: Tensor) -> Tensor:
-    """The band of each position, whole, in float32: 0 for the first token, ``k`` for ``2^(k−1) ≤ position < 2^k``."""
-    return torch.frexp(position.double()).exponent.clamp_(max=POWERS_OF_TWO).float()
+    """The band of each position, int32: 0 for the first token, ``k`` for ``2^(k−1) ≤ position < 2^k``."""
+    return torch.frexp(position.double()).exponent.clamp_(max=POWERS_OF_TWO)
+
+
+@lru_cache(maxsize=8)
+def bands_of_positions(count: int, device: torch.device) -> Tensor:
+    """The bands of at least so many positions from 0 on, int32; not to be written to."""
+    return position_band(torch.arange(1 << (count - 1).bit_length(), device=device))
 
 
 def length_band(length: Tensor) -> Tensor:
@@ -127,5 +134,8 @@ def length_band(length: Tensor) -> Tensor:
 def _signed_bin(values: Tensor, smallest: float, per_decade: int, per_sign: int) -> Tensor:
     """The middle bin holds ``|value| < smallest``, the bins at the ends what is too large."""
     values = values.float()
-    magnitude = values.abs().log2_().mul_(per_decade * math.log10(2)).add_(1 - per_decade * math.log10(smallest))
-    return magnitude.clamp_(0, per_sign).copysign_(values).long().add_(per_sign)
+    magnitude = torch.rsub(
+        values.abs().log2_(), 1 - per_decade * math.log10(smallest), alpha=-per_decade * math.log10(2)
+    )
+    # By way of int32: two conversions that are vectorized cost less than one that is not.
+    return magnitude.clamp_(0, per_sign).copysign_(values).int().add_(per_sign).long()

@@ -55,14 +55,10 @@ TOKEN_SUMS = (
     "prob_abs_sum",
     "prob_difference_square_sum",
 )
+TOKENS_OF_SEQUENCES = ("tokens", "nonfinite_sampler", "nonfinite_learner", "nonfinite_tokens", "weighed_tokens")
 SEQUENCE_COUNTS = (
-    "tokens",
     "sequences",
-    "nonfinite_sampler",
-    "nonfinite_learner",
-    "nonfinite_tokens",
     "nonfinite_sequences",
-    "weighed_tokens",
     "weighed_sequences",
     "sequence_ratio_outside_count",
     "sequence_weight_above_2_count",
@@ -116,8 +112,8 @@ WORST_COLUMNS = ("magnitude", "sampler", "learner", "sequence", "position", "tok
 NO_TOKEN = -1.0
 """The magnitude of a row of the worst tokens that holds none."""
 
-COUNTS = frozenset({*TOKEN_COUNTS, *SEQUENCE_COUNTS})
-_ADDED_SCALARS = (*TOKEN_COUNTS, *TOKEN_SUMS, *SEQUENCE_COUNTS, *SEQUENCE_SUMS)
+COUNTS = frozenset({*TOKEN_COUNTS, *TOKENS_OF_SEQUENCES, *SEQUENCE_COUNTS})
+_ADDED_SCALARS = (*TOKEN_COUNTS, *TOKEN_SUMS, *TOKENS_OF_SEQUENCES, *SEQUENCE_SUMS, *SEQUENCE_COUNTS)
 _ADDED = dict.fromkeys(_ADDED_SCALARS, 1) | COUNT_TABLES | SUM_TABLES
 _LESSER = dict.fromkeys(LEAST, 1)
 _GREATER = dict.fromkeys((*GREATEST, *MAGNITUDES), 1) | MAGNITUDE_TABLES

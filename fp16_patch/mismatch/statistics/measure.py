@@ -6,7 +6,7 @@ Nothing here depends on what an accelerator has computed, so nothing waits for i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 
 import torch
@@ -21,16 +21,13 @@ from fp16_patch.mismatch.statistics.bins import (
     probability_bin,
 )
 from fp16_patch.mismatch.statistics.layout import (
-    COUNT_TABLES,
-    MAGNITUDE_TABLES,
     NO_TOKEN,
-    SUM_TABLES,
     TOKEN_COUNTS,
     TOKEN_SUMS,
     WORST_TOKENS,
     empty_vector,
 )
-from fp16_patch.mismatch.statistics.ratios import EXPONENT_CAP, ICEPOP_HIGH, TRUNCATION, Ratios
+from fp16_patch.mismatch.statistics.ratios import EXPONENT_CAP, ICEPOP_HIGH, RATIO_BOUND, TRUNCATION, Ratios, ratios_of
 from fp16_patch.mismatch.statistics.sequences import SequenceFigures
 from fp16_patch.mismatch.statistics.tokens import Tokens, packed, packed_by_id, padded
 from fp16_patch.mismatch.statistics.worst import largest, worst_rows
@@ -43,8 +40,12 @@ CPU_CHUNK, OTHER_CHUNK = 1 << 17, 1 << 22
 REUSED_BYTES = 1 << 24
 """About what the intermediates of a chunk take on a CPU."""
 
-_CELLS = PROBABILITY_BIN_COUNT * POSITION_BAND_COUNT
-_CELL_SUMS = ("d", "d_abs", "d_square", "tokens")
+_CELL_SHAPE = (PROBABILITY_BIN_COUNT, POSITION_BAND_COUNT)
+_CELLS = math.prod(_CELL_SHAPE)
+_TOKENS = 3
+"""The row of the tokens in the sums over cells; before it are those of d, |d| and d²."""
+
+_EXTREMES = ("d_min", "d_max", "prob_abs_max")
 
 
 def state_of(
@@ -84,10 +85,11 @@ def _let_malloc_reuse_memory() -> None:
 
 def _chunks(mask: Tensor) -> Iterator[slice]:
     rows, columns = mask.shape
-    if mask.device.type == "cpu":
+    on_cpu = mask.device.type == "cpu"
+    if on_cpu and mask.numel() > CPU_CHUNK:
         step = CPU_CHUNK * rows // max(1, int(mask.count_nonzero()))
     else:
-        step = OTHER_CHUNK // columns
+        step = (CPU_CHUNK if on_cpu else OTHER_CHUNK) // columns
     step = max(1, step)
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
@@ -101,58 +103,81 @@ class Tally:
 
         self._histogram = table(BIN_COUNT)
         self._joint = table(PROBABILITY_BIN_COUNT**2)
-        self._cells = torch.zeros(len(_CELL_SUMS), _CELLS + 1, dtype=torch.float64, device=device)
+        self._cells = torch.zeros(_TOKENS + 1, _CELLS + 1, dtype=torch.float64, device=device)
         self._greatest = table(_CELLS)
-        self._sums: list[Tensor] = []
-        self._extremes: list[Tensor] = []
+        self._scalars: list[Tensor] = []
         self._sequences: list[Tensor] = []
         self._worst: list[Tensor] = []
 
     def add(self, tokens: Tokens) -> None:
         magnitude = tokens.d.abs()
-        reach = _bound(magnitude)
-        ratios = Ratios(tokens.d, magnitude, reach)
-        probabilities = [tokens.only_present(_probability(side)) for side in (tokens.sampler, tokens.learner)]
-        probability_sums, largest_difference = _probability_sums(*probabilities)
-        sums = (
-            _difference_sums(tokens.d, magnitude)
+        extremes, reach = _extremes(tokens)
+        ratios = ratios_of(tokens.d, magnitude, reach)
+        probabilities, change = _probabilities(tokens, ratios, reach)
+        scalars = (
+            extremes
+            | _difference_sums(tokens.d, magnitude)
             | _threshold_counts(tokens.d, magnitude, reach)
             | _log_prob_sums(tokens)
             | ratios.sums()
-            | probability_sums
+            | _probability_figures(probabilities, change)
         )
-        lowest, highest = (tokens.only_present(tokens.d, end) for end in (math.inf, -math.inf))
-        self._sums.append(_in_order(sums, (*TOKEN_COUNTS, *TOKEN_SUMS)))
-        self._extremes.append(torch.stack([lowest.amin(), highest.amax(), largest_difference]))
+        self._scalars.append(torch.stack([scalars[name] for name in (*TOKEN_COUNTS, *TOKEN_SUMS, *_EXTREMES)]))
         self._sequences.append(SequenceFigures.rows(tokens, ratios))
         self._worst.append(_worst_of(tokens, magnitude))
-        self._count(tokens, magnitude, *probabilities)
+        self._count(tokens, magnitude, probabilities)
 
     def vector(self) -> Tensor:
-        sequences = SequenceFigures(torch.cat(self._sequences, dim=1))
-        tables = self._tables() | sequences.tables()
-        extremes = torch.stack(self._extremes)
-        d_max, prob_abs_max = extremes[:, 1:].amax(0).split(1)
-        worst = self._worst[0] if len(self._worst) == 1 else worst_rows(torch.cat(self._worst))
+        """In the order of ``layout``."""
+        sequences = SequenceFigures(_joined(self._sequences))
+        sums, (d_min, d_max, prob_abs_max) = self._added_up()
+        least, greatest = sequences.extremes()
+        by_length, length_abs_max = sequences.by_length()
+        # Cells are (probability, position). The tokens of each probability are in the joint histogram.
+        cells = self._cells[:, :-1].unflatten(1, _CELL_SHAPE)
+        by_probability, by_position = cells.sum(2), cells.sum(1)
+        cells_abs_max = self._greatest[:-1].view(_CELL_SHAPE)
         return torch.cat(
             [
-                torch.stack(self._sums).sum(0),
+                sums,
                 sequences.sums(),
-                *(tables[name].flatten() for name in (*COUNT_TABLES, *SUM_TABLES)),
-                extremes[:, :1].amin(0),
-                sequences.least(),
+                # COUNT_TABLES
+                self._histogram[:-1],
+                self._joint[:-1],
+                sequences.density(),
+                by_position[_TOKENS],
+                by_length[0],
+                # SUM_TABLES
+                by_probability[:_TOKENS].flatten(),
+                by_position[:_TOKENS].flatten(),
+                by_length[1:].flatten(),
+                # LEAST, GREATEST, MAGNITUDES
+                d_min,
+                least,
                 d_max,
-                sequences.greatest(),
+                greatest,
                 prob_abs_max,
-                sequences.magnitudes(),
-                *(tables[name] for name in MAGNITUDE_TABLES),
-                worst.flatten(),
+                sequences.greatest_magnitude(),
+                # MAGNITUDE_TABLES
+                cells_abs_max.amax(1),
+                cells_abs_max.amax(0),
+                length_abs_max,
+                # the worst tokens
+                (self._worst[0] if len(self._worst) == 1 else worst_rows(torch.cat(self._worst))).flatten(),
             ]
         )
 
-    def _count(self, tokens: Tokens, magnitude: Tensor, sampler_prob: Tensor, learner_prob: Tensor) -> None:
-        sampler = probability_bin(tokens.sampler, sampler_prob)
-        learner = probability_bin(tokens.learner, learner_prob)
+    def _added_up(self) -> tuple[Tensor, Sequence[Tensor]]:
+        """The sums, in their order, and the extremes, (1,) each."""
+        rows = torch.stack(self._scalars)
+        least, *most = rows[:, -len(_EXTREMES) :].unbind(1)
+        return rows[:, : -len(_EXTREMES)].sum(0), [
+            least.amin(0, keepdim=True),
+            *(value.amax(0, keepdim=True) for value in most),
+        ]
+
+    def _count(self, tokens: Tokens, magnitude: Tensor, probabilities: Tensor) -> None:
+        sampler, learner = probability_bin(probabilities).unbind()
         joint = learner.add_(sampler, alpha=PROBABILITY_BIN_COUNT).long()
         cell = sampler.mul_(POSITION_BAND_COUNT).add_(tokens.band).long()
         ones = torch.ones_like(magnitude)
@@ -163,26 +188,21 @@ class Tally:
             table.scatter_add_(0, cell, values)
         self._greatest.scatter_reduce_(0, cell, magnitude, "amax")
 
-    def _tables(self) -> dict[str, Tensor]:
-        """Cells are (probability, position); the tokens' probabilities are in the joint histogram."""
-        shape = (PROBABILITY_BIN_COUNT, POSITION_BAND_COUNT)
-        cells = self._cells[:, :-1].unflatten(1, shape)
-        greatest = self._greatest[:-1].view(shape)
-        return (
-            {"histogram": self._histogram[:-1], "joint": self._joint[:-1]}
-            | {f"probability_{name}": sums for name, sums in zip(_CELL_SUMS, cells.sum(2), strict=True)}
-            | {f"position_{name}": sums for name, sums in zip(_CELL_SUMS, cells.sum(1), strict=True)}
-            | {"probability_d_abs_max": greatest.amax(1), "position_d_abs_max": greatest.amax(0)}
-        )
-
 
 def _difference_sums(d: Tensor, magnitude: Tensor) -> dict[str, Tensor]:
     return {"d_sum": d.sum(), "d_abs_sum": magnitude.sum(), "d_square_sum": torch.dot(d, d)}
 
 
-def _bound(values: Tensor) -> float:
-    """A bound of the values: their greatest on a CPU, where a look costs less than passes that nothing needs."""
-    return float(values.max()) if values.device.type == "cpu" else math.inf
+def _extremes(tokens: Tokens) -> tuple[dict[str, Tensor], float]:
+    """The least and the greatest d, and a bound of |d|: what no token reaches, nothing needs to look for."""
+    lowest, highest = (tokens.only_present(tokens.d, end) for end in (math.inf, -math.inf))
+    extremes = {"d_min": lowest.amin(), "d_max": highest.amax()}
+    return extremes, max(-_known(extremes["d_min"], -math.inf), _known(extremes["d_max"], math.inf))
+
+
+def _known(figure: Tensor, otherwise: float) -> float:
+    """The figure on a CPU, where a look costs less than passes that nothing needs."""
+    return float(figure) if figure.device.type == "cpu" else otherwise
 
 
 def _threshold_counts(d: Tensor, magnitude: Tensor, reach: float) -> dict[str, Tensor]:
@@ -217,46 +237,66 @@ def _log_prob_sums(tokens: Tokens) -> dict[str, Tensor]:
     }
 
 
-def _probability(log_prob: Tensor) -> Tensor:
-    return log_prob.exp() if _bound(log_prob) <= EXPONENT_CAP else log_prob.clamp(max=EXPONENT_CAP).exp_()
+def _probabilities(tokens: Tokens, ratios: Ratios, reach: float) -> tuple[Tensor, Tensor]:
+    """μ and π of each token, (2, n), and π − μ, (n,); all 0 where no token is present."""
+    both = tokens.d.new_empty(2, len(tokens.d))
+    sampler, learner = both.unbind()
+    _probability(tokens, tokens.sampler, out=sampler)
+    if reach <= RATIO_BOUND:
+        # From the ratio: no second exponential, and nothing cancels.
+        change = sampler * ratios.excess
+        torch.add(sampler, change, out=learner)
+        return both, change
+    _probability(tokens, tokens.learner, out=learner)
+    return both, learner - sampler
 
 
-def _probability_sums(sampler: Tensor, learner: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """The sums, and the largest |Δp|."""
-    difference = (learner - sampler).abs_()
-    sums = {
+def _probability(tokens: Tokens, log_prob: Tensor, out: Tensor) -> None:
+    if _known(log_prob.amax(), math.inf) > EXPONENT_CAP:
+        log_prob = log_prob.clamp(max=EXPONENT_CAP)
+    torch.exp(log_prob, out=out)
+    if tokens.present is not None:
+        out.mul_(tokens.present)
+
+
+def _probability_figures(probabilities: Tensor, change: Tensor) -> dict[str, Tensor]:
+    sampler, learner = probabilities.unbind()
+    size = change.abs()
+    return {
         "sampler_prob_sum": sampler.sum(),
         "learner_prob_sum": learner.sum(),
         "sampler_prob_square_sum": torch.dot(sampler, sampler),
         "learner_prob_square_sum": torch.dot(learner, learner),
         "prob_product_sum": torch.dot(sampler, learner),
-        "prob_abs_sum": difference.sum(),
-        "prob_difference_square_sum": torch.dot(difference, difference),
+        "prob_abs_sum": size.sum(),
+        "prob_difference_square_sum": torch.dot(change, change),
+        "prob_abs_max": size.amax(),
     }
-    return sums, difference.amax()
-
-
-def _in_order(values: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
-    return torch.stack([values[name] for name in names])
 
 
 def _or_last(index: Tensor, table: Tensor, present: Tensor | None) -> Tensor:
     return index if present is None else torch.where(present, index, len(table) - 1)
 
 
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
 def _worst_of(tokens: Tokens, magnitude: Tensor) -> Tensor:
     """``WORST_TOKENS`` rows as in ``layout.WORST_COLUMNS``, in their order, because places are in that of sequences."""
     magnitude = tokens.only_present(magnitude, NO_TOKEN)
     index = largest(magnitude, WORST_TOKENS)
-    sequence = tokens.sequence_at(index)
+    sequence, place = tokens.sequence_at(index), tokens.place_of(index)
     columns = (
         magnitude[index],
         tokens.sampler[index],
         tokens.learner[index],
         tokens.numbers[sequence],
-        tokens.place_of(index) - tokens.first[sequence],
-        torch.full_like(index, -1) if tokens.token_id is None else tokens.token_id[index],
+        place - tokens.first[sequence],
+        torch.full_like(index, -1) if tokens.token_ids is None else tokens.token_ids[place],
     )
     rows = torch.stack([column.double() for column in columns], dim=1)
-    rows = torch.where(rows[:, :1] == NO_TOKEN, NO_TOKEN, rows)
-    return pad(rows, (0, 0, 0, WORST_TOKENS - len(rows)), value=NO_TOKEN)
+    if tokens.present is not None:
+        rows = torch.where(rows[:, :1] == NO_TOKEN, NO_TOKEN, rows)
+    missing = WORST_TOKENS - len(rows)
+    return pad(rows, (0, 0, 0, missing), value=NO_TOKEN) if missing else rows

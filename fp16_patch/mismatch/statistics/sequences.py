@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fp16_patch.mismatch.statistics.bins import LENGTH_BAND_COUNT, SUM_BIN_COUNT, length_band, sum_bin
-from fp16_patch.mismatch.statistics.layout import SEQUENCE_COUNTS, SEQUENCE_SUMS
+from fp16_patch.mismatch.statistics.layout import SEQUENCE_COUNTS, SEQUENCE_SUMS, TOKENS_OF_SEQUENCES
 from fp16_patch.mismatch.statistics.ratios import EXPONENT_CAP, RATIO_BOUND, TRUNCATION, Ratios
 from fp16_patch.mismatch.statistics.tokens import Tokens
 
@@ -26,8 +26,12 @@ class SequenceFigures:
         sums = torch.where(self._usable, rows[4:], 0.0)
         self._sum = sums[0]
         self._magnitude = self._sum.abs()
+        self._ones = self._usable.double()
+        self._band = length_band(self._length)
         means = sums / self._length.clamp(min=1)
-        self._mean_d, self._mean_sampler, self._mean_excess, self._mean_truncated = means.unbind()
+        self._mean_excess, self._mean_truncated = means[2:].unbind()
+        # Of perplexities: how much greater the learner's is, and the sampler's.
+        self._log_ratio, self._log_sampler = means[:2].neg().unbind()
 
     @staticmethod
     def rows(tokens: Tokens, ratios: Ratios) -> Tensor:
@@ -38,48 +42,54 @@ class SequenceFigures:
         return torch.cat([tokens.lengths[None].double(), tokens.nonfinite.double(), torch.stack(sums)])
 
     def sums(self) -> Tensor:
-        """In the order of ``layout.SEQUENCE_COUNTS`` and ``SEQUENCE_SUMS``."""
-        figures = self._counts() | self._of_sums() | self._of_perplexities()
-        return torch.stack([figures[name] for name in (*SEQUENCE_COUNTS, *SEQUENCE_SUMS)]).sum(1)
+        """In the order of ``layout``: ``TOKENS_OF_SEQUENCES``, ``SEQUENCE_SUMS``, ``SEQUENCE_COUNTS``."""
+        figures = self._tokens() | self._of_sums() | self._of_perplexities()
+        counted = self._counted()
+        # Apart, because converting rows one by one costs more than all the rest.
+        return torch.cat(
+            [
+                torch.stack([figures[name] for name in (*TOKENS_OF_SEQUENCES, *SEQUENCE_SUMS)]).sum(1),
+                torch.stack([counted[name] for name in SEQUENCE_COUNTS]).sum(1, dtype=torch.float64),
+            ]
+        )
 
-    def least(self) -> Tensor:
-        """The least log-perplexity difference, and mean weight less one; ∞ without a usable sequence."""
-        return torch.where(self._usable, self._extreme_rows(), math.inf).amin(1)
+    def extremes(self) -> tuple[Tensor, Tensor]:
+        """The least and the greatest log-perplexity difference and mean weight less one, (2,) each; ±∞ without any."""
+        rows = torch.stack([self._log_ratio, self._mean_truncated])
+        least, greatest = (torch.where(self._usable, rows, end) for end in (math.inf, -math.inf))
+        return least.amin(1), greatest.amax(1)
 
-    def greatest(self) -> Tensor:
-        """The greatest of what ``least`` has the least of."""
-        return torch.where(self._usable, self._extreme_rows(), -math.inf).amax(1)
-
-    def magnitudes(self) -> Tensor:
+    def greatest_magnitude(self) -> Tensor:
         """max |D|, (1,)."""
-        return self._magnitude.amax().unsqueeze(0)
+        return self._magnitude.amax(0, keepdim=True)
 
-    def tables(self) -> dict[str, Tensor]:
-        band = length_band(self._length)
-        ones = self._usable.double()
-        values = torch.stack([ones, self._sum, self._magnitude, self._sum.square()])
-        added = values.new_zeros(len(values), LENGTH_BAND_COUNT).scatter_add_(1, band.expand_as(values), values)
-        names = ("length_sequences", "length_sum", "length_abs_sum", "length_square_sum")
-        density = values.new_zeros(LENGTH_BAND_COUNT * SUM_BIN_COUNT)
-        return {
-            **dict(zip(names, added, strict=True)),
-            "length_abs_max": values.new_zeros(LENGTH_BAND_COUNT).scatter_reduce_(0, band, self._magnitude, "amax"),
-            "density": density.scatter_add_(0, band * SUM_BIN_COUNT + sum_bin(self._sum), ones),
-        }
+    def by_length(self) -> tuple[Tensor, Tensor]:
+        """Sequences, ΣD, Σ|D|, ΣD² of each band of lengths, (4, L), and the greatest |D|, (L,)."""
+        values = torch.stack([self._ones, self._sum, self._magnitude, self._sum.square()])
+        added = values.new_zeros(len(values), LENGTH_BAND_COUNT).scatter_add_(1, self._band.expand_as(values), values)
+        greatest = values.new_zeros(LENGTH_BAND_COUNT).scatter_reduce_(0, self._band, self._magnitude, "amax")
+        return added, greatest
 
-    def _extreme_rows(self) -> Tensor:
-        return torch.stack([-self._mean_d, self._mean_truncated])
+    def density(self) -> Tensor:
+        """Sequences by (length, D), flat."""
+        cell = self._band * SUM_BIN_COUNT + sum_bin(self._sum)
+        return self._sum.new_zeros(LENGTH_BAND_COUNT * SUM_BIN_COUNT).scatter_add_(0, cell, self._ones)
 
-    def _counts(self) -> dict[str, Tensor]:
+    def _tokens(self) -> dict[str, Tensor]:
         nonfinite_sampler, nonfinite_learner, nonfinite = self._nonfinite
         return {
             "tokens": self._length,
-            "sequences": self._length > 0,
             "nonfinite_sampler": nonfinite_sampler,
             "nonfinite_learner": nonfinite_learner,
             "nonfinite_tokens": nonfinite,
-            "nonfinite_sequences": nonfinite > 0,
             "weighed_tokens": self._length - nonfinite,
+        }
+
+    def _counted(self) -> dict[str, Tensor]:
+        """Which sequences are counted, bool (S,)."""
+        return {
+            "sequences": self._length > 0,
+            "nonfinite_sequences": self._nonfinite[2] > 0,
             "weighed_sequences": self._usable,
             "sequence_ratio_outside_count": self._magnitude > math.log(TRUNCATION),
             "sequence_weight_above_2_count": self._mean_excess > TRUNCATION - 1.0,
@@ -100,17 +110,15 @@ class SequenceFigures:
 
     def _of_perplexities(self) -> dict[str, Tensor]:
         """verl's: exp(−mean log-prob), and how much greater the learner's is."""
-        mean_learner = self._mean_sampler + self._mean_d
-
-        def perplexity(mean: Tensor) -> Tensor:
-            return (-mean).clamp_(max=EXPONENT_CAP).exp_().mul_(self._usable)
-
+        log_learner = self._log_sampler + self._log_ratio
+        both = torch.stack([self._log_sampler, log_learner])
+        sampler, learner = both.clamp_(max=EXPONENT_CAP).exp_().mul_(self._ones).unbind()
         return {
-            "sampler_log_ppl_sum": -self._mean_sampler,
-            "learner_log_ppl_sum": -mean_learner,
-            "sampler_ppl_sum": perplexity(self._mean_sampler),
-            "learner_ppl_sum": perplexity(mean_learner),
-            "log_ppl_diff_sum": -self._mean_d,
-            "log_ppl_diff_abs_sum": self._mean_d.abs(),
-            "ppl_ratio_expm1_sum": torch.expm1((-self._mean_d).clamp_(max=EXPONENT_CAP)),
+            "sampler_log_ppl_sum": self._log_sampler,
+            "learner_log_ppl_sum": log_learner,
+            "sampler_ppl_sum": sampler,
+            "learner_ppl_sum": learner,
+            "log_ppl_diff_sum": self._log_ratio,
+            "log_ppl_diff_abs_sum": self._log_ratio.abs(),
+            "ppl_ratio_expm1_sum": torch.expm1(self._log_ratio.clamp(max=EXPONENT_CAP)),
         }

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from fp16_patch.mismatch.statistics.bins import LAST_POSITION, position_band
+from fp16_patch.mismatch.statistics.bins import LAST_POSITION, bands_of_positions, position_band
 
 
 @dataclass(frozen=True)
@@ -19,8 +20,8 @@ class Tokens(ABC):
         sampler, learner: log μ and log π, float64 (n,).
         d: learner − sampler, float64 (n,).
         present: bool (n,), or None where every place holds a finite token.
-        band: float32 (n,), see ``bins.position_band``; the last of several tokens has a band of its own.
-        token_id: integers (n,), or None where they are not known.
+        band: int32 (n,), see ``bins.position_band``; the last of several tokens has a band of its own.
+        token_ids: integers, of each place of the batch, flat; None where they are not known.
         numbers: int64 (S,), what the sequences are called.
         first: int64 (S,), where in the batch the first sampled token of a sequence is, as an index of its places.
         lengths: int64 (S,), sampled tokens.
@@ -32,7 +33,7 @@ class Tokens(ABC):
     d: Tensor
     present: Tensor | None
     band: Tensor
-    token_id: Tensor | None
+    token_ids: Tensor | None
     numbers: Tensor
     first: Tensor
     lengths: Tensor
@@ -96,14 +97,14 @@ def padded(sampler: Tensor, learner: Tensor, mask: Tensor, token_ids: Tensor | N
     first = torch.where(mask, columns, width).amin(1)
     last = torch.where(mask, columns, -1).amax(1)
     is_last = (columns == last[:, None]) & (last > first)[:, None]
-    band = torch.where(is_last, float(LAST_POSITION), position_band((columns - first[:, None]).clamp(min=0)))
+    band = torch.where(is_last, LAST_POSITION, position_band((columns - first[:, None]).clamp(min=0)))
     return PaddedTokens(
         sampler=sampler,
         learner=learner,
         d=learner - sampler,
         present=present.flatten(),
         band=band.flatten(),
-        token_id=None if token_ids is None else token_ids.flatten(),
+        token_ids=None if token_ids is None else token_ids.flatten(),
         numbers=numbers,
         first=first + torch.arange(rows, device=mask.device) * width,
         lengths=mask.sum(1),
@@ -113,8 +114,9 @@ def padded(sampler: Tensor, learner: Tensor, mask: Tensor, token_ids: Tensor | N
 
 def packed(sampler: Tensor, learner: Tensor, mask: Tensor, token_ids: Tensor | None, numbers: Tensor) -> PackedTokens:
     """The sampled tokens of a batch of shape (S, tokens), a sequence a row."""
-    places = torch.arange(mask.numel()) if mask.all() else mask.flatten().nonzero().squeeze(1)
-    return _pack(sampler, learner, token_ids, places, mask.count_nonzero(dim=1), numbers, longest=mask.shape[1])
+    lengths = mask.count_nonzero(dim=1)
+    places = None if int(lengths.sum()) == mask.numel() else mask.flatten().nonzero().squeeze(1)
+    return _pack(sampler, learner, token_ids, places, lengths, numbers, longest=mask.shape[1])
 
 
 def packed_by_id(
@@ -131,44 +133,49 @@ def _pack(
     sampler: Tensor,
     learner: Tensor,
     token_ids: Tensor | None,
-    places: Tensor,
+    places: Tensor | None,
     lengths: Tensor,
     numbers: Tensor,
     longest: int,
 ) -> PackedTokens:
     """
     Args:
-        places: flat indices of the sampled tokens, sequence after sequence.
+        places: flat indices of the sampled tokens, sequence after sequence; None if every place in turn holds one.
         longest: how many places there can be between the first and the last token of a sequence.
     """
-    sampler, learner = (side.flatten().index_select(0, places).double() for side in (sampler, learner))
-    first, band = _positions(places, lengths, longest)
+
+    def packed(values: Tensor) -> Tensor:
+        return values.flatten() if places is None else values.flatten().index_select(0, places)
+
+    sampler, learner = packed(sampler).double(), packed(learner).double()
+    at = torch.arange(len(sampler), device=sampler.device) if places is None else places
+    first, band = _positions(at, lengths, longest)
     tokens = PackedTokens(
         sampler=sampler,
         learner=learner,
         d=learner - sampler,
         present=None,
         band=band,
-        token_id=None if token_ids is None else token_ids.flatten().index_select(0, places),
+        token_ids=None if token_ids is None else token_ids.flatten(),
         numbers=numbers,
         first=first,
         lengths=lengths,
         nonfinite=lengths.new_zeros(3, len(lengths)),
         kept=lengths,
-        places=places,
+        places=at,
     )
     # A sum is cheaper than a look at every token, and not finite if one of them is not.
-    return tokens if len(places) and tokens.d.sum().isfinite() else _without_nonfinite(tokens)
+    return tokens if len(at) and math.isfinite(tokens.d.sum()) else _without_nonfinite(tokens)
 
 
 def _positions(places: Tensor, lengths: Tensor, longest: int) -> tuple[Tensor, Tensor]:
     """The first place of each sequence, and the band of each token."""
     ends = lengths.cumsum(0)
     if not len(places):
-        return torch.zeros_like(ends), places.float()
+        return torch.zeros_like(ends), places.int()
     first = places[(ends - lengths).clamp_(max=len(places) - 1)]
     # As many bands as there are places at most: looking them up is cheaper than a logarithm each.
-    bands = position_band(torch.arange(longest, device=places.device))
+    bands = bands_of_positions(longest, places.device)
     band = bands.index_select(0, places - first.repeat_interleave(lengths))
     band[ends[lengths > 1] - 1] = LAST_POSITION
     return first, band
@@ -188,7 +195,6 @@ def _without_nonfinite(tokens: PackedTokens) -> PackedTokens:
         learner=tokens.learner[index],
         d=tokens.d[index],
         band=tokens.band[index],
-        token_id=None if tokens.token_id is None else tokens.token_id[index],
         nonfinite=nonfinite,
         kept=kept,
         places=tokens.places[index],
@@ -204,8 +210,7 @@ def _one_absent(tokens: PackedTokens) -> PackedTokens:
         learner=zero,
         d=zero,
         present=place.bool(),
-        band=zero.float(),
-        token_id=None,
+        band=place.int(),
         kept=tokens.kept.index_fill(0, place, 1),
         places=place,
     )

@@ -9,9 +9,11 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from fp16_patch.mismatch.statistics.layout import WORST_COLUMNS, WORST_TOKENS
+from fp16_patch.mismatch.statistics.layout import WORST_TOKENS
+
+SORTED_AT_ONCE = 2048
+"""So few values are sorted faster than looked through."""
 
 
 def largest(magnitude: Tensor, count: int = WORST_TOKENS) -> Tensor:
@@ -20,12 +22,19 @@ def largest(magnitude: Tensor, count: int = WORST_TOKENS) -> Tensor:
     In two stages, of which each sorts about √n values: a value among the largest is in one of the ``count`` blocks
     whose maxima are the largest. No synchronization. Fewer indices if there are fewer values.
     """
-    width = max(1, math.isqrt(magnitude.numel() // count))
-    blocks = pad(magnitude, (0, -magnitude.numel() % width), value=-math.inf).view(-1, width)
-    chosen = blocks.amax(1).sort(descending=True, stable=True).indices[:count].sort().values
-    candidates = blocks.index_select(0, chosen).flatten().sort(descending=True, stable=True).indices
-    candidates = candidates[: min(count, magnitude.numel())]
-    return chosen[candidates // width] * width + candidates % width
+    if magnitude.numel() <= SORTED_AT_ONCE:
+        return _descending(magnitude)[:count]
+    width = math.isqrt(magnitude.numel() // count)
+    in_blocks = magnitude.numel() // width * width
+    places = torch.arange(magnitude.numel(), device=magnitude.device)
+    chosen = _descending(magnitude[:in_blocks].view(-1, width).amax(1))[:count].sort().values
+    # What is left over after the last block is looked at as it is.
+    candidates = torch.cat([places[:in_blocks].view(-1, width)[chosen].flatten(), places[in_blocks:]])
+    return candidates[_descending(magnitude[candidates])[:count]]
+
+
+def _descending(values: Tensor) -> Tensor:
+    return values.sort(descending=True, stable=True).indices
 
 
 def worst_rows(rows: Tensor) -> Tensor:
@@ -39,8 +48,3 @@ def worst_rows(rows: Tensor) -> Tensor:
     for key in (learner, sampler, token_id, position, sequence, -magnitude):
         order = order[key[order].argsort(stable=True)]
     return rows[order[:WORST_TOKENS]]
-
-
-def no_rows(count: int, device: torch.device) -> Tensor:
-    """Rows that hold no token."""
-    return torch.full((count, len(WORST_COLUMNS)), -1.0, dtype=torch.float64, device=device)

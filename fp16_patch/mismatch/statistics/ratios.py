@@ -44,7 +44,7 @@ class Ratios(ABC):
 
     def _js_sum(self) -> Tensor:
         # In float32, which costs a third: nothing cancels any more, so that its 6e-8 are relative to the result.
-        return self._spread.float().mul_(0.25).log1p_().sum(dtype=torch.float64) * 0.5
+        return self._spread.float().mul_(0.25).log1p_().double().sum() * 0.5
 
 
 def ratios_of(d: Tensor, magnitude: Tensor, reach: float) -> Ratios:

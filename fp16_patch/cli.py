@@ -1,4 +1,4 @@
-"""`fp16-patch`: doctor, run, report, analyze, watch, demo."""
+"""`fp16-patch`: doctor, run, report, analyze, watch, matrix, demo."""
 
 from __future__ import annotations
 
@@ -27,17 +27,25 @@ def main() -> None:
 
 @main.command(context_settings=_PASS_THROUGH)
 @click.option("--json", "as_json", is_flag=True, help="Print the whole examination as JSON.")
+@click.option(
+    "--source",
+    type=click.Path(path_type=Path),
+    help="A source tree, of a fork for example: say which patches hold for it, and nothing of this machine.",
+)
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
-def doctor(as_json: bool, command: tuple[str, ...]) -> None:
+def doctor(as_json: bool, source: Path | None, command: tuple[str, ...]) -> None:
     """Say whether this machine, and a command line, are fit for FP16. Exit code 0: fit, 1: not.
 
     \b
     Examples:
       fp16-patch doctor
       fp16-patch doctor -- python -m verl.trainer.main_ppo actor_rollout_ref.actor.strategy=fsdp2
+      fp16-patch doctor --source ../our_verl
     """
     from fp16_patch.doctor import examine
 
+    if source is not None:
+        _examine_source(source)
     examination = examine(_plan("fp16"), command)
     if as_json:
         click.echo(json.dumps(examination.as_dict(), indent=1))
@@ -184,6 +192,44 @@ def watch(run: Path | None, address: str, every: float, once: bool) -> None:
 
 
 @main.command()
+@click.option("--check", "checked", multiple=True, metavar="PACKAGE==RELEASE", help="Say which patches hold for it.")
+@click.option("--add", "added", multiple=True, metavar="PACKAGE==RELEASE", help="Declare it for the patches that hold.")
+def matrix(checked: tuple[str, ...], added: tuple[str, ...]) -> None:
+    """Show which patch was written for which release; check or add a release without installing it.
+
+    A patch holds if the code it changes is, in that release, code it was written for. What --add finds changed is
+    shown as a diff, for a person to look at. Exit code 0: all hold, 1: not.
+
+    \b
+    Examples:
+      fp16-patch matrix
+      fp16-patch matrix --check verl==0.9.0 --check openrlhf==0.11.1
+      fp16-patch matrix --add verl==0.9.2
+    """
+    from rich.console import Console
+
+    from fp16_patch import matrix as releases
+    from fp16_patch import matrix_tables as tables
+
+    console, hold = Console(), True
+    try:
+        for release in map(releases.Release.parse, checked):
+            cells = releases.check_release(release)
+            tables.print_cells(str(release), cells, console)
+            hold &= releases.all_hold(cells)
+        for release in map(releases.Release.parse, added):
+            cells, diffs = releases.add_release(release)
+            tables.print_cells(str(release), cells, console)
+            tables.print_diffs(diffs, console)
+            hold &= releases.all_hold(cells)
+    except Fp16PatchError as problem:
+        raise click.ClickException(str(problem)) from problem
+    if not checked and not added:
+        tables.print_matrix(releases.declared(), console)
+    sys.exit(0 if hold else 1)
+
+
+@main.command()
 def demo() -> None:
     """Train a tiny model with real verl on this machine's CPU in three precisions and compare (needs a checkout)."""
     makefile = Path(__file__).parents[1] / "Makefile"
@@ -235,6 +281,20 @@ def _put_first(variable: str, path: str) -> None:
 def _append(variable: str, module: str) -> None:
     listed = [name for name in os.environ.get(variable, "").split(",") if name]
     os.environ[variable] = ",".join(dict.fromkeys([*listed, module]))
+
+
+def _examine_source(path: Path) -> None:
+    from rich.console import Console
+
+    from fp16_patch import matrix as releases
+    from fp16_patch import matrix_tables as tables
+
+    try:
+        cells = releases.check_tree(path)
+    except Fp16PatchError as problem:
+        raise click.ClickException(str(problem)) from problem
+    tables.print_cells(str(path), cells, Console())
+    sys.exit(0 if releases.all_hold(cells) else 1)
 
 
 def _print_examination(examination: Any) -> None:

@@ -42,6 +42,10 @@ class PatchError(Fp16PatchError):
     """The installed framework is not the code a patch was written for."""
 
 
+class SourceError(Fp16PatchError):
+    """A framework's source cannot be had, or is not what the command asked for."""
+
+
 @dataclass(frozen=True)
 class Finding:
     """One reason not to train: a process or a quantity that is not as the plan wants it."""

@@ -12,25 +12,9 @@ import io
 import textwrap
 import tokenize
 from functools import lru_cache
-from importlib.util import find_spec
-from pathlib import Path
 
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 _DIGITS = 16
-
-
-def source_file(module: str) -> Path | None:
-    """Where the installed source of `module` lies, found without importing it; None when it is not installed."""
-    package, *rest = module.split(".")
-    spec = find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        return None
-    for root in spec.submodule_search_locations:
-        stem = Path(root).joinpath(*rest)
-        for candidate in (stem.with_suffix(".py"), stem / "__init__.py"):
-            if candidate.is_file():
-                return candidate
-    return None
 
 
 def fingerprint(source: str, qualname: str) -> str | None:
@@ -39,9 +23,12 @@ def fingerprint(source: str, qualname: str) -> str | None:
     return None if node is None else _digest(node, source.splitlines())
 
 
-def fingerprint_file(path: Path, qualname: str) -> str | None:
-    """Like `fingerprint`, for a file."""
-    return fingerprint(path.read_text(encoding="utf-8"), qualname)
+def definition(source: str, qualname: str) -> str | None:
+    """The text of the definition, for people to read; None if it is absent."""
+    node = _definitions_of(source).get(qualname)
+    if node is None:
+        return None
+    return textwrap.dedent("\n".join(source.splitlines()[_first_row(node) - 1 : _last_row(node)]))
 
 
 @lru_cache(maxsize=32)
@@ -62,12 +49,19 @@ def _definitions(body: list[ast.stmt], prefix: str) -> list[tuple[str, Definitio
 
 
 def _digest(node: Definition, lines: list[str]) -> str:
-    first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
     docstring = _docstring_rows(node)
-    rows = [row for row in range(first, (node.end_lineno or first) + 1) if row not in docstring]
+    rows = [row for row in range(_first_row(node), _last_row(node) + 1) if row not in docstring]
     code = _without_comments(textwrap.dedent("\n".join(lines[row - 1] for row in rows)))
     kept = (line.rstrip() for line in code)
     return hashlib.sha256("\n".join(filter(None, kept)).encode()).hexdigest()[:_DIGITS]
+
+
+def _first_row(node: Definition) -> int:
+    return min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+
+
+def _last_row(node: Definition) -> int:
+    return node.end_lineno or node.lineno
 
 
 def _without_comments(code: str) -> list[str]:

@@ -22,7 +22,8 @@ from typing import Any
 import wrapt
 
 from fp16_patch.errors import PatchError
-from fp16_patch.fingerprint import fingerprint_file, source_file
+from fp16_patch.fingerprint import fingerprint
+from fp16_patch.sources import Installed, Sources
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -117,13 +118,17 @@ class Patch:
     def verify(self) -> Verdict:
         """Compare the installed source with the declared fingerprints; imports nothing of the framework."""
         release = installed_release(self.package)
-        path = source_file(self.module)
-        found = None if path is None else fingerprint_file(path, self.qualname)
+        found = self.fingerprint_in(Installed())
         if release is None or installed_release(self.framework) is None:
             status = Status.ABSENT
         else:
             status = Status.APPLIES if found in self.releases.values() else Status.CHANGED
         return Verdict(self, status, release, found)
+
+    def fingerprint_in(self, sources: Sources) -> str | None:
+        """The target's fingerprint there; None if it is absent."""
+        source = sources.read(self.module)
+        return None if source is None else fingerprint(source, self.qualname)
 
     def load_hook(self) -> Callable[..., Any]:
         module, _, name = self.hook.partition(":")

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from fp16_patch.fingerprint import fingerprint, source_file
+from fp16_patch.fingerprint import fingerprint
+from fp16_patch.sources import installed_file
 
 SOURCE = '''
 class Engine:
@@ -55,7 +56,7 @@ def test_nesting_and_absence() -> None:
 
 
 def test_source_files_are_found_without_importing() -> None:
-    assert source_file("rich.table") is not None
-    assert source_file("rich") is not None
-    assert source_file("no_such_package.module") is None
-    assert source_file("rich.no_such_module") is None
+    assert installed_file("rich.table") is not None
+    assert installed_file("rich") is not None
+    assert installed_file("no_such_package.module") is None
+    assert installed_file("rich.no_such_module") is None

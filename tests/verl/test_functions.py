@@ -82,9 +82,9 @@ def test_checkpoint_engines_cast_to_the_plans_dtype(
 
 @pytest.mark.parametrize("module", ["kimi", "mooncake"])
 def test_verls_casting_engines_take_the_argument(module: str) -> None:
-    from fp16_patch.fingerprint import source_file
+    from fp16_patch.sources import installed_file
 
-    path = source_file(f"verl.checkpoint_engine.{module}_checkpoint_engine")
+    path = installed_file(f"verl.checkpoint_engine.{module}_checkpoint_engine")
     assert path is not None
     tree = ast.parse(path.read_text())
     inits = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name == "__init__"]

@@ -1,0 +1,42 @@
+"""Releases of a framework that are not installed, read from their wheels."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+from fp16_patch.errors import SourceError
+from fp16_patch.sources import file_names
+
+
+class Wheel:
+    """A wheel that is not installed."""
+
+    def __init__(self, path: Path) -> None:
+        self._archive = zipfile.ZipFile(path)
+        # Some wheels keep their packages under `name-release.data/purelib/`.
+        self._members = {name.partition(".data/purelib/")[2] or name: name for name in self._archive.namelist()}
+
+    def read(self, module: str) -> str | None:
+        for name in file_names(module.split(".")):
+            if name in self._members:
+                return self._archive.read(self._members[name]).decode("utf-8")
+        return None
+
+
+def download(package: str, release: str, into: Path) -> Wheel:
+    """The wheel of a release, without what it depends on, as pip finds it.
+
+    Raises:
+        SourceError: pip finds no wheel of it; the message ends with pip's.
+    """
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+    command += ["--only-binary", ":all:", "--dest", str(into), f"{package}=={release}"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = sorted(into.glob("*.whl"))
+    if result.returncode or not wheels:
+        said = ([line for line in result.stderr.splitlines() if line.startswith("ERROR")] or ["no wheel"])[-1]
+        raise SourceError(f"{package}=={release}: pip cannot download a wheel of it: {said}")
+    return Wheel(wheels[0])

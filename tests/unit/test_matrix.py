@@ -1,0 +1,189 @@
+"""Releases are wheels made here, and pip is the real one, without a network."""
+
+from __future__ import annotations
+
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from fp16_patch import matrix, patching
+from fp16_patch.cli import main
+from fp16_patch.errors import SourceError
+from fp16_patch.fingerprint import fingerprint
+from fp16_patch.matrix import Holds, Release
+
+ENGINE = "class Engine:\n    def step(self, x):\n        return x{0}\n\n    def load(self):\n        return {1}\n"
+TOML = """target   = "verl.workers.engine:Engine.{name}"
+hook     = "fp16_patch.verl.engine:hook"
+why      = "Because."
+retire   = "never"
+
+[releases]
+"0.9.1" = "{fingerprint}"
+"""
+
+
+@pytest.fixture
+def declarations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkout's `patches/` with two patches, written for verl 0.9.1 as `release` makes it by default."""
+    folder = tmp_path / "patches" / "verl"
+    folder.mkdir(parents=True)
+    for name in ("step", "load"):
+        known = fingerprint(ENGINE.format("", "1"), f"Engine.{name}")
+        (folder / f"engine-{name}.toml").write_text(TOML.format(name=name, fingerprint=known))
+    monkeypatch.setattr(matrix, "patches_dir", lambda: folder.parent)
+    monkeypatch.setattr(patching, "patches_dir", lambda: folder.parent)
+    return folder
+
+
+@pytest.fixture
+def release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Makes a wheel of verl where pip looks for it, and nowhere else."""
+    index = tmp_path / "index"
+    index.mkdir()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+
+    def make(version: str, step: str = "", load: str = "1", purelib: bool = False) -> Path:
+        info = f"verl-{version}.dist-info"
+        inside = f"verl-{version}.data/purelib/" if purelib else ""
+        path = index / f"verl-{version}-py3-none-any.whl"
+        with zipfile.ZipFile(path, "w") as wheel:
+            wheel.writestr(f"{inside}verl/workers/engine/__init__.py", ENGINE.format(step, load))
+            wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: verl\nVersion: {version}\n")
+            wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+            wheel.writestr(f"{info}/RECORD", "")
+        return path
+
+    return make
+
+
+def states(cells: list[matrix.Cell]) -> dict[str, Holds]:
+    return {cell.patch.name: cell.holds for cell in cells}
+
+
+@pytest.mark.parametrize("purelib", [False, True])
+def test_a_release_is_checked_without_installing_it(
+    declarations: Path, release: Callable[..., Path], purelib: bool
+) -> None:
+    release("0.9.2", load="2", purelib=purelib)
+    cells = matrix.check_release(Release("verl", "0.9.2"))
+    assert states(cells) == {"engine-load": Holds.CHANGED, "engine-step": Holds.YES}
+    assert [cell.like for cell in cells] == [None, "0.9.1"]
+    assert not matrix.all_hold(cells)
+
+
+def test_a_target_that_is_gone_is_not_there(declarations: Path, release: Callable[..., Path]) -> None:
+    gone = release("0.9.2")
+    with zipfile.ZipFile(gone) as wheel:
+        members = {name: wheel.read(name) for name in wheel.namelist() if not name.endswith("__init__.py")}
+    with zipfile.ZipFile(gone, "w") as wheel:
+        for name, content in members.items():
+            wheel.writestr(name, content)
+    assert set(states(matrix.check_release(Release("verl", "0.9.2"))).values()) == {Holds.ABSENT}
+
+
+def test_adding_declares_what_holds_and_shows_what_does_not(declarations: Path, release: Callable[..., Path]) -> None:
+    release("0.9.1")
+    release("0.10.0", load="2")
+    untouched = (declarations / "engine-load.toml").read_text()
+
+    cells, diffs = matrix.add_release(Release("verl", "0.10.0"))
+
+    assert (declarations / "engine-load.toml").read_text() == untouched
+    known = fingerprint(ENGINE.format("", "1"), "Engine.step")
+    text = (declarations / "engine-step.toml").read_text()
+    assert text == TOML.format(name="step", fingerprint=known) + f'"0.10.0" = "{known}"\n'
+    assert list(diffs) == ["engine-load"]
+    assert "-    return 1\n+    return 2" in diffs["engine-load"]
+    assert "Engine.load 0.9.1" in diffs["engine-load"]
+    assert matrix.known_releases([cell.patch for cell in cells]) == ["0.9.1"]
+    assert matrix.known_releases(matrix.declared()) == ["0.9.1", "0.10.0"]
+
+
+def test_adding_twice_changes_nothing_and_older_releases_come_first(
+    declarations: Path, release: Callable[..., Path]
+) -> None:
+    release("0.9.0")
+    matrix.add_release(Release("verl", "0.9.0"))
+    once = (declarations / "engine-step.toml").read_text()
+    matrix.add_release(Release("verl", "0.9.0"))
+    assert (declarations / "engine-step.toml").read_text() == once
+    assert once.index('"0.9.0"') < once.index('"0.9.1"')
+
+
+def test_an_installed_package_is_not_written_to(
+    declarations: Path, release: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release("0.9.2")
+    monkeypatch.setattr(matrix, "patches_dir", lambda: Path(matrix.__file__).parent / "patches")
+    with pytest.raises(SourceError, match=r"verl==0.9.2: this is an installed package. Fix: .* checkout"):
+        matrix.add_release(Release("verl", "0.9.2"))
+
+
+def test_the_nearest_known_release_is_the_one_before(declarations: Path) -> None:
+    (patch, *_) = matrix.declared()
+    patch.releases.update({"0.7.0": "x", "0.8.0": "y"})
+    assert [matrix.nearest(patch, version) for version in ("0.5.0", "0.7.1", "0.10.0")] == ["0.7.0", "0.7.0", "0.9.1"]
+
+
+@pytest.mark.parametrize("text", ["verl", "verl>=0.9", "verl==0.9,!=0.9.1", "nonsense==1.0", "== what"])
+def test_what_is_not_one_release_is_refused_with_an_example(declarations: Path, text: str) -> None:
+    with pytest.raises(SourceError, match=r"Fix: give one release of verl, such as verl==1.2.3"):
+        Release.parse(text)
+
+
+def test_a_release_that_pip_does_not_find_is_named(declarations: Path, release: Callable[..., Path]) -> None:
+    shown = CliRunner().invoke(main, ["matrix", "--check", "verl==99.0"])
+    assert shown.exit_code == 1
+    assert "verl==99.0: pip cannot download a wheel of it: ERROR: No matching distribution" in shown.output
+
+
+def test_a_source_tree_is_checked_like_a_release(
+    declarations: Path, release: Callable[..., Path], tmp_path: Path
+) -> None:
+    shutil.unpack_archive(release("0.9.1", load="2"), tmp_path / "fork" / "src", "zip")
+    assert states(matrix.check_tree(tmp_path / "fork")) == {"engine-load": Holds.CHANGED, "engine-step": Holds.YES}
+    shown = CliRunner().invoke(main, ["doctor", "--source", str(tmp_path / "fork")], env={"COLUMNS": "200"})
+    assert shown.exit_code == 1
+    assert "1 of 2 patches hold" in shown.output
+
+
+@pytest.mark.parametrize(
+    ("folder", "message"), [("empty", "holds no code that is patched"), ("no", "no such directory")]
+)
+def test_a_tree_without_a_framework_is_refused(declarations: Path, tmp_path: Path, folder: str, message: str) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SourceError, match=f"{message}.* Fix: name the directory"):
+        matrix.check_tree(tmp_path / folder)
+
+
+def test_the_commands_show_what_they_found(declarations: Path, release: Callable[..., Path]) -> None:
+    release("0.9.1")
+    release("0.9.2", load="2")
+    show = CliRunner(env={"COLUMNS": "200"})
+
+    shown = show.invoke(main, ["matrix", "--check", "verl==0.9.1"])
+    assert (shown.exit_code, "verl==0.9.1: 2 of 2 patches hold" in shown.output) == (0, True)
+
+    shown = show.invoke(main, ["matrix", "--add", "verl==0.9.2"])
+    assert (shown.exit_code, "verl==0.9.2: 1 of 2 patches hold" in shown.output) == (1, True)
+    assert "+    return 2" in shown.output
+
+    shown = show.invoke(main, ["matrix"])
+    (row,) = (line for line in shown.output.splitlines() if "engine-load" in line)
+    assert row.count("yes") == 1
+    (row,) = (line for line in shown.output.splitlines() if "engine-step" in line)
+    assert row.count("yes") == 2
+
+
+def test_every_declaration_can_be_added_to() -> None:
+    """`declare` rewrites what comes after `[releases]`, which therefore has to come last."""
+    for path in sorted(patching.patches_dir().glob("*/*.toml")):
+        _, _, releases = path.read_text().partition("[releases]\n")
+        assert releases, path
+        assert all(line.startswith('"') for line in releases.splitlines()), path

@@ -213,8 +213,8 @@ def matrix(checked: tuple[str, ...], added: tuple[str, ...]) -> None:
 
     console, hold = Console(), True
     try:
-        for release in map(releases.Release.parse, checked):
-            cells = releases.check_release(release)
+        asked = [releases.Release.parse(text) for text in checked]
+        for release, cells in zip(asked, releases.check_releases(asked), strict=True):
             tables.print_cells(str(release), cells, console)
             hold &= releases.all_hold(cells)
         for release in map(releases.Release.parse, added):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -21,6 +22,9 @@ from fp16_patch.fingerprint import definition
 from fp16_patch.patching import Patch, PatchSet, patches_dir
 from fp16_patch.sources import Sources, Tree
 from fp16_patch.wheels import download
+
+DOWNLOADS = 8
+"""At a time."""
 
 
 class Holds(str, Enum):
@@ -87,12 +91,17 @@ def check(sources: Sources, patches: Iterable[Patch]) -> list[Cell]:
     return [_cell(sources, patch) for patch in patches]
 
 
-def check_release(release: Release) -> list[Cell]:
-    """The same for a release that pip downloads and does not install.
+def check_releases(releases: Sequence[Release]) -> list[list[Cell]]:
+    """The same for releases that pip downloads, several at a time, and does not install.
 
     Raises:
-        SourceError: pip finds no wheel of it.
+        SourceError: pip finds no wheel of one.
     """
+    with ThreadPoolExecutor(DOWNLOADS) as pool:
+        return list(pool.map(_check_release, releases))
+
+
+def _check_release(release: Release) -> list[Cell]:
     with TemporaryDirectory() as folder:
         return check(download(release.package, release.version, Path(folder)), _of(release.package))
 
@@ -131,17 +140,20 @@ def add_release(release: Release) -> tuple[list[Cell], dict[str, str]]:
     with TemporaryDirectory() as folder:
         new = download(release.package, release.version, Path(folder) / release.version)
         cells = check(new, _of(release.package))
-        changed = [cell.patch for cell in cells if cell.holds is Holds.CHANGED]
-        versions = {nearest(patch, release.version) for patch in changed}
-        known = {version: download(release.package, version, Path(folder) / version) for version in versions}
-        diffs = {}
-        for patch in changed:
-            version = nearest(patch, release.version)
-            diffs[patch.name] = difference(patch, (version, known[version]), (release.version, new))
+        diffs = _differences([cell.patch for cell in cells if cell.holds is Holds.CHANGED], release, new, Path(folder))
     for cell in cells:
         if cell.holds is Holds.YES and release.version not in cell.patch.releases:
             declare(cell.patch, release.version, str(cell.fingerprint))
     return cells, diffs
+
+
+def _differences(changed: Sequence[Patch], release: Release, new: Sources, folder: Path) -> dict[str, str]:
+    former = {patch.name: nearest(patch, release.version) for patch in changed}
+    known = {version: download(release.package, version, folder / version) for version in set(former.values())}
+    return {
+        patch.name: difference(patch, (former[patch.name], known[former[patch.name]]), (release.version, new))
+        for patch in changed
+    }
 
 
 def nearest(patch: Patch, version: str) -> str:

@@ -71,7 +71,7 @@ def test_a_release_is_checked_without_installing_it(
     declarations: Path, release: Callable[..., Path], purelib: bool
 ) -> None:
     release("0.9.2", load="2", purelib=purelib)
-    cells = matrix.check_release(Release("verl", "0.9.2"))
+    (cells,) = matrix.check_releases([Release("verl", "0.9.2")])
     assert states(cells) == {"engine-load": Holds.CHANGED, "engine-step": Holds.YES}
     assert [cell.like for cell in cells] == [None, "0.9.1"]
     assert not matrix.all_hold(cells)
@@ -84,7 +84,8 @@ def test_a_target_that_is_gone_is_not_there(declarations: Path, release: Callabl
     with zipfile.ZipFile(gone, "w") as wheel:
         for name, content in members.items():
             wheel.writestr(name, content)
-    assert set(states(matrix.check_release(Release("verl", "0.9.2"))).values()) == {Holds.ABSENT}
+    (cells,) = matrix.check_releases([Release("verl", "0.9.2")])
+    assert set(states(cells).values()) == {Holds.ABSENT}
 
 
 def test_adding_declares_what_holds_and_shows_what_does_not(declarations: Path, release: Callable[..., Path]) -> None:

@@ -29,7 +29,7 @@ def print_diffs(diffs: Mapping[str, str], console: Console) -> None:
     """What changed in the targets of patches that do not hold."""
     for name, text in diffs.items():
         console.rule(f"{name}: to be looked at by a person")
-        console.print(Syntax(text, "diff", background_color="default"))
+        console.print(Syntax(text, "diff", background_color="default", word_wrap=True))
 
 
 def print_matrix(patches: Iterable[Patch], console: Console) -> None:

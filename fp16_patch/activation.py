@@ -94,8 +94,7 @@ def attestation() -> Record:
 
 def owed_patches(framework: str, kind: str) -> tuple[str, ...]:
     """Patches that must be live in a process of this kind once it computes; without them its dtypes prove little."""
-    patches = _state.patches.patches
-    return tuple(patch.name for patch in patches if patch.framework == framework and kind in patch.live_in)
+    return _state.patches.owed(framework, kind)
 
 
 def refine(settings: Mapping[str, Any], source: str) -> Plan:

@@ -198,7 +198,7 @@ def matrix(checked: tuple[str, ...], added: tuple[str, ...]) -> None:
     """Show which patch was written for which release; check or add a release without installing it.
 
     A patch holds if the code it changes is, in that release, code it was written for. What --add finds changed is
-    shown as a diff, for a person to look at. Exit code 0: all hold, 1: not.
+    shown as a diff, for a person to look at. Exit code 0: each holds or is not needed, 1: not.
 
     \b
     Examples:
@@ -214,14 +214,14 @@ def matrix(checked: tuple[str, ...], added: tuple[str, ...]) -> None:
     console, hold = Console(), True
     try:
         asked = [releases.Release.parse(text) for text in checked]
-        for release, cells in zip(asked, releases.check_releases(asked), strict=True):
-            tables.print_cells(str(release), cells, console)
-            hold &= releases.all_hold(cells)
+        for release, verdicts in zip(asked, releases.check_releases(asked), strict=True):
+            tables.print_verdicts(str(release), verdicts, console)
+            hold &= releases.covered(verdicts)
         for release in map(releases.Release.parse, added):
-            cells, diffs = releases.add_release(release)
-            tables.print_cells(str(release), cells, console)
+            verdicts, diffs = releases.add_release(release)
+            tables.print_verdicts(str(release), verdicts, console)
             tables.print_diffs(diffs, console)
-            hold &= releases.all_hold(cells)
+            hold &= releases.covered(verdicts)
     except Fp16PatchError as problem:
         raise click.ClickException(str(problem)) from problem
     if not checked and not added:
@@ -290,11 +290,11 @@ def _examine_source(path: Path) -> None:
     from fp16_patch import matrix_tables as tables
 
     try:
-        cells = releases.check_tree(path)
+        verdicts = releases.check_tree(path)
     except Fp16PatchError as problem:
         raise click.ClickException(str(problem)) from problem
-    tables.print_cells(str(path), cells, Console())
-    sys.exit(0 if releases.all_hold(cells) else 1)
+    tables.print_verdicts(str(path), verdicts, Console())
+    sys.exit(0 if releases.covered(verdicts) else 1)
 
 
 def _print_examination(examination: Any) -> None:

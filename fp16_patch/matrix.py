@@ -10,7 +10,6 @@ import difflib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -19,34 +18,12 @@ from packaging.version import Version
 
 from fp16_patch.errors import SourceError
 from fp16_patch.fingerprint import definition
-from fp16_patch.patching import Patch, PatchSet, patches_dir
+from fp16_patch.patching import Patch, PatchSet, Status, Verdict, patches_dir
 from fp16_patch.sources import Sources, Tree
 from fp16_patch.wheels import download
 
 DOWNLOADS = 8
 """At a time."""
-
-
-class Holds(str, Enum):
-    """What a patch's target is in some release."""
-
-    YES = "holds"
-    CHANGED = "changed"
-    ABSENT = "absent"
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One patch against one release, or one source tree.
-
-    Attributes:
-        like: a release, the newest there is, in which the target is the same; None unless the patch holds.
-    """
-
-    patch: Patch
-    holds: Holds
-    fingerprint: str | None
-    like: str | None
 
 
 @dataclass(frozen=True)
@@ -86,12 +63,12 @@ def known_releases(patches: Iterable[Patch]) -> list[str]:
     return sorted({release for patch in patches for release in patch.releases}, key=Version)
 
 
-def check(sources: Sources, patches: Iterable[Patch]) -> list[Cell]:
+def check(sources: Sources, patches: Iterable[Patch], release: str | None) -> list[Verdict]:
     """Compare the targets there with those that the patches were written for; imports nothing."""
-    return [_cell(sources, patch) for patch in patches]
+    return [patch.judge(sources, release) for patch in patches]
 
 
-def check_releases(releases: Sequence[Release]) -> list[list[Cell]]:
+def check_releases(releases: Sequence[Release]) -> list[list[Verdict]]:
     """The same for releases that pip downloads, several at a time, and does not install.
 
     Raises:
@@ -101,35 +78,37 @@ def check_releases(releases: Sequence[Release]) -> list[list[Cell]]:
         return list(pool.map(_check_release, releases))
 
 
-def _check_release(release: Release) -> list[Cell]:
+def _check_release(release: Release) -> list[Verdict]:
     with TemporaryDirectory() as folder:
-        return check(download(release.package, release.version, Path(folder)), _of(release.package))
+        wheel = download(release.package, release.version, Path(folder))
+        return check(wheel, _of(release.package), release.version)
 
 
-def check_tree(path: Path) -> list[Cell]:
+def check_tree(path: Path) -> list[Verdict]:
     """The same for the packages of which a source tree holds something that is patched.
 
     Raises:
         SourceError: there is no such directory, or nothing in it is patched.
     """
-    cells = check(Tree(path), declared())
-    packages = {cell.patch.package for cell in cells if cell.holds is not Holds.ABSENT}
+    verdicts = check(Tree(path), declared(), None)
+    packages = {verdict.patch.package for verdict in verdicts if verdict.fingerprint is not None}
     if not packages:
-        known = ", ".join(sorted({cell.patch.package for cell in cells}))
+        known = ", ".join(sorted({verdict.patch.package for verdict in verdicts}))
         raise SourceError(f"{path}: holds no code that is patched, of {known}. Fix: name the directory these lie in")
-    return [cell for cell in cells if cell.patch.package in packages]
+    return [verdict for verdict in verdicts if verdict.patch.package in packages]
 
 
-def all_hold(cells: Iterable[Cell]) -> bool:
-    return all(cell.holds is Holds.YES for cell in cells)
+def covered(verdicts: Iterable[Verdict]) -> bool:
+    """Whether every patch applies or is not needed."""
+    return not any(verdict.refused for verdict in verdicts)
 
 
-def add_release(release: Release) -> tuple[list[Cell], dict[str, str]]:
+def add_release(release: Release) -> tuple[list[Verdict], dict[str, str]]:
     """Declare a release for the patches that hold for it.
 
     Returns:
-        the cells, and for each patch whose target changed what changed in it since the nearest release that is known:
-        a unified diff, for a person to look at.
+        the verdicts, and for each patch whose target changed what changed in it since the nearest known release: a
+        unified diff, for a person to look at.
 
     Raises:
         SourceError: pip finds no wheel, or the declarations are those of an installed package, which are not to be
@@ -139,12 +118,13 @@ def add_release(release: Release) -> tuple[list[Cell], dict[str, str]]:
         raise SourceError(f"{release}: this is an installed package. Fix: add releases in a checkout of fp16_patch")
     with TemporaryDirectory() as folder:
         new = download(release.package, release.version, Path(folder) / release.version)
-        cells = check(new, _of(release.package))
-        diffs = _differences([cell.patch for cell in cells if cell.holds is Holds.CHANGED], release, new, Path(folder))
-    for cell in cells:
-        if cell.holds is Holds.YES and release.version not in cell.patch.releases:
-            declare(cell.patch, release.version, str(cell.fingerprint))
-    return cells, diffs
+        verdicts = check(new, _of(release.package), release.version)
+        changed = [verdict.patch for verdict in verdicts if verdict.status is Status.CHANGED]
+        diffs = _differences(changed, release, new, Path(folder))
+    for verdict in verdicts:
+        if verdict.status is Status.APPLIES and release.version not in verdict.patch.releases:
+            declare(verdict.patch, release.version, str(verdict.fingerprint))
+    return verdicts, diffs
 
 
 def _differences(changed: Sequence[Patch], release: Release, new: Sources, folder: Path) -> dict[str, str]:
@@ -185,11 +165,3 @@ def declare(patch: Patch, version: str, fingerprint: str) -> None:
 
 def _of(package: str) -> Sequence[Patch]:
     return [patch for patch in declared() if patch.package == package]
-
-
-def _cell(sources: Sources, patch: Patch) -> Cell:
-    found = patch.fingerprint_in(sources)
-    if found is None:
-        return Cell(patch, Holds.ABSENT, None, None)
-    same = [release for release in known_releases([patch]) if patch.releases[release] == found]
-    return Cell(patch, Holds.YES if same else Holds.CHANGED, found, same[-1] if same else None)

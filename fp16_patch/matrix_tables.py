@@ -8,21 +8,35 @@ from rich.console import Console
 from rich.syntax import Syntax
 from rich.table import Table
 
-from fp16_patch.matrix import Cell, Holds, known_releases
-from fp16_patch.patching import Patch
-
-_SAYS = {Holds.CHANGED: "[red]changed[/]", Holds.ABSENT: "[yellow]not there[/]"}
+from fp16_patch.matrix import known_releases
+from fp16_patch.patching import Patch, Status, Verdict
 
 
-def print_cells(title: str, cells: Sequence[Cell], console: Console) -> None:
+def print_verdicts(title: str, verdicts: Sequence[Verdict], console: Console) -> None:
     """One release: what each patch's target is in it, and at the end how many hold."""
     table = Table("patch", "", "target", title=title)
-    for cell in cells:
-        says = f"[green]as in {cell.like}[/]" if cell.holds is Holds.YES else _SAYS[cell.holds]
-        table.add_row(cell.patch.name, says, cell.patch.target)
+    for verdict in verdicts:
+        table.add_row(verdict.patch.name, _says(verdict), verdict.patch.target)
     console.print(table)
-    holding = sum(cell.holds is Holds.YES for cell in cells)
-    console.print(f"{title}: {holding} of {len(cells)} patches hold", highlight=False)
+    counted = {status: sum(verdict.status is status for verdict in verdicts) for status in Status}
+    counts = ", ".join(f"{count} {_COUNTED[status]}" for status, count in counted.items() if count)
+    console.print(f"{title}: of {len(verdicts)} patches, {counts}", highlight=False)
+
+
+_COUNTED = {
+    Status.APPLIES: "hold",
+    Status.EXEMPT: "are not needed",
+    Status.CHANGED: "have a target that changed",
+    Status.MISSING: "have a target that is not there",
+}
+
+
+def _says(verdict: Verdict) -> str:
+    if verdict.status is Status.APPLIES:
+        return f"[green]as in {verdict.like}[/]"
+    if verdict.status is Status.EXEMPT:
+        return f"[green]{verdict.patch.exemption_in(verdict.release)}[/]"
+    return f"[red]{verdict.status.value}[/]"
 
 
 def print_diffs(diffs: Mapping[str, str], console: Console) -> None:
@@ -41,5 +55,16 @@ def print_matrix(patches: Iterable[Patch], console: Console) -> None:
         releases = known_releases(those)
         table = Table("patch", *releases, title=package)
         for patch in those:
-            table.add_row(patch.name, *("yes" if release in patch.releases else "" for release in releases))
+            table.add_row(patch.name, *(_cell(patch, release) for release in releases))
         console.print(table)
+    console.print(f"{_FIXED} fixed here; {_NOBODY} no: the release is refused", highlight=False)
+
+
+_FIXED, _NOBODY = "●", "–"
+
+
+def _cell(patch: Patch, release: str) -> str:
+    if release in patch.releases:
+        return f"[green]{_FIXED}[/]"
+    exemption = patch.exemption_in(release)
+    return f"[yellow]{_NOBODY}[/]" if exemption is None else str(exemption).partition(":")[0]

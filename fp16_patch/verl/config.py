@@ -232,8 +232,9 @@ def _forced_keys(config: Any, plan: Plan) -> dict[str, Any]:
         forced[f"{engine_config}.mixed_precision"] = mixed_precision(plan)
         key = f"{engine_config}.model_dtype"
         forced[key] = stored_dtype(_select(config, key), trains=role != REF, plan=plan)
-        if _select(config, f"{role}.strategy") == "fsdp":
-            forced[f"{engine_config}.use_no_sync_for_gradient_accumulation"] = False
+        no_sync = f"{engine_config}.use_no_sync_for_gradient_accumulation"
+        if _select(config, f"{role}.strategy") == "fsdp" and _select(config, no_sync) is not None:
+            forced[no_sync] = False
     for section in sampler_sections(config):
         forced[f"{section}.dtype"] = plan.dtype
     return forced

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,7 +14,6 @@ from fp16_patch.activation import current_plan, ledger
 from fp16_patch.compute import watch_compute
 from fp16_patch.scaling import StepHistory, nonfinite_parameters, sharded_scaler
 from fp16_patch.stepping import WatchedEngine, history_of
-from fp16_patch.verl.config import force
 
 
 def role_of(engine: Any) -> str:
@@ -31,9 +31,6 @@ def scaler_of(engine: Any) -> Any:
 def build_fsdp_module(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> nn.Module:
     """`FSDPEngine._build_fsdp_module`: a scaler that works on this device and has the plan's settings."""
     plan = current_plan()
-    if plan.changes and engine.engine_config.strategy == "fsdp":
-        # Under FSDP1's no_sync, micro-batches add up in the compute dtype, still scaled.
-        force(engine.engine_config, use_no_sync_for_gradient_accumulation=False)
     module: nn.Module = wrapped(*args, **kwargs)
     if plan.changes:
         trains = plan.scales_loss and not engine.engine_config.forward_only
@@ -41,6 +38,13 @@ def build_fsdp_module(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> nn.M
     ledger().rank = engine.rank
     watch_compute(module, role_of(engine))
     return module
+
+
+def gradient_sync_context(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
+    """`FSDPEngine._gradient_sync_context`: under FSDP1's no_sync micro-batches add up in the compute dtype, scaled."""
+    if current_plan().changes and engine.engine_config.strategy == "fsdp":
+        return nullcontext()
+    return wrapped(*args, **kwargs)
 
 
 def optimizer_step(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> float:

@@ -14,7 +14,8 @@ from fp16_patch import matrix, patching
 from fp16_patch.cli import main
 from fp16_patch.errors import SourceError
 from fp16_patch.fingerprint import fingerprint
-from fp16_patch.matrix import Holds, Release
+from fp16_patch.matrix import Release
+from fp16_patch.patching import Status, Verdict
 
 ENGINE = "class Engine:\n    def step(self, x):\n        return x{0}\n\n    def load(self):\n        return {1}\n"
 TOML = """target   = "verl.workers.engine:Engine.{name}"
@@ -62,8 +63,8 @@ def release(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Pa
     return make
 
 
-def states(cells: list[matrix.Cell]) -> dict[str, Holds]:
-    return {cell.patch.name: cell.holds for cell in cells}
+def states(verdicts: list[Verdict]) -> dict[str, Status]:
+    return {verdict.patch.name: verdict.status for verdict in verdicts}
 
 
 @pytest.mark.parametrize("purelib", [False, True])
@@ -71,10 +72,10 @@ def test_a_release_is_checked_without_installing_it(
     declarations: Path, release: Callable[..., Path], purelib: bool
 ) -> None:
     release("0.9.2", load="2", purelib=purelib)
-    (cells,) = matrix.check_releases([Release("verl", "0.9.2")])
-    assert states(cells) == {"engine-load": Holds.CHANGED, "engine-step": Holds.YES}
-    assert [cell.like for cell in cells] == [None, "0.9.1"]
-    assert not matrix.all_hold(cells)
+    (verdicts,) = matrix.check_releases([Release("verl", "0.9.2")])
+    assert states(verdicts) == {"engine-load": Status.CHANGED, "engine-step": Status.APPLIES}
+    assert [verdict.like for verdict in verdicts] == [None, "0.9.1"]
+    assert not matrix.covered(verdicts)
 
 
 def test_a_target_that_is_gone_is_not_there(declarations: Path, release: Callable[..., Path]) -> None:
@@ -84,8 +85,8 @@ def test_a_target_that_is_gone_is_not_there(declarations: Path, release: Callabl
     with zipfile.ZipFile(gone, "w") as wheel:
         for name, content in members.items():
             wheel.writestr(name, content)
-    (cells,) = matrix.check_releases([Release("verl", "0.9.2")])
-    assert set(states(cells).values()) == {Holds.ABSENT}
+    (verdicts,) = matrix.check_releases([Release("verl", "0.9.2")])
+    assert set(states(verdicts).values()) == {Status.MISSING}
 
 
 def test_adding_declares_what_holds_and_shows_what_does_not(declarations: Path, release: Callable[..., Path]) -> None:
@@ -93,7 +94,7 @@ def test_adding_declares_what_holds_and_shows_what_does_not(declarations: Path, 
     release("0.10.0", load="2")
     untouched = (declarations / "engine-load.toml").read_text()
 
-    cells, diffs = matrix.add_release(Release("verl", "0.10.0"))
+    verdicts, diffs = matrix.add_release(Release("verl", "0.10.0"))
 
     assert (declarations / "engine-load.toml").read_text() == untouched
     known = fingerprint(ENGINE.format("", "1"), "Engine.step")
@@ -102,7 +103,7 @@ def test_adding_declares_what_holds_and_shows_what_does_not(declarations: Path, 
     assert list(diffs) == ["engine-load"]
     assert "-    return 1\n+    return 2" in diffs["engine-load"]
     assert "Engine.load 0.9.1" in diffs["engine-load"]
-    assert matrix.known_releases([cell.patch for cell in cells]) == ["0.9.1"]
+    assert matrix.known_releases([verdict.patch for verdict in verdicts]) == ["0.9.1"]
     assert matrix.known_releases(matrix.declared()) == ["0.9.1", "0.10.0"]
 
 
@@ -148,10 +149,13 @@ def test_a_source_tree_is_checked_like_a_release(
     declarations: Path, release: Callable[..., Path], tmp_path: Path
 ) -> None:
     shutil.unpack_archive(release("0.9.1", load="2"), tmp_path / "fork" / "src", "zip")
-    assert states(matrix.check_tree(tmp_path / "fork")) == {"engine-load": Holds.CHANGED, "engine-step": Holds.YES}
+    assert states(matrix.check_tree(tmp_path / "fork")) == {
+        "engine-load": Status.CHANGED,
+        "engine-step": Status.APPLIES,
+    }
     shown = CliRunner().invoke(main, ["doctor", "--source", str(tmp_path / "fork")], env={"COLUMNS": "200"})
     assert shown.exit_code == 1
-    assert "1 of 2 patches hold" in shown.output
+    assert "of 2 patches, 1 hold, 1 have a target that changed" in shown.output
 
 
 @pytest.mark.parametrize(
@@ -169,10 +173,13 @@ def test_the_commands_show_what_they_found(declarations: Path, release: Callable
     show = CliRunner(env={"COLUMNS": "200"})
 
     shown = show.invoke(main, ["matrix", "--check", "verl==0.9.1"])
-    assert (shown.exit_code, "verl==0.9.1: 2 of 2 patches hold" in shown.output) == (0, True)
+    assert (shown.exit_code, "verl==0.9.1: of 2 patches, 2 hold" in shown.output) == (0, True)
 
     shown = show.invoke(main, ["matrix", "--add", "verl==0.9.2"])
-    assert (shown.exit_code, "verl==0.9.2: 1 of 2 patches hold" in shown.output) == (1, True)
+    assert (shown.exit_code, "verl==0.9.2: of 2 patches, 1 hold, 1 have a target that changed" in shown.output) == (
+        1,
+        True,
+    )
     assert "+    return 2" in shown.output
 
     shown = show.invoke(main, ["matrix"])
@@ -188,3 +195,50 @@ def test_every_declaration_can_be_added_to() -> None:
         _, _, releases = path.read_text().partition("[releases]\n")
         assert releases, path
         assert all(line.startswith('"') for line in releases.splitlines()), path
+
+
+def exempt(declarations: Path, releases: str, reason: str) -> None:
+    path = declarations / "engine-load.toml"
+    path.write_text(path.read_text().replace("[releases]", f'[exempt]\n"{releases}" = {{ {reason} }}\n\n[releases]'))
+
+
+@pytest.mark.parametrize(
+    ("releases", "version", "status"),
+    [
+        ("==0.9.0", "0.9.0", Status.EXEMPT),
+        (">=0.8,<0.9.1", "0.9.0rc1", Status.EXEMPT),
+        ("==0.9.0", "0.9.2", Status.CHANGED),
+        ("==0.9.1", "0.9.1", Status.APPLIES),  # code that is known is patched, whatever else is said
+    ],
+)
+def test_a_release_may_do_without_a_patch(
+    declarations: Path, release: Callable[..., Path], releases: str, version: str, status: Status
+) -> None:
+    exempt(declarations, releases, 'native = "it loads by itself"')
+    release(version, load="1" if status is Status.APPLIES else "2")
+    (verdicts,) = matrix.check_releases([Release("verl", version)])
+    assert states(verdicts)["engine-load"] is status
+    assert matrix.covered(verdicts) == (status is not Status.CHANGED)
+
+
+def test_nobody_knows_the_release_of_a_source_tree(
+    declarations: Path, release: Callable[..., Path], tmp_path: Path
+) -> None:
+    exempt(declarations, ">0", 'native = "it loads by itself"')
+    shutil.unpack_archive(release("0.9.0", load="2"), tmp_path / "fork", "zip")
+    assert states(matrix.check_tree(tmp_path / "fork"))["engine-load"] is Status.CHANGED
+
+
+def test_the_matrix_says_why_a_release_does_without(declarations: Path, release: Callable[..., Path]) -> None:
+    exempt(declarations, "==0.9.0", 'fixed_by = "engine-step"')
+    release("0.9.0", load="2")
+    matrix.add_release(Release("verl", "0.9.0"))
+    shown = CliRunner().invoke(main, ["matrix"], env={"COLUMNS": "200"})
+    assert "fixed by engine-step" in shown.output
+
+
+@pytest.mark.parametrize("reason", ['because = "x"', 'native = "x", refused = "y"'])
+def test_an_exemption_has_one_known_reason(declarations: Path, reason: str) -> None:
+    exempt(declarations, "==0.9.0", reason)
+    with pytest.raises(ValueError):
+        matrix.declared()

@@ -7,6 +7,7 @@ from stock verl and from verl under a plan.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import sys
@@ -296,9 +297,40 @@ def exports(arguments: argparse.Namespace) -> dict[str, Any]:
     return folder_facts(folder) if list(folder.glob("*.safetensors")) else {}
 
 
+def temperature(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Log-probs at temperatures below 1, against FP32 arithmetic on the very logits the model returned."""
+    learner = Learner(arguments, forward_only=True)
+    logits: list[torch.Tensor] = []
+    handle = learner.engine.module.register_forward_hook(lambda _module, _inputs, output: logits.append(output.logits))
+    facts = {}
+    for value in (0.7, 0.0):
+        logits.clear()
+        data = batch()
+        tu.assign_non_tensor(data, compute_loss=False, temperature=value, use_dynamic_bsz=False)
+        tu.assign_non_tensor(data, micro_batch_size_per_gpu=SEQUENCES, calculate_entropy=False)
+        with learner.engine.eval_mode():
+            scored = learner.engine.infer_batch(data)["model_output"]["log_probs"].values()
+        facts[str(value)] = {
+            "finite": bool(scored.isfinite().all()),
+            "logits": dtype_name(logits[0].dtype),
+            "largest_error": float((scored.double() - exact_log_probs(logits[0], data, value)).abs().max()),
+        }
+    handle.remove()
+    return facts
+
+
+def exact_log_probs(logits: torch.Tensor, data: TensorDict, temperature: float) -> torch.Tensor:
+    """Of each row's next token, in float64; a row's last entry is of its own first token, as verl rolls them."""
+    scaled = logits.double() / max(temperature, 1e-8)
+    targets = torch.cat([row.roll(-1) for row in data["input_ids"].unbind()]).view(scaled.shape[:2])
+    return scaled.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).flatten()
+
+
 def accumulation(arguments: argparse.Namespace) -> dict[str, Any]:
     """The dtype in which gradients of micro-batches add up when communication is deferred to the last one."""
-    learner = Learner(arguments, engine={**STOCK_FP16, "use_no_sync_for_gradient_accumulation": True})
+    # A setting since 0.9.1; 0.9.0 always defers.
+    deferred = {"use_no_sync_for_gradient_accumulation": True}
+    learner = Learner(arguments, engine={**STOCK_FP16, **(deferred if has_field(*deferred) else {})})
     seen: set[str] = set()
     original = learner.engine.forward_step
 
@@ -314,6 +346,10 @@ def accumulation(arguments: argparse.Namespace) -> dict[str, Any]:
     learner.engine.forward_step = forward_step
     learner.step()
     return {"dtypes": sorted(seen)}
+
+
+def has_field(name: str) -> bool:
+    return name in {field.name for field in dataclasses.fields(FSDPEngineConfig)}
 
 
 def scaler_facts(learner: Learner) -> dict[str, Any]:
@@ -351,6 +387,7 @@ SCENARIOS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
         endless_overflow,
         merged_lora_wire,
         accumulation,
+        temperature,
     )
 }
 

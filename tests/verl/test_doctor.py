@@ -8,9 +8,11 @@ import sys
 
 import pytest
 
+from fp16_patch.patching import installed_release
 from tests.conftest import verl_environment
 
 pytestmark = pytest.mark.verl
+RELEASE = installed_release("verl")
 COMMAND = (
     "python",
     "-m",
@@ -38,8 +40,8 @@ def test_a_fit_command_line_shows_the_dtype_of_every_role() -> None:
     # verl accepts the key and computes in bfloat16.
     assert found["stock_roles"]["actor"] == "bfloat16"
     assert "actor_rollout_ref.rollout.dtype: bfloat16 → float16" in found["overridden"]
-    assert found["versions"]["verl"] == "0.9.1"
-    assert all("applies to verl 0.9.1" in verdict for verdict in found["patches"].values())
+    assert found["versions"]["verl"] == RELEASE
+    assert all(f" verl {RELEASE}" in verdict for verdict in found["patches"].values())
 
 
 def test_an_unfit_command_line_exits_with_1_and_the_reason_first() -> None:

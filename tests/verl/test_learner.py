@@ -19,9 +19,9 @@ pytest.importorskip("verl")
 Facts = dict[str, Any]
 LEARNER = Path(__file__).parent / "learner.py"
 STRATEGIES = ("fsdp", "fsdp2")
-ON_A_CPU = ("compute_dtypes", "overflow_on_one_rank", "merged_lora_wire", "accumulation")
+ON_A_CPU = ("compute_dtypes", "overflow_on_one_rank", "merged_lora_wire", "accumulation", "temperature")
 WITH_A_SCALER = ("overflow_on_one_rank", "averaged_norm", "resume", "exports", "endless_overflow")
-ALL = ("compute_dtypes", *WITH_A_SCALER, "resume_from_stock", "merged_lora_wire", "accumulation")
+ALL = ("compute_dtypes", *WITH_A_SCALER, "resume_from_stock", "merged_lora_wire", "accumulation", "temperature")
 
 
 @pytest.fixture(scope="session")
@@ -190,6 +190,20 @@ def test_merged_lora_is_sent_as_it_is(learner: Callable[..., Facts], strategy: s
     facts = learner("plan", strategy, ranks)["merged_lora_wire"]
     assert facts["dtypes"] == ["float32"]
     assert facts["largest_relative_error"] < 1e-5
+
+
+def test_stock_divides_by_the_temperature_in_float16(learner: Callable[..., Facts], strategy: str) -> None:
+    facts = learner("stock", strategy, 2)["temperature"]
+    assert facts["0.7"]["logits"] == "float16"
+    assert facts["0.7"]["largest_error"] > 1e-5
+    assert not facts["0.0"]["finite"]
+
+
+def test_log_probs_are_those_of_float32_arithmetic(learner: Callable[..., Facts], strategy: str, ranks: int) -> None:
+    facts = learner("plan", strategy, ranks)["temperature"]
+    assert facts["0.7"]["logits"] == "float16"
+    assert facts["0.7"]["largest_error"] < 1e-5
+    assert facts["0.0"]["finite"]
 
 
 def test_stock_accumulates_in_float16_under_no_sync(learner: Callable[..., Facts]) -> None:

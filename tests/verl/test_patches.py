@@ -12,13 +12,16 @@ import pytest
 
 import fp16_patch
 from fp16_patch import PatchError, Plan
-from fp16_patch.patching import Patch, PatchSet, Status
+from fp16_patch.activation import attestation, owed_patches
+from fp16_patch.patching import Patch, PatchSet, Status, installed_release
 from tests.conftest import verl_environment
 
 pytestmark = pytest.mark.verl
 
 ALL = PatchSet.declared(changes=True, strict=True).patches
-VERL = [patch for patch in ALL if patch.framework == "verl"]
+RELEASE = str(installed_release("verl"))
+OF_VERL = [patch for patch in ALL if patch.framework == "verl"]
+VERL = [patch for patch in OF_VERL if patch.exemption_in(RELEASE) is None]
 
 
 def symbol(patch: Patch) -> Any:
@@ -42,7 +45,18 @@ def test_a_patch_says_what_why_and_until_when(patch: Patch) -> None:
 def test_a_patch_applies_to_the_installed_release(patch: Patch) -> None:
     verdict = patch.verify()
     assert verdict.status is Status.APPLIES, verdict
-    assert verdict.fingerprint == patch.releases["0.9.1"]
+    assert verdict.fingerprint == patch.releases[RELEASE]
+
+
+def test_what_the_installed_release_does_without_is_neither_applied_nor_owed() -> None:
+    exempt = {patch.name for patch in OF_VERL} - {patch.name for patch in VERL}
+    fp16_patch.activate(Plan())
+    report, owed = attestation()["patches"], owed_patches("verl", "worker")
+    assert {name for name, state in report.items() if state == "exempt"} == exempt
+    assert owed
+    assert not exempt & set(owed)
+    others = {patch.name for patch in VERL}
+    assert all(patch.exemption_in(RELEASE).text in others for patch in OF_VERL if patch.name in exempt)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("patch", VERL, ids=lambda patch: patch.name)
@@ -102,7 +116,7 @@ def changed(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
         def from_toml(cls: type[Patch], path: Any) -> Patch:
             patch = original(cls, path)
             if patch.name == "fsdp-step-outcome":
-                patch.releases.update({"0.9.1": "0" * 16})
+                patch.releases.update(dict.fromkeys(patch.releases, "0" * 16))
             return patch
 
         monkeypatch.setattr(Patch, "from_toml", classmethod(from_toml))
@@ -117,7 +131,7 @@ def test_unknown_code_is_refused_with_symbol_release_and_way_out(
     with pytest.raises(PatchError) as caught:
         fp16_patch.activate(Plan())
     message = str(caught.value)
-    assert "FSDPEngine.optimizer_step of verl 0.9.1" in message
+    assert f"FSDPEngine.optimizer_step of verl {RELEASE}" in message
     assert "FP16_PATCH_STRICT=0" in message
     engine = import_module("verl.workers.engine.fsdp.transformer_impl").FSDPEngine
     assert not hasattr(engine.optimizer_step, "__wrapped__")

@@ -3,10 +3,12 @@
 #   make demo            real verl, three precisions, side by side
 #   make demo-openrlhf   the same with real OpenRLHF
 #   make test            all tests, real end-to-end runs included
+#   make matrix          every release that is supported, at every level it is tested at
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 OPENRLHF_BIN := .venv-openrlhf/bin
+NOX := $(BIN)/nox -f integration/matrix/noxfile.py
 READY := .venv/.ready
 OPENRLHF_READY := .venv-openrlhf/.ready
 OPENRLHF_TESTS := tests/openrlhf tests/e2e/test_openrlhf_runs.py
@@ -19,7 +21,7 @@ unexport PYTHONDONTWRITEBYTECODE
 INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile --no-deps
 TORCH := ^(torch|typing-extensions|sympy|mpmath|networkx|jinja2|markupsafe|fsspec|filelock|setuptools|numpy|wheel)==
 
-.PHONY: demo demo-openrlhf test test-verl test-openrlhf unit lint bench bench-monitor clean
+.PHONY: demo demo-openrlhf test test-verl test-openrlhf test-releases matrix session unit lint bench bench-monitor clean
 
 demo: $(READY)
 	$(BIN)/python -m integration.demo.run
@@ -27,13 +29,23 @@ demo: $(READY)
 demo-openrlhf: $(OPENRLHF_READY)
 	$(OPENRLHF_BIN)/python -m integration.demo.run_openrlhf
 
-test: test-verl test-openrlhf
+test: test-verl test-openrlhf test-releases
 
 test-verl: $(READY)
 	$(BIN)/python -m pytest
 
 test-openrlhf: $(OPENRLHF_READY)
 	$(OPENRLHF_BIN)/python -m pytest $(OPENRLHF_TESTS)
+
+# Releases besides those of the locks: fingerprints of all, the learners of the older ones.
+test-releases: $(READY) $(OPENRLHF_READY)
+	$(NOX) --tags fingerprints older-worker
+
+matrix: $(READY) $(OPENRLHF_READY)
+	$(NOX)
+
+session: $(READY) $(OPENRLHF_READY)
+	$(NOX) --session '$(NAME)'
 
 unit: $(READY)
 	$(BIN)/python -m pytest tests/unit

@@ -192,7 +192,13 @@ def watch(run: Path | None, address: str, every: float, once: bool) -> None:
 
 
 @main.command()
-@click.option("--check", "checked", multiple=True, metavar="PACKAGE==RELEASE", help="Say which patches hold for it.")
+@click.option(
+    "--check",
+    "checked",
+    multiple=True,
+    metavar="PACKAGE[==RELEASE]",
+    help="Say which patches hold for it; without a release, for the newest.",
+)
 @click.option("--add", "added", multiple=True, metavar="PACKAGE==RELEASE", help="Declare it for the patches that hold.")
 def matrix(checked: tuple[str, ...], added: tuple[str, ...]) -> None:
     """Show which patch was written for which release; check or add a release without installing it.

@@ -20,7 +20,7 @@ from fp16_patch.errors import SourceError
 from fp16_patch.fingerprint import definition
 from fp16_patch.patching import Patch, PatchSet, Status, Verdict, patches_dir
 from fp16_patch.sources import Sources, Tree
-from fp16_patch.wheels import download
+from fp16_patch.wheels import download, newest
 
 DOWNLOADS = 8
 """At a time."""
@@ -36,8 +36,11 @@ class Release:
     @classmethod
     def parse(cls, text: str) -> Release:
         """
+        Args:
+            text: a package and one release of it, or a package, which means its newest release.
+
         Raises:
-            SourceError: not a package that we patch, or not exactly one release of it.
+            SourceError: not a package that we patch, not exactly one release of it, or pip finds none.
         """
         packages = sorted({patch.package for patch in declared()})
         fix = f"give one release of {', '.join(packages)}, such as {packages[-1]}==1.2.3"
@@ -45,6 +48,8 @@ class Release:
             requirement = Requirement(text)
         except InvalidRequirement as problem:
             raise SourceError(f"{text}: not a requirement. Fix: {fix}") from problem
+        if requirement.name in packages and not requirement.specifier:
+            return cls(requirement.name, newest(requirement.name))
         pinned = [specifier.version for specifier in requirement.specifier if specifier.operator == "=="]
         if requirement.name not in packages or len(pinned) != 1 or len(requirement.specifier) != 1:
             raise SourceError(f"{text}: not one release of a patched package. Fix: {fix}")

@@ -6,6 +6,9 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from packaging.utils import parse_wheel_filename
 
 from fp16_patch.errors import SourceError
 from fp16_patch.sources import file_names
@@ -32,11 +35,25 @@ def download(package: str, release: str, into: Path) -> Wheel:
     Raises:
         SourceError: pip finds no wheel of it; the message ends with pip's.
     """
+    return Wheel(_download(f"{package}=={release}", into))
+
+
+def newest(package: str) -> str:
+    """The newest release of which pip finds a wheel for this Python.
+
+    Raises:
+        SourceError: there is none.
+    """
+    with TemporaryDirectory() as folder:
+        return str(parse_wheel_filename(_download(package, Path(folder)).name)[1])
+
+
+def _download(requirement: str, into: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-    command += ["--only-binary", ":all:", "--dest", str(into), f"{package}=={release}"]
+    command += ["--only-binary", ":all:", "--dest", str(into), requirement]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = sorted(into.glob("*.whl"))
     if result.returncode or not wheels:
         said = ([line for line in result.stderr.splitlines() if line.startswith("ERROR")] or ["no wheel"])[-1]
-        raise SourceError(f"{package}=={release}: pip cannot download a wheel of it: {said}")
-    return Wheel(wheels[0])
+        raise SourceError(f"{requirement}: pip cannot download a wheel of it: {said}")
+    return wheels[0]

@@ -133,7 +133,7 @@ def test_the_nearest_known_release_is_the_one_before(declarations: Path) -> None
     assert [matrix.nearest(patch, version) for version in ("0.5.0", "0.7.1", "0.10.0")] == ["0.7.0", "0.7.0", "0.9.1"]
 
 
-@pytest.mark.parametrize("text", ["verl", "verl>=0.9", "verl==0.9,!=0.9.1", "nonsense==1.0", "== what"])
+@pytest.mark.parametrize("text", ["verl>=0.9", "verl==0.9,!=0.9.1", "nonsense==1.0", "== what"])
 def test_what_is_not_one_release_is_refused_with_an_example(declarations: Path, text: str) -> None:
     with pytest.raises(SourceError, match=r"Fix: give one release of verl, such as verl==1.2.3"):
         Release.parse(text)
@@ -240,3 +240,9 @@ def test_an_exemption_has_one_known_reason(declarations: Path, reason: str) -> N
     exempt(declarations, "==0.9.0", reason)
     with pytest.raises(ValueError):
         matrix.declared()
+
+
+def test_without_a_release_the_newest_is_meant(declarations: Path, release: Callable[..., Path]) -> None:
+    release("0.9.1")
+    release("0.10.0", load="2")
+    assert Release.parse("verl") == Release("verl", "0.10.0")

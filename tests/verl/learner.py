@@ -309,21 +309,23 @@ def temperature(arguments: argparse.Namespace) -> dict[str, Any]:
         tu.assign_non_tensor(data, compute_loss=False, temperature=value, use_dynamic_bsz=False)
         tu.assign_non_tensor(data, micro_batch_size_per_gpu=SEQUENCES, calculate_entropy=False)
         with learner.engine.eval_mode():
-            scored = learner.engine.infer_batch(data)["model_output"]["log_probs"].values()
+            scored = learner.engine.infer_batch(data)["model_output"]["log_probs"]
+        # A row's last entry is of a token of the next row.
+        log_probs = torch.stack(list(scored.unbind()))[:, :-1]
         facts[str(value)] = {
-            "finite": bool(scored.isfinite().all()),
+            "finite": bool(log_probs.isfinite().all()),
             "logits": dtype_name(logits[0].dtype),
-            "largest_error": float((scored.double() - exact_log_probs(logits[0], data, value)).abs().max()),
+            "largest_error": float((log_probs.double() - exact_log_probs(logits[0], data, value)).abs().max()),
         }
     handle.remove()
     return facts
 
 
 def exact_log_probs(logits: torch.Tensor, data: TensorDict, temperature: float) -> torch.Tensor:
-    """Of each row's next token, in float64; a row's last entry is of its own first token, as verl rolls them."""
-    scaled = logits.double() / max(temperature, 1e-8)
-    targets = torch.cat([row.roll(-1) for row in data["input_ids"].unbind()]).view(scaled.shape[:2])
-    return scaled.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).flatten()
+    """Of each row's next token, in float64, shape (sequences, tokens - 1)."""
+    scaled = logits[:, :-1].double() / max(temperature, 1e-8)
+    targets = torch.stack(list(data["input_ids"].unbind()))[:, 1:]
+    return scaled.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
 
 
 def accumulation(arguments: argparse.Namespace) -> dict[str, Any]:

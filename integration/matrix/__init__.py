@@ -1,0 +1,1 @@
+"""Which release is tested in what environment and how far, and the jobs that do it."""

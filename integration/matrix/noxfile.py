@@ -1,0 +1,60 @@
+"""One session for each release and level: `nox -f integration/matrix/noxfile.py --list`.
+
+Sessions run in the environments that `make` has made; a release that an environment does not hold is put before it.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import nox
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+from integration.matrix.overlay import overlay
+from integration.matrix.versions import Tested, tested_releases
+
+nox.options.default_venv_backend = "none"
+nox.options.error_on_missing_interpreters = True
+RELEASES = tested_releases()
+
+
+def releases_at(level: str) -> list[object]:
+    """As parameters of a session; `make test` runs those an environment holds, so the rest is tagged."""
+    return [
+        nox.param(release, id=f"{release.package}-{release.version}", tags=[] if release.locked else [f"older-{level}"])
+        for release in RELEASES
+        if release.reaches(level)
+    ]
+
+
+@nox.session(tags=["fingerprints"])
+def fingerprints(session: nox.Session) -> None:
+    """Every release's wheel against the declarations of the patches."""
+    session.chdir(ROOT)
+    checks = [argument for release in RELEASES for argument in ("--check", str(release))]
+    python = str(RELEASES[0].environment.python)
+    session.run(python, "-m", "fp16_patch.cli", "matrix", *checks, external=True)
+
+
+@nox.session
+@nox.parametrize("release", releases_at("worker"))
+def worker(session: nox.Session, release: Tested) -> None:
+    """The learner of a release."""
+    _test(session, release, "worker")
+
+
+@nox.session(name="end-to-end")
+@nox.parametrize("release", releases_at("end to end"))
+def end_to_end(session: nox.Session, release: Tested) -> None:
+    """The command line of a release."""
+    _test(session, release, "end to end")
+
+
+def _test(session: nox.Session, release: Tested, level: str) -> None:
+    session.chdir(ROOT)
+    env = {} if release.locked else {"PYTHONPATH": str(overlay(release))}
+    tests = release.environment.tests[level]
+    session.run(str(release.environment.python), "-m", "pytest", *tests, *session.posargs, env=env, external=True)

@@ -1,0 +1,78 @@
+"""What `versions.toml` says."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parents[2]
+VERSIONS = Path(__file__).with_name("versions.toml")
+LEVELS = ("worker", "end to end")
+"""Each includes those before it."""
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Packages that fit together, at the releases a lock file names.
+
+    Attributes:
+        folder: of the virtual environment, in the checkout.
+        tests: level → what pytest is given.
+    """
+
+    name: str
+    folder: str
+    lock: str
+    tests: Mapping[str, tuple[str, ...]]
+
+    @property
+    def python(self) -> Path:
+        return ROOT / self.folder / "bin" / "python"
+
+    def holds(self, package: str, version: str) -> bool:
+        """Whether the lock file names this release."""
+        return f"{package}=={version}" in (ROOT / self.lock).read_text(encoding="utf-8").splitlines()
+
+
+@dataclass(frozen=True)
+class Tested:
+    """A release, and how far it is tested where."""
+
+    package: str
+    version: str
+    environment: Environment
+    level: str
+
+    @property
+    def locked(self) -> bool:
+        """Whether it is the release that its environment holds."""
+        return self.environment.holds(self.package, self.version)
+
+    def reaches(self, level: str) -> bool:
+        return LEVELS.index(level) <= LEVELS.index(self.level)
+
+    def __str__(self) -> str:
+        return f"{self.package}=={self.version}"
+
+
+def tested_releases(path: Path = VERSIONS) -> list[Tested]:
+    """The releases of all frameworks, in the order of the file."""
+    declared = tomllib.loads(path.read_text(encoding="utf-8"))
+    environments = {name: _environment(name, table) for name, table in declared["environments"].items()}
+    return [
+        Tested(package, version, environments[cell["environment"]], cell["level"])
+        for package, releases in declared["releases"].items()
+        for version, cell in releases.items()
+    ]
+
+
+def _environment(name: str, table: Mapping[str, object]) -> Environment:
+    tests = {level: tuple(table[level]) for level in LEVELS}  # type: ignore[arg-type]
+    return Environment(name, str(table["folder"]), str(table["lock"]), tests)

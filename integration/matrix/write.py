@@ -1,0 +1,157 @@
+"""Write what follows from `versions.toml` and `patches/`: the README's table of releases and CI's workflows.
+
+    python -m integration.matrix.write
+
+A test says whether they are up to date.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fp16_patch.matrix import declared
+from integration.matrix.versions import ROOT, Tested, tested_releases
+
+README = ROOT / "README.md"
+WORKFLOWS = ROOT / ".github" / "workflows"
+BEGIN, END = "<!-- releases -->\n", "<!-- /releases -->\n"
+_HEAD = "# Written by `python -m integration.matrix.write` from integration/matrix/versions.toml.\n"
+_NAMES = {"verl": "verl", "openrlhf": "OpenRLHF"}
+_MINUTES = 90
+_REPORT = "A release that the patches do not know"
+
+
+def written() -> dict[Path, str]:
+    """Every file that follows from the data, and what belongs in it."""
+    workflows = {"test.yml": _test_workflow(), "releases.yml": _releases_workflow()}
+    return {
+        README: with_table(README.read_text(encoding="utf-8"), table(tested_releases())),
+        **{WORKFLOWS / name: _HEAD + _yaml(jobs) for name, jobs in workflows.items()},
+    }
+
+
+def _yaml(document: Mapping[str, Any]) -> str:
+    return yaml.dump(document, Dumper=_Dumper, sort_keys=False, width=120)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Scripts of several lines stay readable."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+_Dumper.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None),
+)
+
+
+def table(releases: list[Tested]) -> str:
+    """The releases that are supported, in Markdown: how many patches each gets, how far it is tested."""
+    rows = [f"| {_NAMES[each.package]} {each.version} | {_patches_of(each)} | {each.level} |" for each in releases]
+    return "\n".join(["| release | patches | tested on a CPU |", "|---|---|---|", *rows]) + "\n"
+
+
+def with_table(text: str, table: str) -> str:
+    """A page with the table between its marks."""
+    before, _, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not end:
+        raise ValueError(f"no place for the table of releases between {BEGIN.strip()} and {END.strip()}")
+    return before + BEGIN + table + END + after
+
+
+def _patches_of(release: Tested) -> str:
+    patches = [patch for patch in declared() if patch.framework == release.package]
+    # A patch of DeepSpeed or vLLM is declared for their releases, not for the framework's.
+    own = [patch for patch in patches if patch.package == release.package]
+    applying = sum(release.version in patch.releases for patch in own)
+    exempt = sum(patch.exemption_in(release.version) is not None for patch in own)
+    return f"{applying}" + (f", {exempt} not needed" if exempt else "")
+
+
+def _test_workflow() -> dict[str, Any]:
+    others = [name for release in tested_releases() if not release.locked for name in _sessions(release)]
+    jobs = {
+        "lint": _job("lint", [{"run": "make lint"}], "verl"),
+        "verl": _job("verl", [{"run": "make test-verl"}], "verl"),
+        "openrlhf": _job("OpenRLHF", [{"run": "make test-openrlhf"}], "openrlhf"),
+        "releases": {
+            **_job("${{ matrix.session }}", [{"run": "make session NAME='${{ matrix.session }}'"}], "both"),
+            "strategy": {"fail-fast": False, "matrix": {"session": ["fingerprints", *others]}},
+        },
+    }
+    return {"name": "test", "on": {"push": {"branches": ["main"]}, "pull_request": None}, "jobs": jobs}
+
+
+def _sessions(release: Tested) -> Iterator[str]:
+    names = {"worker": "worker", "end to end": "end-to-end"}
+    for level, session in names.items():
+        if release.reaches(level):
+            yield f"{session}({release.package}-{release.version})"
+
+
+def _releases_workflow() -> dict[str, Any]:
+    """Once a week: do the patches hold for the newest release of each framework? If not, an issue says what changed."""
+    check = "\n".join(
+        [
+            "make .venv/.ready",
+            f"for package in {' '.join(_NAMES)}; do",
+            '  .venv/bin/fp16-patch matrix --check "$package" >> report.txt 2>&1 || touch changed',
+            "done",
+            "cat report.txt",
+        ]
+    )
+    report = "\n".join(
+        [
+            "test -e changed || exit 0",
+            f"gh issue list --search 'in:title \"{_REPORT}\"' --json number --jq '.[].number' | grep -q . ||",
+            f"gh issue create --title '{_REPORT}' --body-file report.txt",
+        ]
+    )
+    job = _job("newest releases", [{"run": check}, {"run": report, "env": {"GH_TOKEN": "${{ github.token }}"}}], "verl")
+    job["permissions"] = {"contents": "read", "issues": "write"}
+    return {
+        "name": "releases",
+        "on": {"schedule": [{"cron": "17 5 * * 1"}], "workflow_dispatch": None},
+        "jobs": {"newest": job},
+    }
+
+
+def _job(name: str, steps: list[Mapping[str, Any]], environment: str) -> dict[str, Any]:
+    locks = ("verl", "openrlhf") if environment == "both" else (environment,)
+    folders = {"verl": ".venv", "openrlhf": ".venv-openrlhf"}
+    cache = {
+        "path": "\n".join(folders[lock] for lock in locks),
+        "key": "-".join(
+            [*locks, *(f"${{{{ hashFiles('integration/{lock}.lock', 'pyproject.toml') }}}}" for lock in locks)]
+        ),
+    }
+    return {
+        "name": name,
+        "runs-on": "ubuntu-latest",
+        "timeout-minutes": _MINUTES,
+        # Where pip finds PyTorch's CPU builds.
+        "env": {"PIP_EXTRA_INDEX_URL": "${{ vars.PIP_EXTRA_INDEX_URL }}"},
+        "steps": [
+            {"uses": "actions/checkout@v4"},
+            {"uses": "actions/setup-python@v5", "with": {"python-version": "3.11"}},
+            {"uses": "actions/cache@v4", "with": cache},
+            *steps,
+        ],
+    }
+
+
+def main() -> None:
+    for path, text in written().items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -298,34 +298,39 @@ def exports(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def temperature(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Log-probs at temperatures below 1, against FP32 arithmetic on the very logits the model returned."""
+    """Log-probs at temperatures below 1, against exact arithmetic on the very logits the model returned."""
     learner = Learner(arguments, forward_only=True)
     logits: list[torch.Tensor] = []
     handle = learner.engine.module.register_forward_hook(lambda _module, _inputs, output: logits.append(output.logits))
     facts = {}
     for value in (0.7, 0.0):
         logits.clear()
-        data = batch()
-        tu.assign_non_tensor(data, compute_loss=False, temperature=value, use_dynamic_bsz=False)
-        tu.assign_non_tensor(data, micro_batch_size_per_gpu=SEQUENCES, calculate_entropy=False)
-        with learner.engine.eval_mode():
-            scored = learner.engine.infer_batch(data)["model_output"]["log_probs"]
-        # A row's last entry is of a token of the next row.
-        log_probs = torch.stack(list(scored.unbind()))[:, :-1]
+        scored = [log_probs_at(value, packed, learner) for packed in (True, False)]
+        errors = [error_of(one, from_model, value) for one, from_model in zip(scored, logits, strict=True)]
         facts[str(value)] = {
-            "finite": bool(log_probs.isfinite().all()),
-            "logits": dtype_name(logits[0].dtype),
-            "largest_error": float((log_probs.double() - exact_log_probs(logits[0], data, value)).abs().max()),
+            "finite": all(bool(one.isfinite().all()) for one in scored),
+            "logits": sorted({dtype_name(one.dtype) for one in logits}),
+            "largest_error": max(errors),
         }
     handle.remove()
     return facts
 
 
-def exact_log_probs(logits: torch.Tensor, data: TensorDict, temperature: float) -> torch.Tensor:
-    """Of each row's next token, in float64, shape (sequences, tokens - 1)."""
-    scaled = logits[:, :-1].double() / max(temperature, 1e-8)
-    targets = torch.stack(list(data["input_ids"].unbind()))[:, 1:]
-    return scaled.log_softmax(-1).gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+def log_probs_at(value: float, packed: bool, learner: Learner) -> torch.Tensor:
+    """What the engine gives for one batch, shape (sequences, tokens); packed into one row, or each in its own."""
+    data = batch()
+    tu.assign_non_tensor(data, temperature=value, use_remove_padding=packed, calculate_entropy=False)
+    tu.assign_non_tensor(data, compute_loss=False, use_dynamic_bsz=False, micro_batch_size_per_gpu=SEQUENCES)
+    with learner.engine.eval_mode():
+        return learner.engine.infer_batch(data)["model_output"]["log_probs"].values().view(SEQUENCES, TOKENS)
+
+
+def error_of(log_probs: torch.Tensor, logits: torch.Tensor, temperature: float) -> float:
+    """The largest difference to float64 arithmetic; a row's last entry is of a token of the next row, and left out."""
+    exact = (logits.view(SEQUENCES, TOKENS, -1)[:, :-1].double() / max(temperature, 1e-8)).log_softmax(-1)
+    targets = torch.stack(list(batch()["input_ids"].unbind()))[:, 1:]
+    difference = log_probs[:, :-1].double() - exact.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
+    return float(difference.abs().max())
 
 
 def accumulation(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -24,7 +24,6 @@ STEPS = 2
 # Far above what FP16 gradients bear, and a power of two.
 OVERFLOWING = 2**40
 PATCHED = (*RUN, "--")
-WITHOUT_CORRECTION = ("--algo.advantage.is_correction_level", "off")
 
 
 @pytest.fixture(scope="session")
@@ -45,7 +44,7 @@ def start(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
 def patched(start: Callable[..., RunResult]) -> RunResult:
     """`fp16-patch run` and nothing else; a moving average of the weights, a checkpoint, no correction."""
     save = ("--ckpt.save_steps", str(STEPS), "--ckpt.save_hf")
-    return finished(start("patched", PATCHED, ema=True, extra=(*WITHOUT_CORRECTION, *save)))
+    return finished(start("patched", PATCHED, ema=True, correction=False, extra=save))
 
 
 @pytest.fixture(scope="session")

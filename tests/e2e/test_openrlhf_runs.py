@@ -151,7 +151,8 @@ def test_our_signed_mean_is_openrlhfs(bf16: RunResult) -> None:
     for step in bf16.steps:
         # vllm_kl is the mean of sampler minus learner, over the same tokens.
         assert step["mismatch/k1"] == pytest.approx(step["vllm_kl"], abs=2e-5)
-        assert step["mismatch/mean_abs"] > 10 * abs(step["vllm_kl"])
+        # Over 950 tokens, the standard error of the signed mean is about 0.04 of the mean absolute difference.
+        assert step["mismatch/mean_abs"] > 5 * abs(step["vllm_kl"])
 
 
 def test_three_more_bits_show(patched: RunResult, bf16: RunResult) -> None:

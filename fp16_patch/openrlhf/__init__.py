@@ -2,7 +2,8 @@
 
 The hooks that patches/openrlhf/*.toml name live in this folder, one concern a file: what the command line says
 (`arguments`), DeepSpeed's engines and their steps (`strategy`), scaler state (`checkpoint`), the sampler (`rollout`),
-LoRA's weight sync (`lora`), the trainer that drives PPO (`trainer`), SFT, DPO and reward-model training (`supervised`).
+LoRA's weight sync (`lora`), the trainer that drives PPO (`trainer`) and the rewards it computes from (`rewards`), SFT,
+DPO and reward-model training (`supervised`).
 """
 
 from fp16_patch.activation import activate

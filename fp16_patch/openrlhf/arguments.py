@@ -136,7 +136,7 @@ def from_command(flags: Sequence[str]) -> Any:
 
 
 def effective_dtypes(args: Any, plan: Plan) -> dict[str, str]:
-    """Role → the dtype it computes in on OpenRLHF 0.11.2, with the plan or (mode `observe`) without it."""
+    """Role → the dtype it computes in, with the plan or (mode `observe`) without it."""
     learner = {"fp16": "float16"}.get(get(args, "ds.param_dtype"), "bfloat16")
     roles = ["actor", *(["ref"] if float(get(args, "algo.kl.init_coef") or 0.01) > 0 else [])]
     if (get(args, "algo.advantage.estimator") or "gae") == "gae":

@@ -9,8 +9,11 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
+
+from packaging.specifiers import SpecifierSet
 
 from integration.cpu import process
 from integration.cpu.process import Job, RunResult
@@ -37,6 +40,13 @@ READY = re.compile(r"Episode \[1/")
 STEP = re.compile(r"Global step (\d+): \{(.*)\}")
 METRIC = re.compile(r"'([^']+)': ([^,\s]+)")
 
+# Clipping of importance weights, in the words of each release; bounds this wide clip nothing here.
+_CORRECTION: Mapping[str, Mapping[str, object]] = {
+    ">=0.11.2": {"algo.advantage.is_correction_level": "token", "algo.advantage.is_correction_mode": "clip"},
+    "<0.11.2": {"algo.advantage.is_correction_enable": True, "algo.advantage.is_correction_type": "tis"},
+}
+_CORRECTION_BOUNDS = {"algo.advantage.is_correction_threshold": (0.5, 5.0)}
+
 
 @dataclass(frozen=True)
 class OpenRLHFConfig:
@@ -59,6 +69,8 @@ class OpenRLHFConfig:
     use_ref: bool = False
     use_reward_model: bool = False
     ema: bool = False
+    # Without fp16_patch, OpenRLHF keeps the sampler's log-probs only for this.
+    correction: bool = True
     lora_rank: int = 0
     prompts_per_step: int = 8
     responses_per_prompt: int = 4
@@ -120,6 +132,7 @@ def command(config: OpenRLHFConfig) -> list[str]:
         **_sampler(config),
         **_training(config),
         **_output(config),
+        **(_correction() if config.correction else {}),
         **(_reference(config) if config.use_ref else {"algo.kl.init_coef": 0}),
         **(_critic(config) if config.estimator == "gae" else {}),
         **(_reward_model(config) if config.use_reward_model else {"reward.remote_url": config.reward}),
@@ -180,11 +193,13 @@ def _sampler(config: OpenRLHFConfig) -> dict[str, object]:
         "vllm.enforce_eager": True,
         "vllm.sync_backend": "gloo",
         "vllm.gpu_memory_utilization": 0.1,
-        # The sampler's log-probs are kept only for this correction; bounds this wide correct nothing here.
-        "algo.advantage.is_correction_level": "token",
-        "algo.advantage.is_correction_mode": "clip",
-        "algo.advantage.is_correction_threshold": (0.5, 5.0),
     }
+
+
+def _correction() -> dict[str, object]:
+    installed = version("openrlhf")
+    (flags,) = (flags for releases, flags in _CORRECTION.items() if SpecifierSet(releases).contains(installed))
+    return {**flags, **_CORRECTION_BOUNDS}
 
 
 def _training(config: OpenRLHFConfig) -> dict[str, object]:

@@ -18,7 +18,7 @@ from packaging.version import Version
 
 from fp16_patch.errors import SourceError
 from fp16_patch.fingerprint import definition
-from fp16_patch.patching import Patch, PatchSet, Status, Verdict, patches_dir
+from fp16_patch.patching import Patch, PatchSet, Status, Verdict, patches_dir, settled
 from fp16_patch.sources import Sources, Tree
 from fp16_patch.wheels import download, newest
 
@@ -70,7 +70,7 @@ def known_releases(patches: Iterable[Patch]) -> list[str]:
 
 def check(sources: Sources, patches: Iterable[Patch], release: str | None) -> list[Verdict]:
     """Compare the targets there with those that the patches were written for; imports nothing."""
-    return [patch.judge(sources, release) for patch in patches]
+    return list(settled(patch.judge(sources, release) for patch in patches))
 
 
 def check_releases(releases: Sequence[Release]) -> list[list[Verdict]]:

@@ -35,7 +35,7 @@ def _says(verdict: Verdict) -> str:
     if verdict.status is Status.APPLIES:
         return f"[green]as in {verdict.like}[/]"
     if verdict.status is Status.EXEMPT:
-        return f"[green]{verdict.patch.exemption_in(verdict.release)}[/]"
+        return f"[green]{verdict.exemption}[/]"
     return f"[red]{verdict.status.value}[/]"
 
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Container, Iterable
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property
 from importlib import import_module
@@ -84,12 +84,14 @@ class Verdict:
     Attributes:
         release: of the target's package; None where it is not installed, or nobody knows.
         fingerprint: of the target there; None if it is not there.
+        exemption: why the patch is not needed, where it is not.
     """
 
     patch: Patch
     status: Status
     release: str | None
     fingerprint: str | None
+    exemption: Exemption | None = None
 
     @property
     def refused(self) -> bool:
@@ -108,7 +110,7 @@ class Verdict:
         if self.status is Status.APPLIES:
             return f"{self.patch.name}: applies to {package} {self.release}"
         if self.status is Status.EXEMPT:
-            return f"{self.patch.name}: not needed in {package} {self.release}, {self.patch.exemption_in(self.release)}"
+            return f"{self.patch.name}: not needed in {package} {self.release}, {self.exemption}"
         known = ", ".join(sorted(self.patch.releases, key=Version))
         return (
             f"{self.patch.name}: {self.patch.target} of {package} {self.release} (fingerprint {self.fingerprint}) is "
@@ -177,15 +179,15 @@ class Patch:
         Args:
             release: of the target's package; None if nobody knows, and then nothing is exempt.
         """
-        found = self.fingerprint_in(sources)
-        return Verdict(self, self._status(found, release), release, found)
-
-    def _status(self, found: str | None, release: str | None) -> Status:
+        found, exemption = self.fingerprint_in(sources), self.exemption_in(release)
+        # What is said of this very release goes before what is known of another.
+        if found is not None and found == self.releases.get(release or ""):
+            return Verdict(self, Status.APPLIES, release, found)
+        if exemption is not None:
+            return Verdict(self, Status.EXEMPT, release, found, exemption)
         if found in self.releases.values():
-            return Status.APPLIES
-        if self.exemption_in(release) is not None:
-            return Status.EXEMPT
-        return Status.MISSING if found is None else Status.CHANGED
+            return Verdict(self, Status.APPLIES, release, found)
+        return Verdict(self, Status.MISSING if found is None else Status.CHANGED, release, found)
 
     def exemption_in(self, release: str | None) -> Exemption | None:
         """Why this release needs no such patch; None if it does, or if nobody looked."""
@@ -199,6 +201,22 @@ class Patch:
     def load_hook(self) -> Callable[..., Any]:
         module, _, name = self.hook.partition(":")
         return getattr(import_module(module), name)  # type: ignore[no-any-return]
+
+
+def settled(verdicts: Iterable[Verdict]) -> tuple[Verdict, ...]:
+    """The verdicts on one source, where a patch is not needed if another applies that mends the same elsewhere.
+
+    So a fork or a release that nobody has declared is not refused for having one of two forms of the same code.
+    """
+    verdicts = tuple(verdicts)
+    applying = {verdict.patch.name for verdict in verdicts if verdict.status is Status.APPLIES}
+    return tuple(_excused(verdict, applying) if verdict.refused else verdict for verdict in verdicts)
+
+
+def _excused(verdict: Verdict, applying: Container[str]) -> Verdict:
+    by_others = (each for each in verdict.patch.exempt if each.reason is Reason.FIXED_BY and each.text in applying)
+    exemption = next(by_others, None)
+    return verdict if exemption is None else replace(verdict, status=Status.EXEMPT, exemption=exemption)
 
 
 def installed_release(package: str) -> str | None:
@@ -252,7 +270,7 @@ class PatchSet:
 
     @cached_property
     def verdicts(self) -> tuple[Verdict, ...]:
-        return tuple(patch.verify() for patch in self.patches)
+        return settled(patch.verify() for patch in self.patches)
 
     def install(self) -> None:
         """Apply each patch that fits, at once or when its module is imported.

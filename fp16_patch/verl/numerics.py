@@ -50,7 +50,7 @@ def _is_unit(temperature: Any) -> bool:
 
 def _autocast_upcasts_softmax() -> bool:
     """CUDA's autocast runs softmax, log_softmax and logsumexp in FP32 by itself."""
-    return torch.is_autocast_enabled("cuda")
+    return bool(torch.is_autocast_enabled("cuda"))
 
 
 def prepare_model_outputs(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> dict[str, Any]:

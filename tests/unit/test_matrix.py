@@ -227,6 +227,26 @@ def test_nobody_knows_the_release_of_a_source_tree(
     assert states(matrix.check_tree(tmp_path / "fork"))["engine-load"] is Status.CHANGED
 
 
+def test_a_tree_with_one_of_two_forms_needs_the_patch_of_that_form_only(
+    declarations: Path, release: Callable[..., Path], tmp_path: Path
+) -> None:
+    exempt(declarations, "==0.9.0", 'fixed_by = "engine-step"')
+    shutil.unpack_archive(release("0.9.0", load="2"), tmp_path / "fork", "zip")
+    verdicts = matrix.check_tree(tmp_path / "fork")
+    assert states(verdicts) == {"engine-load": Status.EXEMPT, "engine-step": Status.APPLIES}
+    shutil.unpack_archive(release("0.9.3", step="+1", load="2"), tmp_path / "other", "zip")
+    assert not matrix.covered(matrix.check_tree(tmp_path / "other"))
+
+
+def test_what_is_said_of_a_release_goes_before_what_is_known_of_another(
+    declarations: Path, release: Callable[..., Path]
+) -> None:
+    exempt(declarations, "==0.9.2", 'native = "what it calls is mended"')
+    release("0.9.2")
+    (verdicts,) = matrix.check_releases([Release("verl", "0.9.2")])
+    assert states(verdicts)["engine-load"] is Status.EXEMPT
+
+
 def test_the_matrix_says_why_a_release_does_without(declarations: Path, release: Callable[..., Path]) -> None:
     exempt(declarations, "==0.9.0", 'fixed_by = "engine-step"')
     release("0.9.0", load="2")

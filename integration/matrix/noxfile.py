@@ -19,12 +19,13 @@ from integration.matrix.versions import Tested, tested_releases
 nox.options.default_venv_backend = "none"
 nox.options.error_on_missing_interpreters = True
 RELEASES = tested_releases()
+OLDEST = list({release.package: release for release in reversed(RELEASES) if not release.locked}.values())
 
 
 def releases_at(level: str) -> list[object]:
-    """As parameters of a session; `make test` runs those an environment holds, so the rest is tagged."""
+    """As parameters of a session; `make test` runs what environments hold, and of the others the oldest."""
     return [
-        nox.param(release, id=f"{release.package}-{release.version}", tags=[] if release.locked else [f"older-{level}"])
+        nox.param(release, id=f"{release.package}-{release.version}", tags=["oldest"] if release in OLDEST else [])
         for release in RELEASES
         if release.reaches(level)
     ]

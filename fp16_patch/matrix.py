@@ -133,11 +133,12 @@ def add_release(release: Release) -> tuple[list[Verdict], dict[str, str]]:
 
 
 def _differences(changed: Sequence[Patch], release: Release, new: Sources, folder: Path) -> dict[str, str]:
-    former = {patch.name: nearest(patch, release.version) for patch in changed}
+    former = {patch.name: nearest(patch, release.version) for patch in changed if patch.releases}
     known = {version: download(release.package, version, folder / version) for version in set(former.values())}
     return {
         patch.name: difference(patch, (former[patch.name], known[former[patch.name]]), (release.version, new))
         for patch in changed
+        if patch.releases
     }
 
 

@@ -36,7 +36,8 @@ def _says(verdict: Verdict) -> str:
         return f"[green]as in {verdict.like}[/]"
     if verdict.status is Status.EXEMPT:
         return f"[green]{verdict.exemption}[/]"
-    return f"[red]{verdict.status.value}[/]"
+    fingerprint = f" ({verdict.fingerprint})" if verdict.fingerprint else ""
+    return f"[red]{verdict.status.value}{fingerprint}[/]"
 
 
 def print_diffs(diffs: Mapping[str, str], console: Console) -> None:

@@ -266,3 +266,11 @@ def test_without_a_release_the_newest_is_meant(declarations: Path, release: Call
     release("0.9.1")
     release("0.10.0", load="2")
     assert Release.parse("verl") == Release("verl", "0.10.0")
+
+
+def test_a_patch_for_no_release_yet_is_shown_its_fingerprint(declarations: Path, release: Callable[..., Path]) -> None:
+    path = declarations / "engine-load.toml"
+    path.write_text(path.read_text().partition("[releases]")[0] + "[releases]\n")
+    release("0.9.1")
+    shown = CliRunner().invoke(main, ["matrix", "--add", "verl==0.9.1"], env={"COLUMNS": "200"})
+    assert f"changed ({fingerprint(ENGINE.format('', '1'), 'Engine.load')})" in shown.output

@@ -124,10 +124,22 @@ def test_a_model_stored_quantized_is_refused(activated: Any, compose: Callable[.
 def test_what_is_forced_out_of_sight_is_named_too(activated: Any, compose: Callable[..., Any]) -> None:
     from fp16_patch.verl.config import apply_to
 
-    overrides = (f"{KEY}.model_dtype=bf16", f"{KEY}.use_no_sync_for_gradient_accumulation=True")
-    changed = apply_to(compose(*overrides), activated())
+    changed = apply_to(compose(f"{KEY}.model_dtype=bf16"), activated())
     assert f"{KEY}.model_dtype: bf16 → float32" in changed
-    assert f"{KEY}.use_no_sync_for_gradient_accumulation: True → False" in changed
+
+
+def test_deferred_gradients_are_forced_off_where_there_is_such_a_setting(
+    activated: Any, compose: Callable[..., Any]
+) -> None:
+    from omegaconf import OmegaConf
+
+    from fp16_patch.verl.config import apply_to
+
+    deferred = f"{KEY}.use_no_sync_for_gradient_accumulation"
+    known = OmegaConf.select(compose(), deferred) is not None
+    config = compose(*([f"{deferred}=True"] if known else []))
+    assert (f"{deferred}: True → False" in apply_to(config, activated())) == known
+    assert OmegaConf.select(config, deferred) is (False if known else None)
 
 
 def test_strictness_cannot_come_too_late(activated: Any, compose: Callable[..., Any]) -> None:

@@ -21,7 +21,7 @@ unexport PYTHONDONTWRITEBYTECODE
 INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile --no-deps
 TORCH := ^(torch|typing-extensions|sympy|mpmath|networkx|jinja2|markupsafe|fsspec|filelock|setuptools|numpy|wheel)==
 
-.PHONY: demo demo-openrlhf test test-verl test-openrlhf test-releases matrix session unit lint bench bench-monitor clean
+.PHONY: demo demo-openrlhf test test-verl test-openrlhf fingerprints test-releases matrix session unit lint bench bench-monitor clean
 
 demo: $(READY)
 	$(BIN)/python -m integration.demo.run
@@ -29,7 +29,7 @@ demo: $(READY)
 demo-openrlhf: $(OPENRLHF_READY)
 	$(OPENRLHF_BIN)/python -m integration.demo.run_openrlhf
 
-test: test-verl test-openrlhf test-releases
+test: test-verl test-openrlhf fingerprints
 
 test-verl: $(READY)
 	$(BIN)/python -m pytest
@@ -37,9 +37,12 @@ test-verl: $(READY)
 test-openrlhf: $(OPENRLHF_READY)
 	$(OPENRLHF_BIN)/python -m pytest $(OPENRLHF_TESTS)
 
-# Releases besides those of the locks: fingerprints of all, the learners of the oldest on two ranks.
+fingerprints: $(READY)
+	$(NOX) --session fingerprints
+
+# Of the releases that are not in the locks, the learners of the oldest, on two ranks.
 test-releases: $(READY) $(OPENRLHF_READY)
-	$(NOX) --tags fingerprints oldest -- -k "not one-rank"
+	$(NOX) --tags oldest -- -k "not one-rank"
 
 matrix: $(READY) $(OPENRLHF_READY)
 	$(NOX)

@@ -23,7 +23,7 @@ OLDEST = list({release.package: release for release in reversed(RELEASES) if not
 
 
 def releases_at(level: str) -> list[object]:
-    """As parameters of a session; `make test` runs what environments hold, `make test-releases` the oldest of the others."""
+    """As parameters of a session; tagged is the oldest release of each framework that no environment holds."""
     return [
         nox.param(release, id=f"{release.package}-{release.version}", tags=["oldest"] if release in OLDEST else [])
         for release in RELEASES

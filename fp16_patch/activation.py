@@ -70,7 +70,7 @@ def deactivate() -> None:
     global _state
     _state.patches.undo()
     processes.stop_carrying()
-    logging.getLogger("fp16_patch").removeHandler(_state.handler)
+    _fall_silent()
     _state = _State()
 
 
@@ -110,7 +110,7 @@ def refine(settings: Mapping[str, Any], source: str) -> Plan:
     refined = Plan.from_settings(settings, source, base=_state.plan)
     if refined == _state.plan:
         return refined
-    if refined.changes != _state.plan.changes:
+    if refined.dtype != _state.plan.dtype:
         _reinstall(refined)
     _state.plan = refined
     processes.carry(refined)
@@ -130,6 +130,7 @@ def _activate(plan: Plan | None) -> Plan:
         _reinstall(plan)
     except Exception:
         _state.plan = Plan(mode="off")
+        _fall_silent()
         raise
     processes.carry(plan)
     return plan
@@ -145,6 +146,13 @@ def _speak_up() -> None:
     ours.propagate = False
 
 
+def _fall_silent() -> None:
+    ours = logging.getLogger("fp16_patch")
+    ours.removeHandler(_state.handler)
+    ours.setLevel(logging.NOTSET)
+    ours.propagate = True
+
+
 def _keep(plan: Plan | None) -> Plan:
     if plan not in (None, _state.plan):
         raise PlanError(
@@ -154,7 +162,7 @@ def _keep(plan: Plan | None) -> Plan:
 
 
 def _reinstall(plan: Plan) -> None:
-    patches = PatchSet.declared(changes=plan.changes, strict=plan.strict)
+    patches = PatchSet.of(plan)
     _state.patches.undo()
     patches.install()
     _state.patches = patches

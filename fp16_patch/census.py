@@ -22,7 +22,10 @@ from fp16_patch.ledger import Record, judge, merged, missing_record
 logger = logging.getLogger(__name__)
 
 ANSWER_TIMEOUT_S = 120.0
-_UNCHECKED = "nobody checked this job: fp16_patch is not live in the trainer's process, or does not know this trainer"
+_UNCHECKED = (
+    "nobody checked this job: fp16_patch is not live in the trainer's process, which `fp16-patch run --` before the "
+    "command mends, or does not know this trainer"
+)
 
 
 class Census:

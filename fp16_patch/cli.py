@@ -1,4 +1,4 @@
-"""`fp16-patch`: doctor, run, report, analyze, watch, matrix, demo."""
+"""`fp16-patch`: doctor, run, report, analyze, watch, matrix, diff, demo."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from fp16_patch import __version__
 from fp16_patch.errors import Fp16PatchError
 from fp16_patch.plan import Plan
 
+_MODE_OF_DTYPE = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 _PASS_THROUGH = {"ignore_unknown_options": True, "allow_interspersed_args": False}
 
 
@@ -216,6 +217,7 @@ def matrix(checked: tuple[str, ...], added: tuple[str, ...]) -> None:
 
     from fp16_patch import matrix as releases
     from fp16_patch import matrix_tables as tables
+    from fp16_patch.declarations import declared_patches
 
     console, hold = Console(), True
     try:
@@ -231,8 +233,49 @@ def matrix(checked: tuple[str, ...], added: tuple[str, ...]) -> None:
     except Fp16PatchError as problem:
         raise click.ClickException(str(problem)) from problem
     if not checked and not added:
-        tables.print_matrix(releases.declared(), console)
+        tables.print_matrix(declared_patches(), console)
     sys.exit(0 if hold else 1)
+
+
+@main.command()
+@click.option(
+    "--source", required=True, type=click.Path(path_type=Path), help="The source tree, which itself is left alone."
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(list(_MODE_OF_DTYPE)),
+    default="float16",
+    show_default=True,
+    help="What every role is to compute in.",
+)
+@click.option("--output", type=click.Path(path_type=Path), help="Write the diff here [default: standard output].")
+def diff(source: Path, dtype: str, output: Path | None) -> None:
+    """Write a unified diff that makes a source tree, of a fork for example, compute as it does under the plan.
+
+    It does by edit what the patches do at run time, for a tree that is to run without fp16_patch. Standard error says
+    what becomes of each patch, and what is lost: checks, refusals, measurements. Settings are those of the environment
+    (FP16_PATCH_INIT_SCALE=1024). Exit code 0: all is known, 1: there is code without an edit, and roles may disagree.
+
+    \b
+    Examples:
+      fp16-patch diff --source ../our_verl | patch -p1 -d ../our_verl
+      fp16-patch diff --source ../our_verl --dtype bfloat16 --output bf16.diff
+    """
+    from rich.console import Console
+
+    from fp16_patch import fork
+    from fp16_patch import matrix_tables as tables
+
+    try:
+        text, outcomes = fork.diff_of(source, _plan("fp16", _MODE_OF_DTYPE[dtype]))
+        if output is None:
+            click.echo(text.encode(), nl=False)
+        else:
+            fork.write(text, output)
+    except Fp16PatchError as problem:
+        raise click.ClickException(str(problem)) from problem
+    tables.print_outcomes(str(source), outcomes, Console(stderr=True))
+    sys.exit(0 if fork.complete(outcomes) else 1)
 
 
 @main.command()

@@ -13,7 +13,12 @@ from fp16_patch.activation import ledger
 def watch_compute(module: nn.Module, role: str) -> None:
     """Note for `role` what the linear layers of `module` compute in, at each forward."""
     for linear in _first_linear_of_each_tower(module):
-        linear.register_forward_hook(_ComputeWatch(role))
+        watch_linear(linear, role)
+
+
+def watch_linear(linear: nn.Module, role: str) -> None:
+    """Note for `role` what one linear layer computes in, at each forward; it may return its bias beside the output."""
+    linear.register_forward_hook(_ComputeWatch(role))
 
 
 def _first_linear_of_each_tower(module: nn.Module) -> list[nn.Linear]:
@@ -32,7 +37,8 @@ class _ComputeWatch:
     def __init__(self, role: str) -> None:
         self.role = role
 
-    def __call__(self, linear: nn.Linear, inputs: Any, output: torch.Tensor) -> None:
+    def __call__(self, linear: Any, inputs: Any, output: Any) -> None:
+        output = output[0] if isinstance(output, tuple) else output
         device = output.device.type
         enabled = torch.is_autocast_enabled(device)
         ledger().note(self.role, "autocast", torch.get_autocast_dtype(device) if enabled else output.dtype)

@@ -9,8 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from fp16_patch.declarations import declared_patches, installed_release
 from fp16_patch.errors import Conflict, Fp16PatchError, PlanError
-from fp16_patch.patching import PatchSet, installed_release
 from fp16_patch.plan import MODE_ENV, Plan
 
 PACKAGES = ("torch", "transformers", "ray", "verl", "vllm", "openrlhf", "deepspeed", "wrapt")
@@ -55,12 +55,12 @@ def examine(plan: Plan, command: Sequence[str] = ()) -> Examination:
     Args:
         command: as for a shell, e.g. `python -m verl.trainer.main_ppo actor_rollout_ref.actor.strategy=fsdp2`.
     """
-    patches = PatchSet.declared(changes=True, strict=plan.strict)
-    problems = [str(verdict) for verdict in patches.verdicts if verdict.refused]
+    verdicts = [patch.verify() for patch in declared_patches()]
+    problems = [str(verdict) for verdict in verdicts if verdict.unknown]
     versions = {name: _release(name) for name in PACKAGES}
     if not any(versions[name] for name in _FRAMEWORKS):
         problems.append("neither verl nor OpenRLHF is installed here. Fix: pip install one of them")
-    concerned = [verdict for verdict in patches.verdicts if versions.get(verdict.patch.framework)]
+    concerned = [verdict for verdict in verdicts if versions.get(verdict.patch.framework)]
     examination = Examination(
         problems, versions, list(_devices()), {verdict.patch.name: str(verdict) for verdict in concerned}
     )

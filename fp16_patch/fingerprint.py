@@ -31,6 +31,11 @@ def definition(source: str, qualname: str) -> str | None:
     return textwrap.dedent("\n".join(source.splitlines()[_first_row(node) - 1 : _last_row(node)]))
 
 
+def parsed(source: str, qualname: str) -> Definition | None:
+    """The definition's syntax tree; None if it is absent."""
+    return _definitions_of(source).get(qualname)
+
+
 @lru_cache(maxsize=32)
 def _definitions_of(source: str) -> dict[str, Definition]:
     return dict(_definitions(ast.parse(source).body, ""))

@@ -31,7 +31,8 @@ class Ledger:
     """What this process saw.
 
     Attributes:
-        kind: what the process is: `driver`, `task_runner`, `worker`, `server`, `engine_core`, `sampler_worker`.
+        kind: what the process is: `driver`, `task_runner`, `worker`, `server`, `engine_core`, `sampler_worker`;
+            `task_runner_v0` runs verl's V0 trainer.
         rank: its rank in the learner's process group, if it has one.
         cleared: the driver has judged the whole job and allows optimizer steps.
     """

@@ -7,18 +7,19 @@ fingerprint of one that the patch was written for.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.version import Version
 
+from fp16_patch.declarations import Patch, Status, Variant, Verdict, declared_patches, nearest, patches_dir
 from fp16_patch.errors import SourceError
 from fp16_patch.fingerprint import definition
-from fp16_patch.patching import Patch, PatchSet, Status, Verdict, patches_dir, settled
 from fp16_patch.sources import Sources, Tree
 from fp16_patch.wheels import download, newest
 
@@ -42,7 +43,7 @@ class Release:
         Raises:
             SourceError: not a package that we patch, not exactly one release of it, or pip finds none.
         """
-        packages = sorted({patch.package for patch in declared()})
+        packages = sorted({patch.package for patch in declared_patches()})
         fix = f"give one release of {', '.join(packages)}, such as {packages[-1]}==1.2.3"
         try:
             requirement = Requirement(text)
@@ -59,10 +60,6 @@ class Release:
         return f"{self.package}=={self.version}"
 
 
-def declared() -> tuple[Patch, ...]:
-    return PatchSet.declared(changes=True, strict=False).patches
-
-
 def known_releases(patches: Iterable[Patch]) -> list[str]:
     """Every release that one of the patches names, oldest first."""
     return sorted({release for patch in patches for release in patch.releases}, key=Version)
@@ -70,7 +67,7 @@ def known_releases(patches: Iterable[Patch]) -> list[str]:
 
 def check(sources: Sources, patches: Iterable[Patch], release: str | None) -> list[Verdict]:
     """Compare the targets there with those that the patches were written for; imports nothing."""
-    return list(settled(patch.judge(sources, release) for patch in patches))
+    return [patch.judge(sources, release) for patch in patches]
 
 
 def check_releases(releases: Sequence[Release]) -> list[list[Verdict]]:
@@ -95,17 +92,37 @@ def check_tree(path: Path) -> list[Verdict]:
     Raises:
         SourceError: there is no such directory, or nothing in it is patched.
     """
-    verdicts = check(Tree(path), declared(), None)
+    verdicts = check(Tree(path), declared_patches(), None)
     packages = {verdict.patch.package for verdict in verdicts if verdict.fingerprint is not None}
     if not packages:
         known = ", ".join(sorted({verdict.patch.package for verdict in verdicts}))
         raise SourceError(f"{path}: holds no code that is patched, of {known}. Fix: name the directory these lie in")
-    return [verdict for verdict in verdicts if verdict.patch.package in packages]
+    return _excused([verdict for verdict in verdicts if verdict.patch.package in packages])
+
+
+def _excused(verdicts: Sequence[Verdict]) -> list[Verdict]:
+    """What a tree lacks is not needed there if the release that most of the tree is like does without it."""
+    like = {package: _most_like(verdicts, package) for package in {verdict.patch.package for verdict in verdicts}}
+    return [
+        replace(verdict, status=Status.EXEMPT, exemption=exemption)
+        if verdict.unknown and (exemption := verdict.patch.exemption_in(like[verdict.patch.package]))
+        else verdict
+        for verdict in verdicts
+    ]
+
+
+def _most_like(verdicts: Iterable[Verdict], package: str) -> str | None:
+    of_it = [verdict for verdict in verdicts if verdict.patch.package == package]
+    same = {
+        release: sum(verdict.variant.releases.get(release) == verdict.fingerprint for verdict in of_it)
+        for release in known_releases(verdict.patch for verdict in of_it)
+    }
+    return max(reversed(same), key=lambda release: same[release], default=None)
 
 
 def covered(verdicts: Iterable[Verdict]) -> bool:
     """Whether every patch applies or is not needed."""
-    return not any(verdict.refused for verdict in verdicts)
+    return not any(verdict.unknown for verdict in verdicts)
 
 
 def add_release(release: Release) -> tuple[list[Verdict], dict[str, str]]:
@@ -124,50 +141,57 @@ def add_release(release: Release) -> tuple[list[Verdict], dict[str, str]]:
     with TemporaryDirectory() as folder:
         new = download(release.package, release.version, Path(folder) / release.version)
         verdicts = check(new, _of(release.package), release.version)
-        changed = [verdict.patch for verdict in verdicts if verdict.status is Status.CHANGED]
-        diffs = _differences(changed, release, new, Path(folder))
+        diffs = _differences(verdicts, release, new, Path(folder))
     for verdict in verdicts:
         if verdict.status is Status.APPLIES and release.version not in verdict.patch.releases:
-            declare(verdict.patch, release.version, str(verdict.fingerprint))
+            declare(verdict, release.version)
     return verdicts, diffs
 
 
-def _differences(changed: Sequence[Patch], release: Release, new: Sources, folder: Path) -> dict[str, str]:
-    former = {patch.name: nearest(patch, release.version) for patch in changed if patch.releases}
+def _differences(verdicts: Sequence[Verdict], release: Release, new: Sources, folder: Path) -> dict[str, str]:
+    changed = [verdict for verdict in verdicts if verdict.status is Status.CHANGED and verdict.variant.releases]
+    former = {verdict.patch.name: str(nearest(verdict.variant.releases, release.version)) for verdict in changed}
     known = {version: download(release.package, version, folder / version) for version in set(former.values())}
     return {
-        patch.name: difference(patch, (former[patch.name], known[former[patch.name]]), (release.version, new))
-        for patch in changed
-        if patch.releases
+        name: difference(verdict.variant, (former[name], known[former[name]]), (release.version, new))
+        for verdict in changed
+        if (name := verdict.patch.name)
     }
 
 
-def nearest(patch: Patch, version: str) -> str:
-    """The newest known release before this one, else the oldest after it."""
-    known = known_releases([patch])
-    before = [release for release in known if Version(release) <= Version(version)]
-    return before[-1] if before else known[0]
-
-
-def difference(patch: Patch, old: tuple[str, Sources], new: tuple[str, Sources]) -> str:
+def difference(variant: Variant, old: tuple[str, Sources], new: tuple[str, Sources]) -> str:
     """What differs in the target between two named sources, as a unified diff."""
-    before, after = (_lines(patch, sources) for _, sources in (old, new))
-    names = [f"{patch.target} {name}" for name, _ in (old, new)]
+    before, after = (_lines(variant, sources) for _, sources in (old, new))
+    names = [f"{variant.target} {name}" for name, _ in (old, new)]
     return "\n".join(difflib.unified_diff(before, after, names[0], names[1], lineterm=""))
 
 
-def _lines(patch: Patch, sources: Sources) -> list[str]:
-    return (definition(sources.read(patch.module) or "", patch.qualname) or "").splitlines()
+def _lines(variant: Variant, sources: Sources) -> list[str]:
+    return (definition(sources.read(variant.module) or "", variant.qualname) or "").splitlines()
 
 
-def declare(patch: Patch, version: str, fingerprint: str) -> None:
-    """Write a release into the patch's file, in the order of releases; `[releases]` is the last table in it."""
+def declare(verdict: Verdict, version: str) -> None:
+    """Write a release and its fingerprint into the table of the variant that the verdict names, oldest first."""
+    patch, index = verdict.patch, verdict.patch.variants.index(verdict.variant)
     path = patches_dir() / patch.framework / f"{patch.name}.toml"
-    head, table, _ = path.read_text(encoding="utf-8").partition("[releases]\n")
-    releases = sorted((patch.releases | {version: fingerprint}).items(), key=lambda item: Version(item[0]))
+    parts = _RELEASES.split(path.read_text(encoding="utf-8"))
+    # A part is what stands between two such tables: the lines of the former, and what comes next.
+    header, body = parts[2 * index + 1], parts[2 * index + 2]
+    rows = _ROWS.match(body)
+    rest = body[rows.end() :] if rows else body
+    releases = sorted((verdict.variant.releases | {version: str(verdict.fingerprint)}).items(), key=_by_release)
     lines = "".join(f'"{name}" = "{value}"\n' for name, value in releases)
-    path.write_text(f"{head}{table}{lines}", encoding="utf-8")
+    parts[2 * index + 1 : 2 * index + 3] = [header, lines + rest]
+    path.write_text("".join(parts), encoding="utf-8")
+
+
+_RELEASES = re.compile(r"(^\[(?:variant\.)?releases\]\n)", re.MULTILINE)
+_ROWS = re.compile(r'(?:".*\n)*')
+
+
+def _by_release(item: tuple[str, str]) -> Version:
+    return Version(item[0])
 
 
 def _of(package: str) -> Sequence[Patch]:
-    return [patch for patch in declared() if patch.package == package]
+    return [patch for patch in declared_patches() if patch.package == package]

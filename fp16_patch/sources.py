@@ -40,8 +40,12 @@ class Tree:
         self._roots = (path, path / "src")
 
     def read(self, module: str) -> str | None:
-        path = _first_file(self._roots, module.split("."))
+        path = self.file(module)
         return None if path is None else path.read_text(encoding="utf-8")
+
+    def file(self, module: str) -> Path | None:
+        """Where the source of a module lies; None if it is not there."""
+        return _first_file(self._roots, module.split("."))
 
 
 def installed_file(module: str) -> Path | None:

@@ -28,6 +28,11 @@ def history_of(engine: Any) -> StepHistory:
     return getattr(engine, _HISTORY)  # type: ignore[no-any-return]
 
 
+def share_history(engine: Any, other: Any) -> None:
+    """Let another object of the framework have the record of an engine's steps, too."""
+    setattr(other, _HISTORY, history_of(engine))
+
+
 class WatchedEngine(ABC):
     """One optimizer step of a framework's engine.
 

@@ -55,6 +55,14 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_value_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny_model` with an untrained head that gives each token one number."""
+    from integration.cpu.tiny_model import make_random_value_model
+
+    return make_random_value_model(tmp_path_factory.mktemp("tiny_value_model"), tiny_model)
+
+
+@pytest.fixture(scope="session")
 def tiny_reward_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model that scores sequences, with the tokenizer of `tiny_model`."""
     from integration.cpu.tiny_model import make_random_reward_model

@@ -1,7 +1,7 @@
-"""What `fp16-patch run` puts on PYTHONPATH: Python imports it at start, and it activates when OpenRLHF is imported.
+"""What `fp16-patch run` puts on PYTHONPATH: Python imports it at start, and it activates when a framework is imported.
 
-OpenRLHF has no plugins, and its launching process nothing else that could import us. A sitecustomize that this one
-shadows runs as it would have.
+OpenRLHF has no plugins, verl before 0.9 has none, and the launching process nothing else that could import us. A
+sitecustomize that this one shadows runs as it would have.
 """
 
 import sys
@@ -20,14 +20,15 @@ def _run_the_shadowed() -> None:
         sys.modules[__name__] = ours  # type: ignore[assignment]
 
 
-def _activate_with_openrlhf() -> None:
+def _activate_with_a_framework() -> None:
     import wrapt
 
     from fp16_patch import wanted
 
     if wanted():
         wrapt.register_post_import_hook(lambda _openrlhf: __import__("fp16_patch.openrlhf"), "openrlhf")
+        wrapt.register_post_import_hook(lambda _verl: __import__("fp16_patch.verl"), "verl")
 
 
-_activate_with_openrlhf()
+_activate_with_a_framework()
 _run_the_shadowed()

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from fp16_patch import matrix, patching
+from fp16_patch import declarations, matrix
 from fp16_patch.cli import main
+from fp16_patch.declarations import Status, Verdict
 from fp16_patch.errors import SourceError
 from fp16_patch.fingerprint import fingerprint
 from fp16_patch.matrix import Release
-from fp16_patch.patching import Status, Verdict
 
 ENGINE = "class Engine:\n    def step(self, x):\n        return x{0}\n\n    def load(self):\n        return {1}\n"
 TOML = """target   = "verl.workers.engine:Engine.{name}"
@@ -29,7 +29,7 @@ retire   = "never"
 
 
 @pytest.fixture
-def declarations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def declared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A checkout's `patches/` with two patches, written for verl 0.9.1 as `release` makes it by default."""
     folder = tmp_path / "patches" / "verl"
     folder.mkdir(parents=True)
@@ -37,7 +37,7 @@ def declarations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         known = fingerprint(ENGINE.format("", "1"), f"Engine.{name}")
         (folder / f"engine-{name}.toml").write_text(TOML.format(name=name, fingerprint=known))
     monkeypatch.setattr(matrix, "patches_dir", lambda: folder.parent)
-    monkeypatch.setattr(patching, "patches_dir", lambda: folder.parent)
+    monkeypatch.setattr(declarations, "patches_dir", lambda: folder.parent)
     return folder
 
 
@@ -69,7 +69,7 @@ def states(verdicts: list[Verdict]) -> dict[str, Status]:
 
 @pytest.mark.parametrize("purelib", [False, True])
 def test_a_release_is_checked_without_installing_it(
-    declarations: Path, release: Callable[..., Path], purelib: bool
+    declared: Path, release: Callable[..., Path], purelib: bool
 ) -> None:
     release("0.9.2", load="2", purelib=purelib)
     (verdicts,) = matrix.check_releases([Release("verl", "0.9.2")])
@@ -78,7 +78,7 @@ def test_a_release_is_checked_without_installing_it(
     assert not matrix.covered(verdicts)
 
 
-def test_a_target_that_is_gone_is_not_there(declarations: Path, release: Callable[..., Path]) -> None:
+def test_a_target_that_is_gone_is_not_there(declared: Path, release: Callable[..., Path]) -> None:
     gone = release("0.9.2")
     with zipfile.ZipFile(gone) as wheel:
         members = {name: wheel.read(name) for name in wheel.namelist() if not name.endswith("__init__.py")}
@@ -89,37 +89,37 @@ def test_a_target_that_is_gone_is_not_there(declarations: Path, release: Callabl
     assert set(states(verdicts).values()) == {Status.MISSING}
 
 
-def test_adding_declares_what_holds_and_shows_what_does_not(declarations: Path, release: Callable[..., Path]) -> None:
+def test_adding_declares_what_holds_and_shows_what_does_not(declared: Path, release: Callable[..., Path]) -> None:
     release("0.9.1")
     release("0.10.0", load="2")
-    untouched = (declarations / "engine-load.toml").read_text()
+    untouched = (declared / "engine-load.toml").read_text()
 
     verdicts, diffs = matrix.add_release(Release("verl", "0.10.0"))
 
-    assert (declarations / "engine-load.toml").read_text() == untouched
+    assert (declared / "engine-load.toml").read_text() == untouched
     known = fingerprint(ENGINE.format("", "1"), "Engine.step")
-    text = (declarations / "engine-step.toml").read_text()
+    text = (declared / "engine-step.toml").read_text()
     assert text == TOML.format(name="step", fingerprint=known) + f'"0.10.0" = "{known}"\n'
     assert list(diffs) == ["engine-load"]
     assert "-    return 1\n+    return 2" in diffs["engine-load"]
     assert "Engine.load 0.9.1" in diffs["engine-load"]
     assert matrix.known_releases([verdict.patch for verdict in verdicts]) == ["0.9.1"]
-    assert matrix.known_releases(matrix.declared()) == ["0.9.1", "0.10.0"]
+    assert matrix.known_releases(declarations.declared_patches()) == ["0.9.1", "0.10.0"]
 
 
 def test_adding_twice_changes_nothing_and_older_releases_come_first(
-    declarations: Path, release: Callable[..., Path]
+    declared: Path, release: Callable[..., Path]
 ) -> None:
     release("0.9.0")
     matrix.add_release(Release("verl", "0.9.0"))
-    once = (declarations / "engine-step.toml").read_text()
+    once = (declared / "engine-step.toml").read_text()
     matrix.add_release(Release("verl", "0.9.0"))
-    assert (declarations / "engine-step.toml").read_text() == once
+    assert (declared / "engine-step.toml").read_text() == once
     assert once.index('"0.9.0"') < once.index('"0.9.1"')
 
 
 def test_an_installed_package_is_not_written_to(
-    declarations: Path, release: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    declared: Path, release: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     release("0.9.2")
     monkeypatch.setattr(matrix, "patches_dir", lambda: Path(matrix.__file__).parent / "patches")
@@ -127,27 +127,19 @@ def test_an_installed_package_is_not_written_to(
         matrix.add_release(Release("verl", "0.9.2"))
 
 
-def test_the_nearest_known_release_is_the_one_before(declarations: Path) -> None:
-    (patch, *_) = matrix.declared()
-    patch.releases.update({"0.7.0": "x", "0.8.0": "y"})
-    assert [matrix.nearest(patch, version) for version in ("0.5.0", "0.7.1", "0.10.0")] == ["0.7.0", "0.7.0", "0.9.1"]
-
-
 @pytest.mark.parametrize("text", ["verl>=0.9", "verl==0.9,!=0.9.1", "nonsense==1.0", "== what"])
-def test_what_is_not_one_release_is_refused_with_an_example(declarations: Path, text: str) -> None:
+def test_what_is_not_one_release_is_refused_with_an_example(declared: Path, text: str) -> None:
     with pytest.raises(SourceError, match=r"Fix: give one release of verl, such as verl==1.2.3"):
         Release.parse(text)
 
 
-def test_a_release_that_pip_does_not_find_is_named(declarations: Path, release: Callable[..., Path]) -> None:
+def test_a_release_that_pip_does_not_find_is_named(declared: Path, release: Callable[..., Path]) -> None:
     shown = CliRunner().invoke(main, ["matrix", "--check", "verl==99.0"])
     assert shown.exit_code == 1
     assert "verl==99.0: pip cannot download a wheel of it: ERROR: No matching distribution" in shown.output
 
 
-def test_a_source_tree_is_checked_like_a_release(
-    declarations: Path, release: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_a_source_tree_is_checked_like_a_release(declared: Path, release: Callable[..., Path], tmp_path: Path) -> None:
     shutil.unpack_archive(release("0.9.1", load="2"), tmp_path / "fork" / "src", "zip")
     assert states(matrix.check_tree(tmp_path / "fork")) == {
         "engine-load": Status.CHANGED,
@@ -161,13 +153,13 @@ def test_a_source_tree_is_checked_like_a_release(
 @pytest.mark.parametrize(
     ("folder", "message"), [("empty", "holds no code that is patched"), ("no", "no such directory")]
 )
-def test_a_tree_without_a_framework_is_refused(declarations: Path, tmp_path: Path, folder: str, message: str) -> None:
+def test_a_tree_without_a_framework_is_refused(declared: Path, tmp_path: Path, folder: str, message: str) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(SourceError, match=f"{message}.* Fix: name the directory"):
         matrix.check_tree(tmp_path / folder)
 
 
-def test_the_commands_show_what_they_found(declarations: Path, release: Callable[..., Path]) -> None:
+def test_the_commands_show_what_they_found(declared: Path, release: Callable[..., Path]) -> None:
     release("0.9.1")
     release("0.9.2", load="2")
     show = CliRunner(env={"COLUMNS": "200"})
@@ -187,16 +179,48 @@ def test_the_commands_show_what_they_found(declarations: Path, release: Callable
     assert {name: row.count("●") for name, row in rows.items()} == {"engine-load": 1, "engine-step": 2}
 
 
-def test_every_declaration_can_be_added_to() -> None:
-    """`declare` rewrites what comes after `[releases]`, which therefore has to come last."""
-    for path in sorted(patching.patches_dir().glob("*/*.toml")):
-        _, _, releases = path.read_text().partition("[releases]\n")
-        assert releases, path
-        assert all(line.startswith('"') for line in releases.splitlines()), path
+def test_a_release_is_added_to_the_variant_that_fits(declared: Path, release: Callable[..., Path]) -> None:
+    path, known = declared / "engine-load.toml", fingerprint(ENGINE.format("", "7"), "Engine.load")
+    before = path.read_text()
+    variant = f"""
+[[variant]]
+target = "verl.workers.engine:Engine.load"
+hook   = "fp16_patch.verl.engine:other"
+
+[variant.releases]
+"0.8.0" = "{known}"
+
+[[variant]]
+target = "verl.workers.engine:Engine.other"
+hook   = "fp16_patch.verl.engine:other"
+
+[variant.releases]
+"0.7.0" = "x"
+"""
+    path.write_text(before + variant)
+    release("0.8.1", load="7")
+    matrix.add_release(Release("verl", "0.8.1"))
+    assert path.read_text() == before + variant.replace(f'"{known}"\n', f'"{known}"\n"0.8.1" = "{known}"\n')
+    release("0.9.2")
+    matrix.add_release(Release("verl", "0.9.2"))
+    assert (
+        path.read_text()
+        .partition("\n[[")[0]
+        .endswith(f'"0.9.2" = "{fingerprint(ENGINE.format("", "1"), "Engine.load")}"\n')
+    )
 
 
-def exempt(declarations: Path, releases: str, reason: str) -> None:
-    path = declarations / "engine-load.toml"
+@pytest.mark.parametrize("path", sorted(declarations.patches_dir().glob("*/*.toml")), ids=lambda path: path.stem)
+def test_every_declaration_can_be_added_to(path: Path) -> None:
+    """`declare` finds a variant's table by its place among the headers of tables of releases."""
+    patch, text = declarations.Patch.from_toml(path), path.read_text()
+    assert text.count("[releases]\n") == 1
+    assert text.count("[variant.releases]\n") == text.count("[[variant]]") == len(patch.variants) - 1
+    assert text.index("[releases]\n") < (text + "[[variant]]").index("[[variant]]")
+
+
+def exempt(declared: Path, releases: str, reason: str) -> None:
+    path = declared / "engine-load.toml"
     path.write_text(path.read_text().replace("[releases]", f'[exempt]\n"{releases}" = {{ {reason} }}\n\n[releases]'))
 
 
@@ -210,45 +234,36 @@ def exempt(declarations: Path, releases: str, reason: str) -> None:
     ],
 )
 def test_a_release_may_do_without_a_patch(
-    declarations: Path, release: Callable[..., Path], releases: str, version: str, status: Status
+    declared: Path, release: Callable[..., Path], releases: str, version: str, status: Status
 ) -> None:
-    exempt(declarations, releases, 'native = "it loads by itself"')
+    exempt(declared, releases, 'native = "it loads by itself"')
     release(version, load="1" if status is Status.APPLIES else "2")
     (verdicts,) = matrix.check_releases([Release("verl", version)])
     assert states(verdicts)["engine-load"] is status
     assert matrix.covered(verdicts) == (status is not Status.CHANGED)
 
 
-def test_nobody_knows_the_release_of_a_source_tree(
-    declarations: Path, release: Callable[..., Path], tmp_path: Path
+@pytest.mark.parametrize(("releases", "status"), [("==0.9.0", Status.CHANGED), ("==0.9.1", Status.EXEMPT)])
+def test_a_source_tree_does_without_what_the_release_it_is_like_does_without(
+    declared: Path, release: Callable[..., Path], tmp_path: Path, releases: str, status: Status
 ) -> None:
-    exempt(declarations, ">0", 'native = "it loads by itself"')
+    exempt(declared, releases, 'native = "it loads by itself"')
     shutil.unpack_archive(release("0.9.0", load="2"), tmp_path / "fork", "zip")
-    assert states(matrix.check_tree(tmp_path / "fork"))["engine-load"] is Status.CHANGED
-
-
-def test_a_tree_with_one_of_two_forms_needs_the_patch_of_that_form_only(
-    declarations: Path, release: Callable[..., Path], tmp_path: Path
-) -> None:
-    exempt(declarations, "==0.9.0", 'fixed_by = "engine-step"')
-    shutil.unpack_archive(release("0.9.0", load="2"), tmp_path / "fork", "zip")
-    verdicts = matrix.check_tree(tmp_path / "fork")
-    assert states(verdicts) == {"engine-load": Status.EXEMPT, "engine-step": Status.APPLIES}
-    shutil.unpack_archive(release("0.9.3", step="+1", load="2"), tmp_path / "other", "zip")
-    assert not matrix.covered(matrix.check_tree(tmp_path / "other"))
+    # Its step is that of 0.9.1; the version in its metadata is not asked for.
+    assert states(matrix.check_tree(tmp_path / "fork"))["engine-load"] is status
 
 
 def test_what_is_said_of_a_release_goes_before_what_is_known_of_another(
-    declarations: Path, release: Callable[..., Path]
+    declared: Path, release: Callable[..., Path]
 ) -> None:
-    exempt(declarations, "==0.9.2", 'native = "what it calls is mended"')
+    exempt(declared, "==0.9.2", 'native = "what it calls is mended"')
     release("0.9.2")
     (verdicts,) = matrix.check_releases([Release("verl", "0.9.2")])
     assert states(verdicts)["engine-load"] is Status.EXEMPT
 
 
-def test_the_matrix_says_why_a_release_does_without(declarations: Path, release: Callable[..., Path]) -> None:
-    exempt(declarations, "==0.9.0", 'fixed_by = "engine-step"')
+def test_the_matrix_says_why_a_release_does_without(declared: Path, release: Callable[..., Path]) -> None:
+    exempt(declared, "==0.9.0", 'fixed_by = "engine-step"')
     release("0.9.0", load="2")
     matrix.add_release(Release("verl", "0.9.0"))
     shown = CliRunner().invoke(main, ["matrix"], env={"COLUMNS": "200"})
@@ -256,20 +271,20 @@ def test_the_matrix_says_why_a_release_does_without(declarations: Path, release:
 
 
 @pytest.mark.parametrize("reason", ['because = "x"', 'native = "x", refused = "y"'])
-def test_an_exemption_has_one_known_reason(declarations: Path, reason: str) -> None:
-    exempt(declarations, "==0.9.0", reason)
+def test_an_exemption_has_one_known_reason(declared: Path, reason: str) -> None:
+    exempt(declared, "==0.9.0", reason)
     with pytest.raises(ValueError):
-        matrix.declared()
+        declarations.declared_patches()
 
 
-def test_without_a_release_the_newest_is_meant(declarations: Path, release: Callable[..., Path]) -> None:
+def test_without_a_release_the_newest_is_meant(declared: Path, release: Callable[..., Path]) -> None:
     release("0.9.1")
     release("0.10.0", load="2")
     assert Release.parse("verl") == Release("verl", "0.10.0")
 
 
-def test_a_patch_for_no_release_yet_is_shown_its_fingerprint(declarations: Path, release: Callable[..., Path]) -> None:
-    path = declarations / "engine-load.toml"
+def test_a_patch_for_no_release_yet_is_shown_its_fingerprint(declared: Path, release: Callable[..., Path]) -> None:
+    path = declared / "engine-load.toml"
     path.write_text(path.read_text().partition("[releases]")[0] + "[releases]\n")
     release("0.9.1")
     shown = CliRunner().invoke(main, ["matrix", "--add", "verl==0.9.1"], env={"COLUMNS": "200"})

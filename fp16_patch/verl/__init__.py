@@ -2,7 +2,8 @@
 
 The hooks that patches/verl/*.toml name live in this folder, one concern a file: what the configuration says (`config`),
 the FSDP engine's step (`engine`), FP32 numerics (`numerics`), scaler state (`checkpoint`), exported weights (`export`),
-weights on the way to the sampler (`wire`), the sampler's processes (`rollout`), the driver (`trainer`).
+weights on the way to the sampler (`wire`), the sampler's processes (`rollout`), the driver (`driver`, by the hooks in
+`trainer` and `trainer_v0`).
 """
 
 from fp16_patch.activation import activate

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,28 +22,38 @@ _STATE = ("scale", "_growth_tracker")
 
 def save_checkpoint(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
     """`FSDPEngine.save_checkpoint`: the scale, its growth counter and the step counters go with the model."""
-    result = wrapped(*args, **kwargs)
-    if scaler_of(engine) is not None and current_plan().changes:
-        state = engine.scaler.state_dict()
+    return save_with_scaler(engine, wrapped, args, kwargs)
+
+
+def load_checkpoint(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
+    """`FSDPEngine.load_checkpoint`: go on with the saved scale; its factors and interval are the plan's."""
+    return load_with_scaler(engine, wrapped, args, kwargs)
+
+
+def save_with_scaler(owner: Any, save: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Save as verl does, and beside it the state of the scaler that `owner` has."""
+    result = save(*args, **kwargs)
+    if scaler_of(owner) is not None and current_plan().changes:
+        state = owner.scaler.state_dict()
         saved = {
             "version": _VERSION,
             "scaler": {name: state[name] for name in _STATE},
-            "history": history_of(engine).state_dict(),
+            "history": history_of(owner).state_dict(),
         }
         _state_file(_path_of(args, kwargs)).write_text(json.dumps(saved), encoding="utf-8")
     return result
 
 
-def load_checkpoint(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
-    """`FSDPEngine.load_checkpoint`: go on with the saved scale; its factors and interval are the plan's."""
+def load_with_scaler(owner: Any, load: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Load as verl does, and what was saved beside it into the scaler that `owner` has."""
     path = _path_of(args, kwargs)
     # Read first: verl may delete the local copy after loading it.
-    wanted = path is not None and scaler_of(engine) is not None and current_plan().changes
+    wanted = path is not None and scaler_of(owner) is not None and current_plan().changes
     saved = _agreed_state(path) if wanted else None
-    result = wrapped(*args, **kwargs)
+    result = load(*args, **kwargs)
     if saved is not None:
-        engine.scaler.load_state_dict({**engine.scaler.state_dict(), **saved["scaler"]})
-        history_of(engine).load_state_dict(saved["history"])
+        owner.scaler.load_state_dict({**owner.scaler.state_dict(), **saved["scaler"]})
+        history_of(owner).load_state_dict(saved["history"])
     return result
 
 

@@ -5,26 +5,34 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fp16_patch.activation import current_plan
 from fp16_patch.errors import Conflict, PlanError
 from fp16_patch.plan import Plan
+from fp16_patch.verl.engines import MEGATRON, engine_conflict, megatron_conflicts
 
 logger = logging.getLogger(__name__)
 
 SECTION = "fp16_patch"
-ENGINES = ("fsdp", "fsdp2")
 SAMPLERS = ("vllm",)
 
 ACTOR, REF, CRITIC = "actor_rollout_ref.actor", "actor_rollout_ref.ref", "critic"
 ROLLOUT, REWARD = "actor_rollout_ref.rollout", "reward.reward_model.rollout"
 _ENGINE_CONFIG = {ACTOR: f"{ACTOR}.fsdp_config", REF: f"{REF}.fsdp_config", CRITIC: f"{CRITIC}.fsdp"}
+# Where it is before 0.8.0.
+_LEGACY_CRITIC_CONFIG = f"{CRITIC}.model.fsdp_config"
 
 # verl's wire for weight differences stores bf16 and its vLLM receiver accepts nothing else.
 BF16_ONLY_WIRES = ("delta_sharded",)
-V0_CONFLICT = Conflict("trainer.use_v1", False, "the V0 trainer has no check of all processes", "set it to true")
+ENGINE_CONFLICT = Conflict(
+    "trainer.use_legacy_worker_impl",
+    "disable",
+    "verl's engine of this release computes in bfloat16 and scales no loss",
+    "use auto, or verl 0.8.0 or newer",
+)
 _ALIASES = {"float16": ("float16", "fp16", "half"), "bfloat16": ("bfloat16", "bf16"), "float32": ("float32", "fp32")}
 
 
@@ -54,6 +62,17 @@ def force(config: Any, **values: Any) -> None:
     """Set fields of a verl dataclass that is frozen once built."""
     for name, value in values.items():
         object.__setattr__(config, name, value)
+
+
+def force_settings(section: Any, **values: Any) -> None:
+    """Set keys of a part of verl's configuration, which is a frozen dataclass or still a `DictConfig`."""
+    from omegaconf import DictConfig, OmegaConf
+
+    if not isinstance(section, DictConfig):
+        force(section, **values)
+        return
+    for name, value in values.items():
+        OmegaConf.update(section, name, value, force_add=True)
 
 
 def _storage_dtype(config: Any, plan: Plan) -> str:
@@ -89,11 +108,11 @@ def check(config: Any, plan: Plan) -> None:
 
 def conflicts_of(config: Any, plan: Plan) -> Iterator[Conflict]:
     """Settings of a composed verl configuration that cannot be had under the plan."""
-    yield from _engine_conflicts(config)
+    yield from _engine_conflicts(config, plan)
     yield from _sampler_conflicts(config, plan)
     yield from _model_conflicts(config, plan)
-    if _select(config, "trainer.use_v1") is False:
-        yield V0_CONFLICT
+    if _select(config, "trainer.use_legacy_worker_impl") == "disable":
+        yield ENGINE_CONFLICT
     if _select(config, "actor_rollout_ref.model.use_fused_kernels") and plan.scales_loss:
         yield Conflict(
             "actor_rollout_ref.model.use_fused_kernels",
@@ -103,15 +122,18 @@ def conflicts_of(config: Any, plan: Plan) -> Iterator[Conflict]:
         )
 
 
-def _engine_conflicts(config: Any) -> Iterator[Conflict]:
+def _engine_conflicts(config: Any, plan: Plan) -> Iterator[Conflict]:
     for role, engine_config in _engine_sections(config):
         strategy = _select(config, f"{role}.strategy")
-        if strategy not in ENGINES:
-            fix = f"use {' or '.join(ENGINES)}, or FP16_PATCH=observe to measure without changing"
-            yield Conflict(f"{role}.strategy", strategy, "fp16_patch cannot vouch for this engine", fix)
-        if _select(config, f"{engine_config}.qat.enable"):
-            reason = "quantization-aware training computes in the quantized dtype"
-            yield Conflict(f"{engine_config}.qat.enable", True, reason, "set it to false")
+        conflict = engine_conflict(role, strategy)
+        if conflict is not None:
+            yield conflict
+        elif strategy == MEGATRON:
+            yield from megatron_conflicts(partial(_select, config), role, plan, trains=role != REF)
+        for qat in (f"{engine_config}.qat.enable", f"{role}.qat.enable"):
+            if _select(config, qat):
+                reason = "quantization-aware training computes in the quantized dtype"
+                yield Conflict(qat, True, reason, "set it to false")
 
 
 def _sampler_conflicts(config: Any, plan: Plan) -> Iterator[Conflict]:
@@ -187,8 +209,9 @@ def effective_dtypes(config: Any, plan: Plan) -> dict[str, str]:
     """Role → the dtype it computes in on verl 0.9.1, with the plan or (mode `observe`) without it."""
     roles = {}
     for role, engine_config in _engine_sections(config):
-        # The engine reads mixed_precision and nothing else: its `dtype` key is accepted and ignored.
-        stock = _select(config, f"{engine_config}.mixed_precision.param_dtype") or "bfloat16"
+        # The FSDP engine reads mixed_precision and nothing else: its `dtype` key is accepted and ignored.
+        key = "dtype" if _on_megatron(config, role) else "mixed_precision.param_dtype"
+        stock = _select(config, f"{engine_config}.{key}") or "bfloat16"
         roles[role.rpartition(".")[2]] = str(plan.dtype or _long_name(stock))
     for section in sampler_sections(config):
         role = "rollout" if section == ROLLOUT else "reward"
@@ -222,13 +245,27 @@ def bypasses_old_log_probs(config: Any) -> bool:
 
 def _engine_sections(config: Any) -> list[tuple[str, str]]:
     roles = [ACTOR, *([REF] if uses_ref(config) else []), *([CRITIC] if uses_critic(config) else [])]
-    return [(role, _ENGINE_CONFIG[role]) for role in roles]
+    return [(role, _engine_section(config, role)) for role in roles]
+
+
+def _engine_section(config: Any, role: str) -> str:
+    if _on_megatron(config, role):
+        return f"{role}.megatron"
+    legacy_critic = role == CRITIC and _select(config, _LEGACY_CRITIC_CONFIG) is not None
+    return _LEGACY_CRITIC_CONFIG if legacy_critic else _ENGINE_CONFIG[role]
+
+
+def _on_megatron(config: Any, role: str) -> bool:
+    return bool(_select(config, f"{role}.strategy") == MEGATRON)
 
 
 def _forced_keys(config: Any, plan: Plan) -> dict[str, Any]:
     forced: dict[str, Any] = {}
     for role, engine_config in _engine_sections(config):
-        forced[f"{engine_config}.dtype"] = plan.dtype
+        if _select(config, f"{engine_config}.dtype") is not None:  # there is no such key before 0.6.1
+            forced[f"{engine_config}.dtype"] = plan.dtype
+        if _on_megatron(config, role):
+            continue
         forced[f"{engine_config}.mixed_precision"] = mixed_precision(plan)
         key = f"{engine_config}.model_dtype"
         forced[key] = stored_dtype(_select(config, key), trains=role != REF, plan=plan)

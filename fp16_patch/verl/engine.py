@@ -34,7 +34,7 @@ def build_fsdp_module(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> nn.M
     module: nn.Module = wrapped(*args, **kwargs)
     if plan.changes:
         trains = plan.scales_loss and not engine.engine_config.forward_only
-        engine.scaler = sharded_scaler(plan, _device_type()) if trains else None
+        engine.scaler = sharded_scaler(plan, device_type()) if trains else None
     ledger().rank = engine.rank
     watch_compute(module, role_of(engine))
     return module
@@ -49,10 +49,10 @@ def gradient_sync_context(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> 
 
 def optimizer_step(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> float:
     """`FSDPEngine.optimizer_step`: no step before the driver allows it, its outcome recorded, collapse raised."""
-    _note_gradients(engine, role_of(engine))
+    note_gradients(engine.module, role_of(engine))
     outcome = _FSDPStep(engine, lambda: wrapped(*args, **kwargs)).step()
     if outcome.skipped and current_plan().changes:
-        _hold_floor(engine)
+        hold_floor(engine.scaler)
     return outcome.grad_norm
 
 
@@ -72,26 +72,28 @@ def train_batch(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
     if history.last is None or not engine.is_mp_src_rank_with_outputs():
         return outputs
     # Lists: the worker chains them over ranks and mini-batches.
-    outputs["metrics"].update({name: [value] for name, value in _wire_metrics(history).items()})
+    outputs["metrics"].update({name: [value] for name, value in wire_metrics(history).items()})
     if history.last.skipped and current_plan().changes:
         outputs["metrics"].pop("grad_norm", None)
     return outputs
 
 
-def _wire_metrics(history: StepHistory) -> dict[str, float]:
+def wire_metrics(history: StepHistory) -> dict[str, float]:
+    """The outcome of the last step under names that verl reduces in the right way."""
     # verl reduces over mini-batches by name: a mean, unless the name says min or max.
     reduction = {"fp16/loss_scale": "/min", "fp16/skipped_total": "/max", "fp16/consecutive_skips": "/max"}
     return {name + reduction.get(name, ""): value for name, value in history.metrics().items()}
 
 
-def _device_type() -> str:
+def device_type() -> str:
+    """torch's name of the device that verl computes on."""
     from verl.utils.device import get_device_name
 
     return str(get_device_name())
 
 
-def _scale(engine: Any) -> float | None:
-    scaler = scaler_of(engine)
+def scale_of(scaler: Any) -> float | None:
+    """The loss scale in force; None without a scaler, or with one that torch has disabled."""
     return float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else None
 
 
@@ -101,7 +103,7 @@ class _FSDPStep(WatchedEngine):
         self._take = take
 
     def loss_scale(self) -> float | None:
-        return _scale(self.engine)
+        return scale_of(scaler_of(self.engine))
 
     def take(self) -> float:
         return self._take()
@@ -116,15 +118,17 @@ class _FSDPStep(WatchedEngine):
         return nonfinite_parameters(local_gradients(self.engine.module))
 
 
-def _hold_floor(engine: Any) -> None:
+def hold_floor(scaler: Any) -> None:
+    """Raise the scale to the plan's floor if an overflow has taken it below."""
     plan = current_plan()
-    scale = _scale(engine)
+    scale = scale_of(scaler)
     if scale is not None and scale < plan.min_scale:
-        engine.scaler.update(float(plan.min_scale))
+        scaler.update(float(plan.min_scale))
 
 
-def _note_gradients(engine: Any, role: str) -> None:
-    parameters = [parameter for parameter in engine.module.parameters() if parameter.grad is not None]
+def note_gradients(module: nn.Module, role: str) -> None:
+    """Note the dtypes of gradients and of the parameters they are for, before a step."""
+    parameters = [parameter for parameter in module.parameters() if parameter.grad is not None]
     ledger().note(role, "gradient", *(parameter.grad.dtype for parameter in parameters))
     ledger().note(role, "master", *(parameter.dtype for parameter in parameters))
 

@@ -26,7 +26,7 @@ def _in_fp32(logits: torch.Tensor, temperature: torch.Tensor, *, is_unit_tempera
     if not is_unit_temperature:
         # One FP32 temperature a row promotes the quotient; upcasting the logits first would cost a copy of them.
         return logits / temperature.float().clamp(min=_SMALLEST_TEMPERATURE)
-    return logits if _autocast_upcasts_softmax() else logits.float()
+    return logits if autocast_upcasts_softmax() else logits.float()
 
 
 def divide_in_fp32(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> dict[str, Any]:
@@ -34,8 +34,8 @@ def divide_in_fp32(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> dict[st
     output, micro_batch = _argument(0, "output", args, kwargs), _argument(2, "micro_batch", args, kwargs)
     # Fused kernels return log-probs and no logits.
     if current_plan().changes and getattr(output, "logits", None) is not None:
-        unit = _is_unit(micro_batch["temperature"])
-        output.logits = output.logits if unit and _autocast_upcasts_softmax() else output.logits.float()
+        unit = is_unit(micro_batch["temperature"])
+        output.logits = output.logits if unit and autocast_upcasts_softmax() else output.logits.float()
     return wrapped(*args, **kwargs)  # type: ignore[no-any-return]
 
 
@@ -43,12 +43,13 @@ def _argument(position: int, name: str, args: Any, kwargs: Any) -> Any:
     return kwargs[name] if name in kwargs else args[position]
 
 
-def _is_unit(temperature: Any) -> bool:
+def is_unit(temperature: Any) -> bool:
+    """Whether dividing by the temperature does nothing, as far as one can tell without waiting for the device."""
     # One that differs from row to row lies on the device, and looking at it would wait for the device.
     return not isinstance(temperature, torch.Tensor) and float(temperature) == 1.0
 
 
-def _autocast_upcasts_softmax() -> bool:
+def autocast_upcasts_softmax() -> bool:
     """CUDA's autocast runs softmax, log_softmax and logsumexp in FP32 by itself."""
     return bool(torch.is_autocast_enabled("cuda"))
 

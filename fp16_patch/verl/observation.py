@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 # Rides in the batch from the driver to the ranks, as JSON: run, round, and whether to measure the noise floor.
 ORDER = "fp16_patch_observe"
 _observers: dict[str, Observer] = {}
-_guard = Guard(logger, "the mismatch is not observed on this rank, training goes on")
+guard = Guard(logger, "the mismatch is not observed on this rank, training goes on")
 
 
 def infer_batch(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
@@ -31,9 +31,9 @@ def infer_batch(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
     if order is None or role_of(engine) != "actor":
         return outputs
     run, number, rescore = order
-    floor = _guard.run(lambda: _noise_floor(wrapped, data, outputs)) if rescore else None
+    floor = guard.run(lambda: _noise_floor(wrapped, data, outputs)) if rescore else None
     if engine.is_mp_src_rank_with_outputs():
-        _guard.run(lambda: _observe(engine, data, outputs, run, number, floor))
+        guard.run(lambda: _observe(engine, data, outputs, run, number, floor))
     return outputs
 
 
@@ -76,24 +76,47 @@ def _order_in(data: Any) -> tuple[str, int, bool] | None:
 
 def _observe(engine: Any, data: Any, outputs: Any, run: str, number: int, floor: MismatchStats | None) -> None:
     rank, size = engine.get_data_parallel_rank(), engine.get_data_parallel_size()
+    stats = _compare(data, outputs["model_output"]["log_probs"], first_sequence=rank * len(data))
+    observer_of(run, rank, size).observe(number, stats, floor)
+
+
+def observer_of(run: str, rank: int, size: int) -> Observer:
+    """This rank's observer of a run.
+
+    Args:
+        rank: among the ranks that have sequences of their own.
+        size: number of those.
+    """
     if run not in _observers:
         _observers.clear()
         _observers[run] = Observer(run, rank, size)
-    stats = _compare(data, outputs["model_output"]["log_probs"], first_sequence=rank * len(data))
-    _observers[run].observe(number, stats, floor)
+    return _observers[run]
 
 
 def _compare(data: Any, log_probs: Tensor, first_sequence: int) -> MismatchStats:
-    lengths, sequence_lengths = data["responses"].offsets().diff(), data["input_ids"].offsets().diff()
-    learner = response_log_probs(log_probs, lengths.cpu(), sequence_lengths.cpu())
+    learner = response_log_probs(log_probs, *_lengths(data))
     sampler, mask, tokens = (
-        data[name].to_padded_tensor(0).to(learner.device, non_blocking=True)
+        _padded(data[name], learner.shape[1]).to(learner.device, non_blocking=True)
         for name in ("rollout_log_probs", "response_mask", "responses")
     )
     stats: MismatchStats = MismatchStats.from_log_probs(
         sampler, learner, mask, token_ids=tokens, first_sequence=first_sequence
     )
     return stats
+
+
+def _lengths(data: Any) -> tuple[Tensor, Tensor]:
+    """Tokens of each response and of each whole sequence, on the host."""
+    sequences, responses = data["input_ids"].offsets().diff(), data["responses"]
+    if responses.is_nested:
+        return responses.offsets().diff().cpu(), sequences.cpu()
+    # The V0 trainer pads responses on the right.
+    return data["attention_mask"][:, -responses.shape[1] :].sum(dim=1).cpu(), sequences.cpu()
+
+
+def _padded(values: Tensor, width: int) -> Tensor:
+    padded = values.to_padded_tensor(0) if values.is_nested else values
+    return padded[:, :width]
 
 
 def _noise_floor(infer: Any, data: Any, outputs: Any) -> MismatchStats | None:
@@ -122,9 +145,9 @@ def _data_has_company(data: Any) -> bool:
 
 
 def _compare_with_itself(data: Any, alone: Any, together: Tensor, again: Tensor, rows: list[int]) -> MismatchStats:
-    lengths, sequence_lengths = data["responses"].offsets().diff(), data["input_ids"].offsets().diff()
-    first = response_log_probs(together, lengths.cpu(), sequence_lengths.cpu())[rows]
-    second = response_log_probs(again, lengths.cpu()[rows], sequence_lengths.cpu()[rows])
-    mask = alone["response_mask"].to_padded_tensor(0).to(first.device, non_blocking=True)
+    lengths, sequence_lengths = _lengths(data)
+    first = response_log_probs(together, lengths, sequence_lengths)[rows]
+    second = response_log_probs(again, lengths[rows], sequence_lengths[rows])
+    mask = _padded(alone["response_mask"], second.shape[1]).to(first.device, non_blocking=True)
     stats: MismatchStats = MismatchStats.from_log_probs(second, first[:, : second.shape[1]], mask)
     return stats

@@ -24,7 +24,7 @@ def request_records(engines: Sequence[Any]) -> None:
     """Have each engine's workers note what they hold, without waiting for it.
 
     Args:
-        engines: handles of asynchronous Ray actors with an `AsyncLLM` in their attribute `llm`.
+        engines: handles of Ray actors with an `AsyncLLM` or an `LLM` in their attribute `llm`.
     """
     for engine in engines:
         engine.__ray_call__.remote(_fetch)
@@ -51,6 +51,9 @@ def _fetched(ray: Any, engine: Any) -> bool:
 
 
 def _fetch(actor: Any) -> None:
+    if not hasattr(actor.llm, "output_handler"):
+        processes.keep_children(actor.llm.collective_rpc(record_of_worker))
+        return
     # Ray may call this on the actor's event loop or beside it; on it, waiting for the engine would be for ever.
     loop = actor.llm.output_handler.get_loop()
     fetch = asyncio.run_coroutine_threadsafe(_keep_workers_records(actor.llm), loop)

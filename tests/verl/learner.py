@@ -32,7 +32,8 @@ from tests.verl.folder import folder_facts
 
 # Large enough to overflow FP16 gradients, small enough for a finite FP32 loss.
 OVERFLOWING = 1e30
-SEQUENCES, TOKENS = 4, 12
+SEQUENCES, PROMPT, RESPONSE = 4, 4, 8
+TOKENS = PROMPT + RESPONSE
 
 
 class Learner:
@@ -50,10 +51,10 @@ class Learner:
         factor = OVERFLOWING if dist.get_rank() in self.poisoned_ranks else 1.0
         return -output.values().float().mean() * factor, {}
 
-    def step(self, poisoned: set[int] = frozenset()) -> dict[str, Any]:  # type: ignore[assignment]
+    def step(self, poisoned: set[int] = frozenset(), data: TensorDict | None = None) -> dict[str, Any]:  # type: ignore[assignment]
         """One optimizer step and the metrics the driver gets from it."""
         self.poisoned_ranks = poisoned
-        data = batch()
+        data = batch() if data is None else data
         tu.assign_non_tensor(data, update_lr_scheduler=True, global_token_num=[TOKENS] * SEQUENCES)
         return dict(tu.get(self.worker.train_batch(data), "metrics"))
 
@@ -130,8 +131,12 @@ DOCUMENTED_FP16 = {"dtype": "float16"}
 
 def batch(sequences: int = SEQUENCES) -> TensorDict:
     generator = torch.Generator().manual_seed(dist.get_rank())
-    rows = [torch.randint(2, 90, (TOKENS,), generator=generator) for _ in range(sequences)]
+    return as_batch([torch.randint(2, 90, (TOKENS,), generator=generator) for _ in range(sequences)])
+
+
+def as_batch(rows: list[torch.Tensor], **more: list[torch.Tensor]) -> TensorDict:
     nested = {
+        **more,
         "input_ids": rows,
         "position_ids": [torch.arange(TOKENS) for _ in rows],
         "loss_mask": [torch.ones(TOKENS, dtype=torch.int64) for _ in rows],
@@ -255,6 +260,49 @@ def endless_overflow(arguments: argparse.Namespace) -> dict[str, Any]:
                 "scale": scale(learner),
             }
     return {"attempt": 200, "error": None, "message": "", "scale": scale(learner)}
+
+
+def wire(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Weights as the sampler gets them: their dtypes and bytes, and whether they are the masters to the last bit."""
+    learner = Learner(arguments)
+    learner.step()
+    masters = {name: full(value) for name, value in learner.engine.module.state_dict().items()}
+    sent, _ = learner.engine.get_per_tensor_param(layered_summon=False, base_sync_done=True)
+    weights = dict(sent)
+    return {
+        "dtypes": sorted({dtype_name(weight.dtype) for weight in weights.values()}),
+        "bytes": sum(weight.numel() * weight.element_size() for weight in weights.values()),
+        "exact": all(torch.equal(weight.float(), masters[name]) for name, weight in weights.items()),
+    }
+
+
+def oracle(arguments: argparse.Namespace) -> dict[str, float]:
+    """Two steps from one seed, on policy: norm of the second one's gradient, and how far it took the parameters.
+
+    The tokens, advantages and the loss are those of `legacy_learner`, as every release is to give the same.
+    """
+    learner = Learner(arguments)
+    learner.worker.set_loss_fn(policy_gradient_loss)
+    learner.step(data=on_policy_batch())  # the learning rate of the first step of a warm-up is 0
+    before = learner.parameters()
+    norm = learner.step(data=on_policy_batch())["grad_norm"]
+    moved = (learner.parameters() - before).double().square().sum()
+    dist.all_reduce(moved)
+    return {"grad_norm": float(torch.tensor(norm).max()), "moved": float(moved.sqrt())}
+
+
+def policy_gradient_loss(model_output: dict[str, Any], data: TensorDict, dp_group: Any) -> tuple[torch.Tensor, dict]:
+    """The mean over the tokens of a rank's responses, of which a micro-batch adds its part."""
+    scored = model_output["log_probs"].values().view(-1, TOKENS)[:, PROMPT - 1 : -1]
+    advantages = data["advantages"].values().view(-1, RESPONSE)
+    return -(scored.float() * advantages).sum() / (SEQUENCES * RESPONSE), {}
+
+
+def on_policy_batch() -> TensorDict:
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    input_ids = torch.randint(2, 90, (SEQUENCES, TOKENS), generator=generator)
+    advantages = 1.0 + torch.randn(SEQUENCES, RESPONSE, generator=generator).abs()
+    return as_batch(list(input_ids), advantages=list(advantages))
 
 
 def merged_lora_wire(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -392,6 +440,8 @@ SCENARIOS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
         exports,
         resume_from_stock,
         endless_overflow,
+        wire,
+        oracle,
         merged_lora_wire,
         accumulation,
         temperature,

@@ -30,7 +30,7 @@ def test_processes_are_asked_first_then_after_each_engines_first_update_then_now
 
 
 def test_an_engine_that_has_not_updated_owes_no_gradients(compose: Callable[..., Any]) -> None:
-    from fp16_patch.verl.trainer import required_quantities
+    from fp16_patch.verl.driver import required_quantities
 
     warming_up = required_quantities(trainer(compose(), critic=True), {"critic"})
     assert "gradient" in warming_up["critic"]
@@ -39,7 +39,7 @@ def test_an_engine_that_has_not_updated_owes_no_gradients(compose: Callable[...,
 
 
 def test_what_a_run_never_computes_is_not_asked_for(compose: Callable[..., Any]) -> None:
-    from fp16_patch.verl.trainer import required_quantities
+    from fp16_patch.verl.driver import required_quantities
 
     bypass = compose("algorithm.rollout_correction.bypass_mode=True")
     assert "actor" not in required_quantities(trainer(bypass), set())
@@ -47,7 +47,7 @@ def test_what_a_run_never_computes_is_not_asked_for(compose: Callable[..., Any])
 
 
 def test_outcomes_lose_the_suffix_verl_aggregates_by() -> None:
-    from fp16_patch.verl.trainer import rename_outcomes
+    from fp16_patch.verl.driver import rename_outcomes
 
     metrics = {"actor/fp16/loss_scale/min": 8.0, "critic/fp16/skipped_total/max": 2.0, "actor/fp16/step_skipped": 0.5}
     rename_outcomes(metrics)

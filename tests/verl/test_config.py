@@ -31,13 +31,7 @@ def test_the_stock_configuration_has_no_conflict(activated: Any, compose: Callab
 @pytest.mark.parametrize(
     ("override", "key", "value", "fix"),
     [
-        (
-            "actor_rollout_ref.actor.strategy=megatron",
-            "actor_rollout_ref.actor.strategy",
-            "megatron",
-            "use fsdp or fsdp2",
-        ),
-        ("critic.strategy=veomni", "critic.strategy", "veomni", "use fsdp or fsdp2"),
+        ("critic.strategy=veomni", "critic.strategy", "veomni", "use fsdp, fsdp2 or megatron"),
         (f"{KEY}.qat.enable=True", f"{KEY}.qat.enable", "True", "set it to false"),
         (
             "actor_rollout_ref.rollout.quantization=fp8",
@@ -70,7 +64,6 @@ def test_the_stock_configuration_has_no_conflict(activated: Any, compose: Callab
             "ray",
             "remove it",
         ),
-        ("trainer.use_v1=False", "trainer.use_v1", "False", "set it to true"),
         (
             "actor_rollout_ref.model.use_fused_kernels=True",
             "actor_rollout_ref.model.use_fused_kernels",
@@ -107,7 +100,7 @@ def test_observe_refuses_nothing(activated: Any, compose: Callable[..., Any]) ->
 
 def test_settings_ride_in_the_configuration(activated: Any, compose: Callable[..., Any]) -> None:
     from fp16_patch.activation import current_plan
-    from fp16_patch.verl.trainer import prepare
+    from fp16_patch.verl.driver import prepare
 
     activated()
     prepare(compose("+fp16_patch.init_scale=1024", "+fp16_patch.max_consecutive_skips=5"))
@@ -143,7 +136,7 @@ def test_deferred_gradients_are_forced_off_where_there_is_such_a_setting(
 
 
 def test_strictness_cannot_come_too_late(activated: Any, compose: Callable[..., Any]) -> None:
-    from fp16_patch.verl.trainer import prepare
+    from fp16_patch.verl.driver import prepare
 
     activated()
     with pytest.raises(PlanError, match="FP16_PATCH_STRICT=0"):
@@ -160,15 +153,17 @@ def test_strictness_cannot_come_too_late(activated: Any, compose: Callable[..., 
     ],
 )
 def test_what_is_not_about_precision_is_said(compose: Callable[..., Any], override: str, caveat: str) -> None:
-    from fp16_patch.verl.trainer import caveats_of
+    from fp16_patch.verl.driver import caveats_of
 
-    assert caveats_of(compose()) == []
-    (said,) = caveats_of(compose(override))
+    # Off by default before 0.9.
+    measured = "actor_rollout_ref.rollout.calculate_log_probs=True"
+    assert caveats_of(compose(measured)) == []
+    (said,) = caveats_of(compose(measured, override))
     assert caveat in said
 
 
 def test_a_misspelt_setting_stops_the_run(activated: Any, compose: Callable[..., Any]) -> None:
-    from fp16_patch.verl.trainer import prepare
+    from fp16_patch.verl.driver import prepare
 
     activated()
     with pytest.raises(PlanError, match=r"fp16_patch\.init_scal=1024.*did you mean 'init_scale'"):

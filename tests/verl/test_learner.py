@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import verl_environment
+from tests.releases import needs, sits_in
 
 pytestmark = [pytest.mark.verl, pytest.mark.e2e]
 pytest.importorskip("verl")
@@ -19,9 +20,13 @@ pytest.importorskip("verl")
 Facts = dict[str, Any]
 LEARNER = Path(__file__).parent / "learner.py"
 STRATEGIES = ("fsdp", "fsdp2")
-ON_A_CPU = ("compute_dtypes", "overflow_on_one_rank", "merged_lora_wire", "accumulation", "temperature")
+ON_A_CPU = ("compute_dtypes", "overflow_on_one_rank", "wire", "merged_lora_wire", "accumulation", "temperature")
 WITH_A_SCALER = ("overflow_on_one_rank", "averaged_norm", "resume", "exports", "endless_overflow")
-ALL = ("compute_dtypes", *WITH_A_SCALER, "resume_from_stock", "merged_lora_wire", "accumulation", "temperature")
+ALL = (*ON_A_CPU, *WITH_A_SCALER[1:], "resume_from_stock", "oracle")
+
+
+# As `fp16-patch run` does: verl knows plugins since 0.9 only.
+UNDER_A_PLAN = {"FP16_PATCH": "1", "VERL_USE_EXTERNAL_MODULES": "verl_on_cpu,fp16_patch.autoload"}
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +47,7 @@ def _run_scenarios(arm: str, strategy: str, ranks: int, model: Path, out: Path) 
     options, scenarios, env = {
         "stock": ([], ON_A_CPU, {}),
         "stock-with-scaler": (["--working-scaler"], WITH_A_SCALER, {}),
-        "plan": ([], ALL, {"FP16_PATCH": "1"}),
+        "plan": ([], ALL, UNDER_A_PLAN),
     }[arm]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", str(LEARNER)]
     where = ["--strategy", strategy, "--model", str(model), "--out", str(out)]
@@ -180,6 +185,19 @@ def test_endless_overflow_stops_and_names_rank_step_and_parameter(
     assert f"rank {ranks - 1}: model." in facts["message"]
 
 
+@sits_in("fsdp-wire", "FSDPEngine.get_per_tensor_param")
+def test_stock_rounds_every_weight_through_bfloat16(learner: Callable[..., Facts], strategy: str) -> None:
+    facts = learner("stock", strategy, 2)["wire"]
+    assert facts["dtypes"] == ["bfloat16"]
+    assert not facts["exact"]
+
+
+def test_no_bfloat16_is_on_the_wire(learner: Callable[..., Facts], strategy: str, ranks: int) -> None:
+    facts = learner("plan", strategy, ranks)["wire"]
+    assert facts["dtypes"] == ["float32"]
+    assert facts["exact"]
+
+
 def test_stock_rounds_merged_lora_through_bfloat16(learner: Callable[..., Facts], strategy: str) -> None:
     facts = learner("stock", strategy, 2)["merged_lora_wire"]
     assert facts["dtypes"] == ["bfloat16"]
@@ -206,6 +224,7 @@ def test_log_probs_are_those_of_float32_arithmetic(learner: Callable[..., Facts]
     assert facts["0.0"]["finite"]
 
 
+@needs("fsdp-gradient-sync")
 def test_stock_accumulates_in_float16_under_no_sync(learner: Callable[..., Facts]) -> None:
     assert learner("stock", "fsdp", 2)["accumulation"]["dtypes"] == ["float16"]
 
@@ -223,7 +242,7 @@ def test_exports_are_float16_and_say_so(learner: Callable[..., Facts], strategy:
     assert learner("plan", strategy, ranks)["exports"] == {"label": "float16", "held": ["float16"]}
 
 
-@pytest.mark.parametrize(("env", "dtype"), [({}, "bfloat16"), ({"FP16_PATCH": "1"}, "float16")], ids=["stock", "plan"])
+@pytest.mark.parametrize(("env", "dtype"), [({}, "bfloat16"), (UNDER_A_PLAN, "float16")], ids=["stock", "plan"])
 def test_merged_checkpoints_hold_what_their_label_says(
     learner: Callable[..., Facts], tmp_path: Path, env: dict[str, str], dtype: str
 ) -> None:

@@ -144,6 +144,7 @@ def test_a_failing_observation_is_one_warning_and_no_more(
         raise RuntimeError("planted")
 
     monkeypatch.setattr(observation, "_compare", broken)
+    monkeypatch.setattr(observation.guard, "_warned", False)
     engine = Engine()
     for number in range(2):
         order(batch, observation, "run", number, False)

@@ -1,6 +1,7 @@
 """The learner: FSDP without an accelerator, and log-probs as precise as CUDA autocast makes them."""
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -22,6 +23,7 @@ def install() -> None:
     leave_reference_unpinned()
     wrapt.register_post_import_hook(leave_sharded_reference_unpinned, "verl.workers.engine.fsdp.transformer_impl")
     wrapt.register_post_import_hook(reduce_logits_in_fp32, "verl.utils.torch_functional")
+    wrapt.register_post_import_hook(unpad_without_flash_attention, "verl.utils.attention_utils")
 
 
 def allow_cpu_broadcast() -> None:
@@ -45,7 +47,7 @@ def reduce_logits_in_fp32(torch_functional: ModuleType) -> None:
 
     That rounding would hide the effect of the compute dtype, so every run is spared it, patched or stock.
     """
-    for name in LOGITS_TO_FP32:
+    for name in (each for each in LOGITS_TO_FP32 if hasattr(torch_functional, each)):
         wrapt.wrap_function_wrapper(torch_functional, name, with_fp32_logits)
 
 
@@ -54,3 +56,20 @@ def with_fp32_logits(wrapped: Callable[..., Any], _instance: Any, args: tuple[An
         return wrapped(*args, **{**kwargs, "logits": kwargs["logits"].float()})
     logits, *rest = args
     return wrapped(logits.float(), *rest, **kwargs)
+
+
+def unpad_without_flash_attention(attention_utils: ModuleType) -> None:
+    """Before 0.9.1 verl unpads by flash-attn, which is CUDA only, even where attention does without."""
+    if find_spec("flash_attn") is None:
+        attention_utils._get_attention_functions = transformers_padding
+
+
+def transformers_padding() -> tuple[Callable[..., Any], ...]:
+    """The same in torch, which transformers has for kernels that lack it; in the order that verl wants."""
+    from einops import rearrange
+    from transformers import modeling_flash_attention_utils as padding
+
+    def index_first_axis(tensor: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        return tensor[indices]
+
+    return index_first_axis, padding._pad_input, rearrange, padding._unpad_input

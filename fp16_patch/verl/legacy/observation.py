@@ -1,0 +1,60 @@
+"""The legacy actor's ranks observe the mismatch where they compute the log-probs of the tokens just sampled."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fp16_patch.activation import current_plan
+from fp16_patch.mismatch.stats import MismatchStats
+from fp16_patch.verl.observation import ORDER, guard, observer_of, rows_to_rescore
+
+
+def compute_log_prob(wrapped: Any, actor: Any, args: Any, kwargs: Any) -> Any:
+    """`DataParallelPPOActor.compute_log_prob`: where the driver ordered it, both sides' log-probs are compared."""
+    data = kwargs["data"] if "data" in kwargs else args[0]
+    order = data.meta_info.get(ORDER)
+    outputs = wrapped(*args, **kwargs)
+    if order is None or "rollout_log_probs" not in data.batch.keys():  # noqa: SIM118, it iterates over rows
+        return outputs
+    run, number, rescore = json.loads(order)
+    learner = _log_probs_of(outputs)
+    floor = guard.run(lambda: _noise_floor(wrapped, data, learner)) if rescore else None
+    # Ranks of one sequence-parallel group have the same sequences.
+    parallel = actor.ulysses_sequence_parallel_size
+    rank, size = torch.distributed.get_rank() // parallel, torch.distributed.get_world_size() // parallel
+    if torch.distributed.get_rank() % parallel == 0:
+        guard.run(lambda: _observe(data, learner, observer_of(run, rank, size), number, floor, first=rank * len(data)))
+    return outputs
+
+
+def _log_probs_of(outputs: Any) -> Tensor:
+    # A dictionary since 0.7.1, a pair with the entropy before.
+    return outputs["log_probs"] if isinstance(outputs, Mapping) else outputs[0]
+
+
+def _observe(data: Any, learner: Tensor, observer: Any, number: int, floor: MismatchStats | None, first: int) -> None:
+    sampler, mask, tokens = (
+        data.batch[name].to(learner.device, non_blocking=True)
+        for name in ("rollout_log_probs", "response_mask", "responses")
+    )
+    stats = MismatchStats.from_log_probs(sampler, learner, mask, token_ids=tokens, first_sequence=first)
+    observer.observe(number, stats, floor)
+
+
+def _noise_floor(score: Callable[..., Any], data: Any, together: Tensor) -> MismatchStats | None:
+    """The learner against itself: a few sequences scored once more, each alone. Every rank takes part, as FSDP must."""
+    dynamic, size = data.meta_info.get("use_dynamic_bsz", False), data.meta_info["micro_batch_size"]
+    if not dynamic and size <= 1:
+        return None
+    rows = rows_to_rescore(len(data), current_plan().noise_floor_share)
+    alone = data[rows]
+    alone.meta_info = {**data.meta_info, "use_dynamic_bsz": False, "micro_batch_size": 1}
+    again = _log_probs_of(score(data=alone, calculate_entropy=False))
+    mask = alone.batch["response_mask"].to(again.device, non_blocking=True)
+    stats: MismatchStats = MismatchStats.from_log_probs(again, together[rows], mask)
+    return stats

@@ -1,0 +1,48 @@
+"""The sampler of before 0.7.1, whose model lives in the trainer's own workers: note what it gets and what it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+
+from fp16_patch.activation import ledger
+from fp16_patch.vllm.engine import note_engine, watch_hidden_states
+
+_ROLE = "rollout"
+_WATCHED = "_fp16_patch_watched"
+
+
+async def update_weights(wrapped: Any, rollout: Any, args: Any, kwargs: Any) -> Any:
+    """`update_weights` of vLLM's rollouts: note what came over the wire and what it became."""
+    weights = kwargs.pop("weights") if "weights" in kwargs else args[0]
+    result = await wrapped(_noted(weights), *args[1:], **kwargs)
+    _note_sampler(rollout.inference_engine)
+    return result
+
+
+def update_params(wrapped: Any, manager: Any, args: Any, kwargs: Any) -> Any:
+    """`FSDPVLLMShardingManager.update_params`: the same in 0.5.0."""
+    weights = kwargs["updated_params"] if "updated_params" in kwargs else args[0]
+    ledger().note(_ROLE, "wire", *(weight.dtype for weight in weights.values() if weight.is_floating_point()))
+    result = wrapped(*args, **kwargs)
+    _note_sampler(manager.inference_engine)
+    return result
+
+
+def _noted(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, weight in weights:
+        if weight.is_floating_point():
+            ledger().note(_ROLE, "wire", weight.dtype)
+        yield name, weight
+
+
+def _note_sampler(engine: Any) -> None:
+    # vLLM's own worker, or a whole engine in this process.
+    driver = engine if hasattr(engine, "worker") else engine.llm_engine.model_executor.driver_worker
+    worker = driver.worker
+    note_engine(_ROLE, worker)
+    if not hasattr(worker, _WATCHED):
+        setattr(worker, _WATCHED, True)
+        watch_hidden_states(_ROLE, worker)

@@ -1,0 +1,132 @@
+"""`ActorRolloutRefWorker` and `CriticWorker`: models in the plan's dtype, schedules, scaler state saved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fp16_patch.activation import current_plan, ledger
+from fp16_patch.compute import watch_compute
+from fp16_patch.errors import Conflict, PlanError
+from fp16_patch.stepping import history_of
+from fp16_patch.verl import config as verl_config
+from fp16_patch.verl.checkpoint import load_with_scaler, save_with_scaler
+
+_HALF_IF_UNSET = "bfloat16"
+
+
+def build_policy(wrapped: Any, worker: Any, args: Any, kwargs: Any) -> Any:
+    """`ActorRolloutRefWorker._build_model_optimizer`: FSDP computes in the plan's dtype, masters are FP32."""
+    role, trains = kwargs.get("role", "actor"), kwargs.get("optim_config") is not None
+    _force_precision(kwargs["fsdp_config"], trains=trains)
+    built = wrapped(*args, **kwargs)
+    _watch(built[0], role)
+    return built
+
+
+def build_critic(wrapped: Any, worker: Any, args: Any, kwargs: Any) -> Any:
+    """`CriticWorker._build_critic_model_optimizer`: FSDP computes in the plan's dtype, masters are FP32."""
+    config = kwargs["config"] if "config" in kwargs else args[0]
+    _force_precision(config.model.fsdp_config, trains=True)
+    built = wrapped(*args, **kwargs)
+    _watch(built[0], "critic")
+    return built
+
+
+def build_reward_model(wrapped: Any, worker: Any, args: Any, kwargs: Any) -> Any:
+    """`RewardModelWorker._build_model`: note what it computes in."""
+    module = wrapped(*args, **kwargs)
+    _watch(module, "reward")
+    return module
+
+
+def score_in_fp32(wrapped: Any, worker: Any, args: Any, kwargs: Any) -> torch.Tensor:
+    """`RewardModelWorker._forward_micro_batch`: rewards are FP32, as what is computed from them is."""
+    scores: torch.Tensor = wrapped(*args, **kwargs)
+    return scores.float() if current_plan().changes else scores
+
+
+def update_actor(wrapped: Any, worker: Any, args: Any, kwargs: Any) -> Any:
+    """`ActorRolloutRefWorker.update_actor`: the schedule counts updates, so it waits for one that was taken."""
+    return _with_patient_schedule(worker, "actor_lr_scheduler", worker.actor, lambda: wrapped(*args, **kwargs))
+
+
+def update_critic(wrapped: Any, worker: Any, args: Any, kwargs: Any) -> Any:
+    """`CriticWorker.update_critic`: the schedule counts updates, so it waits for one that was taken."""
+    return _with_patient_schedule(worker, "critic_lr_scheduler", worker.critic, lambda: wrapped(*args, **kwargs))
+
+
+def save_checkpoint(wrapped: Any, worker: Any, args: Any, kwargs: Any) -> Any:
+    """`save_checkpoint` of both workers: the scale, its growth counter and the step counters go with the model."""
+    return save_with_scaler(_learner_of(worker), wrapped, args, kwargs)
+
+
+def load_checkpoint(wrapped: Any, worker: Any, args: Any, kwargs: Any) -> Any:
+    """`load_checkpoint` of both workers: go on with the saved scale; its factors and interval are the plan's."""
+    return load_with_scaler(_learner_of(worker), wrapped, args, kwargs)
+
+
+def refuse_supervised(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
+    """`FSDPSFTTrainer.__init__`: it computes in bfloat16 and scales no loss, so it may not run under a plan."""
+    if current_plan().changes:
+        reason = "verl's SFT trainer of this release computes in bfloat16 and scales no loss"
+        raise PlanError([Conflict("verl.trainer.fsdp_sft_trainer", "started", reason, "set FP16_PATCH=off for it")])
+    return wrapped(*args, **kwargs)
+
+
+def refuse_engine(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
+    """`FSDPEngine.__init__` before 0.8.0: it computes in bfloat16 and scales no loss."""
+    if current_plan().changes:
+        raise PlanError([verl_config.ENGINE_CONFLICT])
+    return wrapped(*args, **kwargs)
+
+
+def _force_precision(fsdp_config: Any, *, trains: bool) -> None:
+    plan = current_plan()
+    if not plan.changes:
+        return
+    configured = fsdp_config.get("model_dtype", None) or ("float32" if trains else _HALF_IF_UNSET)
+    verl_config.force_settings(
+        fsdp_config,
+        dtype=plan.dtype,
+        mixed_precision=verl_config.mixed_precision(plan),
+        model_dtype=verl_config.stored_dtype(configured, trains=trains, plan=plan),
+    )
+
+
+def _watch(module: Any, role: str) -> None:
+    ledger().rank = torch.distributed.get_rank()
+    watch_compute(module, role)
+
+
+def _learner_of(worker: Any) -> Any:
+    # A worker that only samples has an actor's model and no actor.
+    return getattr(worker, "actor", None) or getattr(worker, "critic", None)
+
+
+class _PatientSchedule:
+    """A learning-rate schedule that advances only if a step was taken since it last did."""
+
+    def __init__(self, schedule: Any, learner: Any) -> None:
+        self._schedule, self._history = schedule, history_of(learner)
+
+    def step(self) -> None:
+        if self._history.attempted and not self._history.taken_since_lr:
+            return
+        self._history.taken_since_lr = False
+        self._schedule.step()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._schedule, name)
+
+
+def _with_patient_schedule(worker: Any, name: str, learner: Any, call: Callable[[], Any]) -> Any:
+    # For the call only: the schedule's own state is in verl's checkpoints.
+    schedule = getattr(worker, name)
+    setattr(worker, name, _PatientSchedule(schedule, learner) if current_plan().changes else schedule)
+    try:
+        return call()
+    finally:
+        setattr(worker, name, schedule)

@@ -17,13 +17,43 @@ _GRADIENT_DTYPE = "fp32"
 # vLLM's own list where it is installed; this is vLLM 0.29's, for a driver without vLLM.
 _NOT_IN_FLOAT16 = ("gemma2", "gemma3", "gemma3_text", "glm4")
 _MODELS = tuple(f"{role}.model_name_or_path" for role in ("actor", "critic", "reward", "model", "ref"))
+_DTYPE, _ACCUMULATION = "ds.param_dtype", "ds.grad_accum_dtype"
+# What these are called on the command lines up to 0.10.1, which have no sections.
+_WITHOUT_SECTIONS = {
+    "actor.model_name_or_path": "pretrain",
+    "critic.model_name_or_path": "critic_pretrain",
+    "reward.model_name_or_path": "reward_pretrain",
+    "ref.model_name_or_path": "ref_pretrain",
+    "ds.load_in_4bit": "load_in_4bit",
+    "ds.tensor_parallel_size": "ds_tensor_parallel_size",
+    "ds.zero_stage": "zero_stage",
+    "ds.lora.rank": "lora_rank",
+    "ds.lora.target_modules": "target_modules",
+    "ds.adam_offload": "adam_offload",
+    _DTYPE: "param_dtype",
+    _ACCUMULATION: "grad_accum_dtype",
+    "algo.kl.init_coef": "init_kl_coef",
+    "algo.advantage.estimator": "advantage_estimator",
+    "reward.remote_url": "remote_rm_url",
+    "ckpt.path": "ckpt_path",
+    "train.agent_func_path": "agent_func_path",
+    "train.async_enable": "async_train",
+    "train.dynamic_batch_enable": "use_dynamic_batch",
+    "rollout.top_p": "top_p",
+    "rollout.batch_size": "rollout_batch_size",
+    "rollout.micro_batch_size": "micro_rollout_batch_size",
+    "rollout.n_samples_per_prompt": "n_samples_per_prompt",
+    "vllm.num_engines": "vllm_num_engines",
+}
+# Up to 0.9.1, for half precision: whichever the patches make of it.
+_HALF = "bf16"
 
 
 def check(args: Any, plan: Plan) -> None:
     """Stop before any model is loaded if a setting of the run cannot be had under the plan.
 
     Args:
-        args: OpenRLHF's arguments, in its nested namespaces.
+        args: OpenRLHF's arguments, in its nested namespaces or, up to 0.10.1, in one.
 
     Raises:
         PlanError: with every such flag, its value and the fix.
@@ -35,21 +65,23 @@ def check(args: Any, plan: Plan) -> None:
 
 def conflicts_of(args: Any, plan: Plan) -> Iterator[Conflict]:
     """Settings of the command line, and of the plan, that cannot be had together."""
+    stage_flag = flag(args, "ds.zero_stage")
     if plan.dtype not in _PARAM_DTYPE:
         yield Conflict(MODE_ENV, plan.mode, "OpenRLHF trains in bf16 or fp16 only", "use bf16, fp16 or observe")
     if get(args, "ds.load_in_4bit"):
-        yield Conflict("--ds.load_in_4bit", True, "OpenRLHF computes 4-bit weights in bfloat16", "leave it out")
+        reason = "OpenRLHF computes 4-bit weights in bfloat16"
+        yield Conflict(flag(args, "ds.load_in_4bit"), True, reason, "leave it out")
     if (size := int(get(args, "ds.tensor_parallel_size") or 1)) > 1:
         reason = "OpenRLHF builds DeepSpeed's tensor parallelism in bfloat16"
-        yield Conflict("--ds.tensor_parallel_size", size, reason, "use 1, with a higher --ds.zero_stage")
+        yield Conflict(flag(args, "ds.tensor_parallel_size"), size, reason, f"use 1, with a higher {stage_flag}")
     if (stage := int(get(args, "ds.zero_stage") or 2)) not in (2, 3):
         reason = "its optimizers do not accumulate gradients in FP32 beside half-precision weights"
-        yield Conflict("--ds.zero_stage", stage, reason, "use 2 or 3")
+        yield Conflict(stage_flag, stage, reason, "use 2 or 3")
     if int(get(args, "ds.lora.rank") or 0) > 0 and int(get(args, "ds.zero_stage") or 2) == 3:
         reason = "adapters are merged on the way to the sampler where a rank holds them whole"
-        yield Conflict("--ds.lora.rank", get(args, "ds.lora.rank"), reason, "use --ds.zero_stage 2")
+        yield Conflict(flag(args, "ds.lora.rank"), get(args, "ds.lora.rank"), reason, f"use {stage_flag} 2")
     for key in _MODELS:
-        yield from _model_conflicts(key, get(args, key), plan)
+        yield from _model_conflicts(args, key, plan)
     if plan.scales_loss:
         yield from _scaler_conflicts(plan)
         yield from _scaled_gradient_conflicts(args, stage)
@@ -63,17 +95,20 @@ def _scaled_gradient_conflicts(args: Any, stage: int) -> Iterator[Conflict]:
             yield Conflict(f"--{key}", "muon", reason, f"use adam, or {MODE_ENV}=bf16")
     if get(args, "ds.adam_offload") and stage != 3:
         reason = "ZeRO 2 adds up offloaded gradients in float16, still scaled"
-        yield Conflict("--ds.adam_offload", True, reason, "use --ds.zero_stage 3, or leave it out")
+        fix = f"use {flag(args, 'ds.zero_stage')} 3, or leave it out"
+        yield Conflict(flag(args, "ds.adam_offload"), True, reason, fix)
 
 
-def _model_conflicts(key: str, name: Any, plan: Plan) -> Iterator[Conflict]:
+def _model_conflicts(args: Any, key: str, plan: Plan) -> Iterator[Conflict]:
+    name = get(args, key)
     stored = _stored_config(name)
     if method := (stored.get("quantization_config") or {}).get("quant_method"):
         reason = f"the model is stored quantized ({method}), and would be trained so"
-        yield Conflict(f"--{key}", name, reason, f"use its {plan.dtype} or bfloat16 weights")
-    if key.startswith("actor.") and plan.scales_loss and stored.get("model_type") in _refused_in_float16():
+        yield Conflict(flag(args, key), name, reason, f"use its {plan.dtype} or bfloat16 weights")
+    sampled = key.startswith("actor.") and (_has_sections(args) or get(args, "vllm.num_engines"))
+    if sampled and plan.scales_loss and stored.get("model_type") in _refused_in_float16():
         reason = f"vLLM refuses models of type {stored['model_type']} in float16: their activations leave its range"
-        yield Conflict(f"--{key}", name, reason, f"use another model, or {MODE_ENV}=bf16")
+        yield Conflict(flag(args, key), name, reason, f"use another model, or {MODE_ENV}=bf16")
 
 
 def _stored_config(name: Any) -> dict[str, Any]:
@@ -109,12 +144,20 @@ def apply_to(args: Any, plan: Plan) -> list[str]:
     Returns:
         One line for each flag that said something else, `--flag: before → after`.
     """
-    changed = []
-    for name, after in (("param_dtype", _PARAM_DTYPE[str(plan.dtype)]), ("grad_accum_dtype", _GRADIENT_DTYPE)):
-        before = getattr(args.ds, name, None)
+    dtype, changed = _PARAM_DTYPE[str(plan.dtype)], []
+    if hasattr(args, _HALF):
+        if not args.bf16 or dtype != "bf16":
+            changed.append(f"--{_HALF}: {args.bf16} → {dtype}")
+        args.bf16 = True
+        forced = {_ACCUMULATION: _GRADIENT_DTYPE}
+    else:
+        forced = {_DTYPE: dtype, _ACCUMULATION: _GRADIENT_DTYPE}
+    for key, after in forced.items():
+        before = get(args, key)
         if before != after:
-            changed.append(f"--ds.{name}: {before} → {after}")
-        setattr(args.ds, name, after)
+            changed.append(f"{flag(args, key)}: {before} → {after}")
+        *sections, name = str(spelled(args, key)).split(".")
+        setattr(_at(args, sections), name, after)
     return changed
 
 
@@ -137,7 +180,7 @@ def from_command(flags: Sequence[str]) -> Any:
 
 def effective_dtypes(args: Any, plan: Plan) -> dict[str, str]:
     """Role → the dtype it computes in, with the plan or (mode `observe`) without it."""
-    learner = {"fp16": "float16"}.get(get(args, "ds.param_dtype"), "bfloat16")
+    learner = {"fp16": "float16"}.get(get(args, _DTYPE), "bfloat16")
     roles = ["actor", *(["ref"] if float(get(args, "algo.kl.init_coef") or 0.01) > 0 else [])]
     if (get(args, "algo.advantage.estimator") or "gae") == "gae":
         roles.append("critic")
@@ -146,8 +189,37 @@ def effective_dtypes(args: Any, plan: Plan) -> dict[str, str]:
     return {**{role: str(plan.dtype or learner) for role in roles}, "rollout": str(plan.dtype or "bfloat16")}
 
 
+def spelled(args: Any, key: str) -> str | None:
+    """A flag of the newest OpenRLHF as this command line spells it; None if it has no such flag."""
+    return key if _has_sections(args) else _WITHOUT_SECTIONS.get(key)
+
+
+def flag(args: Any, key: str) -> str:
+    """The same, as it is typed."""
+    return f"--{spelled(args, key) or key}"
+
+
+def get(args: Any, key: str) -> Any:
+    """The value of a flag of the newest OpenRLHF, None where this command line has no such flag."""
+    name = spelled(args, key)
+    return None if name is None else _at(args, name.split("."))
+
+
+def _has_sections(args: Any) -> bool:
+    return hasattr(args, "ds")
+
+
+def _at(args: Any, path: Sequence[str]) -> Any:
+    value = args
+    for part in path:
+        value = getattr(value, part, None)
+    return value
+
+
 def _nested(given: Mapping[str, Any]) -> Any:
-    root = SimpleNamespace(ds=SimpleNamespace())
+    root = SimpleNamespace()
+    if not given.keys() & _WITHOUT_SECTIONS.values():
+        root.ds = SimpleNamespace()
     for name, value in given.items():
         *path, last = name.split(".")
         space = root
@@ -157,11 +229,3 @@ def _nested(given: Mapping[str, Any]) -> Any:
             space = getattr(space, part)
         setattr(space, last, value)
     return root
-
-
-def get(args: Any, key: str) -> Any:
-    """The value of a dotted flag, None where this command line has no such flag."""
-    value = args
-    for part in key.split("."):
-        value = getattr(value, part, None)
-    return value

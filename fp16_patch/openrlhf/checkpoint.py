@@ -6,7 +6,8 @@ import logging
 from typing import Any
 
 from fp16_patch.activation import current_plan
-from fp16_patch.openrlhf.strategy import argument, bound, role_of
+from fp16_patch.calls import argument, bound
+from fp16_patch.openrlhf.strategy import role_of
 from fp16_patch.stepping import history_of
 
 logger = logging.getLogger(__name__)

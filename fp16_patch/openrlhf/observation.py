@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from fp16_patch.mismatch.collection import actors
 from fp16_patch.mismatch.collection.guard import Guard
 from fp16_patch.mismatch.collection.observer import Observer
 from fp16_patch.mismatch.stats import MismatchStats
+from fp16_patch.openrlhf.arguments import get
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +34,7 @@ def observe_buffer(trainer: Any) -> None:
 
 
 def _observe(trainer: Any, number: int) -> None:
-    items = [item for item in trainer.replay_buffer.items if item.rollout_log_probs is not None]
+    items = [item for item in trainer.replay_buffer.items if has_sampler_log_probs(item)]
     every = current_plan().noise_floor_every
     floor = _noise_floor(trainer) if every and number % every == 0 else None
     mesh = trainer.strategy.ds_device_mesh
@@ -43,6 +45,18 @@ def _observe(trainer: Any, number: int) -> None:
     if not _observers:
         _observers.append(Observer(actors.job_run(), rank, mesh["dp"].size()))
     _observers[0].observe(number, compare(items, "rollout_log_probs", rank * len(items)), floor)
+
+
+def has_sampler_log_probs(experience: Any) -> bool:
+    """Whether an experience, or an item of the replay buffer, has what the learner's log-probs are compared with."""
+    return getattr(experience, "rollout_log_probs", None) is not None
+
+
+def samples_hold_log_probs() -> bool:
+    """Whether they can have them, in the installed release."""
+    from openrlhf.trainer.ppo_utils.experience_maker import Experience
+
+    return "rollout_log_probs" in inspect.signature(Experience).parameters
 
 
 def compare(items: list[Any], other: str, first_sequence: int = 0) -> MismatchStats:
@@ -69,10 +83,10 @@ def _noise_floor(trainer: Any) -> MismatchStats | None:
     As many forward passes on every rank, whatever its items: under ZeRO-3 each gathers parameters.
     """
     args, items = trainer.strategy.args, trainer.replay_buffer.items
-    alone_already = args.rollout.micro_batch_size == 1 and not args.train.dynamic_batch_enable
+    alone_already = get(args, "rollout.micro_batch_size") == 1 and not get(args, "train.dynamic_batch_enable")
     if alone_already or trainer.strategy.ring_attn_group is not None or getattr(trainer.actor, "is_vlm", False):
         return None
-    sequences = args.rollout.batch_size * args.rollout.n_samples_per_prompt
+    sequences = get(args, "rollout.batch_size") * get(args, "rollout.n_samples_per_prompt")
     count = max(1, round(current_plan().noise_floor_share * sequences / trainer.strategy.ds_device_mesh["dp"].size()))
     chosen = [items[index * len(items) // count % len(items)] for index in range(count)]
     rescored = [SimpleNamespace(**vars(item), again=_score(trainer.actor, item)) for item in chosen]

@@ -10,9 +10,13 @@ from typing import Any
 
 from fp16_patch import processes
 from fp16_patch.activation import attestation, current_plan, ledger
+from fp16_patch.calls import argument, bound, takes
+from fp16_patch.sources import Installed
 from fp16_patch.vllm.engine import note_engine
 
 _LOG_PROBS = {"logprobs_mode": "processed_logprobs"}
+# What OpenRLHF calls the Ray actor that holds an engine.
+_ENGINES = ("RolloutRayActor", "LLMRayActor")
 
 
 def create_vllm_engines(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
@@ -20,7 +24,14 @@ def create_vllm_engines(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> 
 
     Not the actor's own methods: Ray sends an actor's class by value, and a wrapper on them is lost on the way.
     """
-    with _standing_in(wrapped.__module__, "RolloutRayActor", _PlannedEngine):
+    if takes(wrapped, "llm_actor_cls"):
+        call = bound(wrapped, args, kwargs)
+        call.apply_defaults()
+        call.arguments["llm_actor_cls"] = _PlannedEngine(call.arguments["llm_actor_cls"])
+        return wrapped(*call.args, **call.kwargs)
+    module = sys.modules[wrapped.__module__]
+    name = next(name for name in _ENGINES if hasattr(module, name))
+    with _standing_in(wrapped.__module__, name, _PlannedEngine):
         return wrapped(*args, **kwargs)
 
 
@@ -30,11 +41,25 @@ def dispatch_prompts(wrapped: Any, generator: Any, args: Any, kwargs: Any) -> An
         return wrapped(*args, **kwargs)
 
 
+def generate(wrapped: Any, generator: Any, args: Any, kwargs: Any) -> Any:
+    """`_generate_vllm` of 0.8.9 to 0.9.0, which asks for log-probs and keeps them if they are to correct the loss.
+
+    For the length of the call they are; the loss is computed in other processes.
+    """
+    run = generator.strategy.args
+    corrects = run.enable_vllm_is_correction
+    run.enable_vllm_is_correction = True
+    try:
+        return wrapped(*args, **kwargs)
+    finally:
+        run.enable_vllm_is_correction = corrects
+
+
 def update_weight(wrapped: Any, worker: Any, args: Any, kwargs: Any) -> Any:
     """`WorkerWrap.update_weight` and `update_weight_cuda_ipc`: note what came over the wire and what it became."""
     result = wrapped(*args, **kwargs)
     role = os.environ.get(processes.ROLE_ENV, "rollout")
-    arrived = kwargs["dtype"] if "dtype" in kwargs else args[1]
+    arrived = argument(wrapped, args, kwargs, "dtype")
     # Once for each dtype: this is called for every parameter.
     if ledger().note(role, "wire", arrived):
         note_engine(role, worker)
@@ -44,10 +69,15 @@ def update_weight(wrapped: Any, worker: Any, args: Any, kwargs: Any) -> Any:
 
 def engine_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
     """What OpenRLHF passes to an engine, with the plan's dtype and the log-probs the learner's are comparable with."""
-    planned = {**_LOG_PROBS, **arguments}
+    planned = {**(_LOG_PROBS if _vllm_knows("logprobs_mode") else {}), **arguments}
     if current_plan().changes:
         planned["dtype"] = current_plan().dtype
     return planned
+
+
+def _vllm_knows(setting: str) -> bool:
+    """Whether the installed vLLM's engines take such an argument; it is read, not imported."""
+    return setting in (Installed().read("vllm.engine.arg_utils") or setting)
 
 
 class _PlannedEngine:

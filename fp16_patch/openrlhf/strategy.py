@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import math
 import os
@@ -14,6 +13,7 @@ from torch import nn
 
 from fp16_patch import census, processes
 from fp16_patch.activation import attestation, current_plan, ledger
+from fp16_patch.calls import argument, bound, takes
 from fp16_patch.carried import CarriedPlan
 from fp16_patch.compute import watch_compute
 from fp16_patch.errors import Conflict, PlanError
@@ -39,7 +39,11 @@ def init(wrapped: Any, strategy: Any, args: Any, kwargs: Any) -> None:
     if changed and os.environ.get("RANK", "0") == "0":
         flags = "\n  ".join(changed)
         logger.warning("every role computes in %s; the command line said otherwise:\n  %s", plan.dtype, flags)
-    wrapped(*args, **kwargs)
+    call = bound(wrapped, args, kwargs)
+    if changed and takes(wrapped, "bf16"):
+        # Up to 0.9.1 it is given beside the arguments, which say it, too.
+        call.arguments["bf16"] = run.bf16
+    wrapped(*call.args, **call.kwargs)
     strategy.fp16_patch = CarriedPlan(plan)
     ledger().kind = "driver"
     processes.carry_driver_record(attestation())
@@ -61,6 +65,7 @@ def train_config(wrapped: Any, strategy: Any, args: Any, kwargs: Any) -> dict[st
     plan = current_plan()
     if plan.changes:
         config["communication_data_type"] = "fp32"
+        _say_dtype(config)
     if plan.scales_loss:
         config["fp16"] = {
             "enabled": True,
@@ -71,6 +76,19 @@ def train_config(wrapped: Any, strategy: Any, args: Any, kwargs: Any) -> dict[st
             "min_loss_scale": int(plan.min_scale),
         }
     return config
+
+
+def eval_config(wrapped: Any, strategy: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    """`DeepspeedStrategy.get_ds_eval_config` up to 0.9.1, which knows bf16 or nothing: models that only run forward."""
+    config: dict[str, Any] = wrapped(*args, **kwargs)
+    if current_plan().changes:
+        _say_dtype(config)
+    return config
+
+
+def _say_dtype(config: dict[str, Any]) -> None:
+    plan = current_plan()
+    config["bf16"], config["fp16"] = {"enabled": plan.dtype == "bfloat16"}, {"enabled": plan.dtype == "float16"}
 
 
 def init_train_model(wrapped: Any, strategy: Any, args: Any, kwargs: Any) -> Any:
@@ -126,13 +144,14 @@ def update_scale(wrapped: Any, scaler: Any, args: Any, kwargs: Any) -> None:
         scaler.cur_scale = before
 
 
-def gradients_of_a_micro_batch(wrapped: Any, optimizer: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
+def gradients_of_a_micro_batch(wrapped: Any, optimizer: Any, args: Any, kwargs: Any) -> Any:
     """ZeRO 1 and 2's `get_all_grad_tensors`: micro-batches add up in the dtype DeepSpeed was told to accumulate in.
 
-    DeepSpeed uses that dtype for the padding, and adds up in the parameters' own.
+    DeepSpeed uses that dtype for the padding, and adds up in the parameters' own. Up to 0.17.5 it makes the list in
+    `get_flat_partition`, which can also return it in one piece.
     """
-    gradients: list[torch.Tensor] = wrapped(*args, **kwargs)
-    if not current_plan().changes:
+    gradients = wrapped(*args, **kwargs)
+    if not current_plan().changes or not isinstance(gradients, list):
         return gradients
     return [gradient.to(optimizer.gradient_accumulation_dtype) for gradient in gradients]
 
@@ -152,16 +171,6 @@ def norms_of(engine: Any) -> list[float]:
     if not hasattr(engine, _NORMS):
         setattr(engine, _NORMS, [])
     return getattr(engine, _NORMS)  # type: ignore[no-any-return]
-
-
-def argument(wrapped: Any, args: Any, kwargs: Any, name: str) -> Any:
-    """What a call passes for the parameter `name`, by position or by name; None where it leaves it out."""
-    return bound(wrapped, args, kwargs).arguments.get(name)
-
-
-def bound(wrapped: Any, args: Any, kwargs: Any) -> inspect.BoundArguments:
-    """A call's arguments by the names of their parameters."""
-    return inspect.signature(wrapped).bind(*args, **kwargs)
 
 
 def _is_actor(model: Any) -> bool:

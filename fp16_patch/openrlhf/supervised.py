@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from fp16_patch.openrlhf.strategy import argument, inner
+from fp16_patch.calls import argument
+from fp16_patch.openrlhf.strategy import inner
 from fp16_patch.stepping import history_of
 
 

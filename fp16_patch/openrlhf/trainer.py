@@ -11,11 +11,13 @@ from typing import Any
 import torch
 
 from fp16_patch.activation import current_plan, ledger
+from fp16_patch.calls import argument
 from fp16_patch.census import Census
 from fp16_patch.mismatch.collection import actors
 from fp16_patch.mismatch.record import LEDGER, PLAN
 from fp16_patch.monitoring import RunMonitor
-from fp16_patch.openrlhf.observation import observe_buffer
+from fp16_patch.openrlhf.arguments import get
+from fp16_patch.openrlhf.observation import has_sampler_log_probs, observe_buffer, samples_hold_log_probs
 from fp16_patch.openrlhf.strategy import history_since, inner, norms_of
 from fp16_patch.stepping import history_of
 from fp16_patch.vllm import server
@@ -38,14 +40,16 @@ def init(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
     global _monitor
     _drop_copies(type(trainer))
     result = wrapped(*args, **kwargs)
+    if hasattr(trainer, "generate_samples"):
+        return result  # up to 0.9.0, beside the one that trains, one that only has samples generated
     ledger().kind = "task_runner"
     run = trainer.args
     caveats = caveats_of(run)
     for caveat in caveats:
         logger.warning("the mismatch of this run: %s", caveat)
-    out_dir = Path(current_plan().out_dir or Path(run.ckpt.path) / "fp16_patch")
+    out_dir = Path(current_plan().out_dir or Path(get(run, "ckpt.path")) / "fp16_patch")
     _monitor = RunMonitor(current_plan(), out_dir, actors.job_run())
-    model = run.actor.model_name_or_path
+    model = get(run, "actor.model_name_or_path")
     plan = {**asdict(current_plan()), "dtype": current_plan().dtype, "caveats": caveats, "model": model}
     _monitor.write(PLAN, {"framework": "openrlhf", **plan})
     server.request_records(trainer.vllm_engines or [])
@@ -56,30 +60,28 @@ def make_experience(wrapped: Any, maker: Any, args: Any, kwargs: Any) -> Any:
     """`RemoteExperienceMaker.make_experience`: how many tokens the ranks must have observed once they train on them."""
     experiences = wrapped(*args, **kwargs)
     if _monitor is not None and _monitor.measures:
-        measurable = [experience for experience in experiences if experience.rollout_log_probs is not None]
+        measurable = [experience for experience in experiences if has_sampler_log_probs(experience)]
         _monitor.expect(sum(int(experience.action_mask.sum()) for experience in measurable))
     return experiences
 
 
 def ppo_train(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
     """`BasePPOTrainer.ppo_train`: no update before every process is judged."""
-    step = int(kwargs["global_steps"] if "global_steps" in kwargs else args[0]) + 1
-    census = _census_of(trainer)
-    if census.due(step):
-        engines = trainer.vllm_engines or []
-        server.refresh_records(engines)
-        census.take(step, actors_of(trainer), required_quantities(trainer, census.updated), _publish_ledger)
-    status = wrapped(*args, **kwargs)
-    census.updated |= {role for role in ("actor", "critic") if f"{role}_lr" in status}
+    return _judged_update(wrapped, trainer, args, kwargs, step=_steps_before(wrapped, args, kwargs) + 1)
+
+
+def whole_step(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
+    """`BasePPOTrainer.ppo_train` up to 0.9.0, a step and its number: the same, and it goes on record."""
+    step = _steps_before(wrapped, args, kwargs)
+    status = _judged_update(wrapped, trainer, args, kwargs, step)
+    _record(step, status)
     return status
 
 
 def train_step(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
     """`BasePPOTrainer.train_step`: our metrics join OpenRLHF's status, and the step goes on record."""
     status, step = wrapped(*args, **kwargs)
-    if _monitor is not None:
-        # The ranks count a round where the actor trains, so not while it is frozen.
-        (_monitor.end_step if _ACTOR_TRAINED in status else _monitor.pass_step)(step, status)
+    _record(step, status)
     return status, step
 
 
@@ -132,6 +134,27 @@ def caveats_of(args: Any) -> list[str]:
     return [caveat for holds, caveat in _CAVEATS if holds(args)]
 
 
+def _steps_before(wrapped: Any, args: Any, kwargs: Any) -> int:
+    return int(argument(wrapped, args, kwargs, "global_steps"))
+
+
+def _judged_update(wrapped: Any, trainer: Any, args: Any, kwargs: Any, step: int) -> Any:
+    census = _census_of(trainer)
+    if census.due(step):
+        engines = trainer.vllm_engines or []
+        server.refresh_records(engines)
+        census.take(step, actors_of(trainer), required_quantities(trainer, census.updated), _publish_ledger)
+    status = wrapped(*args, **kwargs)
+    census.updated |= {role for role in ("actor", "critic") if f"{role}_lr" in status}
+    return status
+
+
+def _record(step: int, status: dict[str, Any]) -> None:
+    if _monitor is not None:
+        # The ranks count a round where the actor trains, so not while it is frozen.
+        (_monitor.end_step if _ACTOR_TRAINED in status else _monitor.pass_step)(step, status)
+
+
 def _drop_copies(actor_class: Any) -> None:
     """Let a Ray actor's class inherit what we wrapped: Ray copies every inherited method when it makes the class."""
     from openrlhf.trainer.ppo_trainer import BasePPOTrainer
@@ -155,9 +178,9 @@ def _reported(role: str, prefix: str, engine: Any, train: Callable[[], dict[str,
 
 
 def _without_skipped_norms(status: dict[str, Any], name: str, role: str, norms: list[float]) -> None:
-    # DeepSpeed repeats the norm of the last step taken, 0 if there was none.
-    status.pop(name, None)
-    if norms:
+    # DeepSpeed repeats the norm of the last step taken, 0 if there was none. Up to 0.9.5 it is not in the status.
+    reported = status.pop(name, None)
+    if norms and reported is not None:
         # OpenRLHF reports the actor's last norm and the critic's mean.
         status[name] = norms[-1] if role == "actor" else float(torch.tensor(norms).mean())
 
@@ -175,11 +198,15 @@ def _publish_ledger(answers: dict[str, Any]) -> None:
 
 _CAVEATS: tuple[tuple[Callable[[Any], bool], str], ...] = (
     (
-        lambda args: args.train.async_enable,
-        "includes the age of the sampler's weights: --train.async_enable",
+        lambda args: get(args, "train.async_enable"),
+        "includes the age of the sampler's weights: training is asynchronous",
     ),
     (
-        lambda args: args.rollout.top_p < 1,
-        "includes the renormalization by --rollout.top_p, which the learner does not do",
+        lambda args: get(args, "rollout.top_p") < 1,
+        "includes the renormalization by top_p, which the learner does not do",
+    ),
+    (
+        lambda args: not samples_hold_log_probs(),
+        "is not measured: up to 0.8.8, OpenRLHF's samples do not hold the sampler's log-probs",
     ),
 )

@@ -197,9 +197,10 @@ def _trainer(config: LaunchConfig) -> dict[str, object]:
         "trainer.resume_mode": "disable",
         "trainer.logger": "[console,file]",
         "trainer.default_local_dir": config.out / "checkpoints",
-        "trainer.v1.sampler.custom_sampler.path": "pkg://verl_on_cpu.replay",
-        "trainer.v1.sampler.custom_sampler.name": "AttentiveReplayBuffer",
-        "transfer_queue.backend.SimpleStorage.num_data_storage_units": 1,
+        # Added where a release has no such section, and unread there.
+        "++trainer.v1.sampler.custom_sampler.path": "pkg://verl_on_cpu.replay",
+        "++trainer.v1.sampler.custom_sampler.name": "AttentiveReplayBuffer",
+        "++transfer_queue.backend.SimpleStorage.num_data_storage_units": 1,
         "hydra.run.dir": config.out / "hydra",
     }
 

@@ -9,7 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,13 +25,22 @@ STARTUP = MODULES / "openrlhf_on_cpu" / "startup"
 # Arguments for `ray.init`, as JSON; read by openrlhf_on_cpu.cluster.
 RAY_INIT = "OPENRLHF_ON_CPU_RAY_INIT"
 
+
+def _kernels() -> Path:
+    """Where DeepSpeed's kernels are kept: its releases would rebuild each other's."""
+    try:
+        return Path(sys.prefix) / "torch_extensions" / version("deepspeed")
+    except PackageNotFoundError:
+        return Path(sys.prefix) / "torch_extensions"
+
+
 ENVIRONMENT = {
     **process.ENVIRONMENT,
     "DS_ACCELERATOR": "cpu",
     # DeepSpeed compiles its CPU kernels when they are first used, with the ninja of this Python's environment; they are
     # kept there, too.
     "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
-    "TORCH_EXTENSIONS_DIR": str(Path(sys.prefix) / "torch_extensions"),
+    "TORCH_EXTENSIONS_DIR": str(_kernels()),
     # An address that every machine has, also one that cannot look up its own name.
     "GLOO_SOCKET_IFNAME": "lo",
 }

@@ -4,7 +4,13 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, Qwen2ForSequenceClassification
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2ForSequenceClassification,
+    Qwen2ForTokenClassification,
+)
 
 PAD = "<pad>"
 END = "<|im_end|>"
@@ -61,5 +67,13 @@ def make_random_reward_model(out: Path, policy: Path, *, seed: int = 1) -> Path:
     torch.manual_seed(seed)
     config = Qwen2Config.from_pretrained(policy, num_labels=1)
     Qwen2ForSequenceClassification(config).to(torch.float32).save_pretrained(out)
+    PreTrainedTokenizerFast.from_pretrained(policy).save_pretrained(out)
+    return out
+
+
+def make_random_value_model(out: Path, policy: Path, *, seed: int = 2) -> Path:
+    """Write the policy with an untrained head that gives each token one number."""
+    torch.manual_seed(seed)
+    Qwen2ForTokenClassification.from_pretrained(policy, num_labels=1, dtype=torch.float32).save_pretrained(out)
     PreTrainedTokenizerFast.from_pretrained(policy).save_pretrained(out)
     return out

@@ -7,6 +7,7 @@ from stock OpenRLHF and from OpenRLHF under a plan.
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -18,30 +19,28 @@ import torch
 import torch.distributed as dist
 from openrlhf.models import Actor, get_llm_for_sequence_regression
 from openrlhf.utils import get_strategy
-from openrlhf.utils.config import hierarchize
+
+try:
+    from openrlhf.utils.config import hierarchize
+except ImportError:  # up to 0.10.1, whose command line has no sections
+    hierarchize = None
 
 # Large enough to overflow FP16 gradients, small enough for a finite FP32 loss.
 OVERFLOWING = 1e30
 SEQUENCES, TOKENS, ACCUMULATED = 2, 12, 2
 
 
+# Up to 0.9.1 OpenRLHF has no float16, only this switch.
+ONLY_BF16 = "bf16" in inspect.signature(Actor).parameters
+
+
 class Learner:
     """A policy or a critic prepared by OpenRLHF's strategy, with a loss that can be made to overflow on some ranks."""
 
     def __init__(self, arguments: argparse.Namespace, role: str = "actor") -> None:
-        run = run_arguments(arguments)
-        self.strategy = get_strategy(run)
-        self.strategy.setup_distributed()
-        settings = {
-            "attn_implementation": "sdpa",
-            "param_dtype": run.ds.param_dtype,
-            "ds_config": self.strategy.get_ds_train_config(),
-        }
-        if role == "actor":
-            model = Actor(arguments.model, **settings)
-        else:
-            model = get_llm_for_sequence_regression(arguments.model, role, init_value_head=True, **settings)
-        self.model, self.optimizer, self.scheduler = self.strategy.prepare((model, training()))
+        self.strategy = strategy_of(arguments)
+        model = model_of(self.strategy, arguments, role, self.strategy.get_ds_train_config(None))
+        self.model, self.optimizer, self.scheduler = self.strategy.prepare(training(self.strategy, model))
         self.engine = self.model.model if role == "actor" else self.model
 
     def step(self, poisoned: frozenset[int] | set[int] = frozenset()) -> None:
@@ -66,28 +65,66 @@ class Learner:
         return float(self.scheduler.get_last_lr()[0])
 
 
+def strategy_of(arguments: argparse.Namespace) -> Any:
+    strategy = get_strategy(run_arguments(arguments))
+    if arguments.by_hand:
+        enable_float16(strategy)
+    strategy.setup_distributed()
+    return strategy
+
+
+def enable_float16(strategy: Any) -> None:
+    """What a person can write into DeepSpeed's configuration where OpenRLHF has no switch for it."""
+    configured = strategy.get_ds_train_config
+    strategy.get_ds_train_config = lambda *args, **kwargs: {**configured(*args, **kwargs), "fp16": {"enabled": True}}
+
+
+def model_of(strategy: Any, arguments: argparse.Namespace, role: str, config: dict[str, Any]) -> Any:
+    dtype = {"bf16": strategy.args.bf16} if ONLY_BF16 else {"param_dtype": strategy.param_dtype}
+    settings = {"attn_implementation": "sdpa", **dtype, "ds_config": config}
+    if "attn_implementation" not in inspect.signature(Actor).parameters:
+        del settings["attn_implementation"]  # the first releases leave the choice to transformers
+    if role == "actor":
+        return Actor(arguments.model, **settings)
+    return get_llm_for_sequence_regression(arguments.model, role, init_value_head=True, **settings)
+
+
 def run_arguments(arguments: argparse.Namespace) -> Any:
     """What OpenRLHF's command line would have parsed."""
+    dtype = arguments.param_dtype
+    size = {"micro_train_batch_size": SEQUENCES, "train_batch_size": SEQUENCES * ACCUMULATED * dist_size()}
+    if hierarchize is None:
+        own = {"bf16": dtype == "bf16"} if ONLY_BF16 else {"param_dtype": dtype}
+        where = {"pretrain": arguments.model, "ckpt_path": str(Path(arguments.out) / "checkpoints")}
+        parallel = {"zero_stage": arguments.zero_stage, "ds_tensor_parallel_size": 1, "load_in_4bit": False}
+        common = {"local_rank": -1, "seed": 1, "use_dynamic_batch": False}
+        return argparse.Namespace(**own, **where, **parallel, **common, **size)
     flags = {
         "actor.model_name_or_path": arguments.model,
         "ckpt.path": str(Path(arguments.out) / "checkpoints"),
-        "ds.param_dtype": arguments.param_dtype,
+        "ds.param_dtype": dtype,
         "ds.zero_stage": arguments.zero_stage,
         "ds.tensor_parallel_size": 1,
         "ds.load_in_4bit": False,
         "local_rank": -1,
         "train.seed": 1,
-        "train.micro_batch_size": SEQUENCES,
-        "train.batch_size": SEQUENCES * ACCUMULATED * dist_size(),
+        "train.micro_batch_size": size["micro_train_batch_size"],
+        "train.batch_size": size["train_batch_size"],
         "train.dynamic_batch_enable": False,
     }
     return hierarchize(argparse.Namespace(**flags))
 
 
-def training() -> dict[str, Any]:
+def training(strategy: Any, model: Any) -> tuple[Any, ...]:
+    """What OpenRLHF prepares for training: up to 0.10.1 with an optimizer and a schedule, then with their settings."""
     adam = {"lr": 1e-3, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.0}
+    if hasattr(strategy, "create_optimizer"):
+        from transformers.trainer import get_scheduler
+
+        optimizer = strategy.create_optimizer(model, **adam)
+        return model, optimizer, get_scheduler("linear", optimizer, num_warmup_steps=10, num_training_steps=100)
     schedule = {"lr_scheduler": "linear", "lr_warmup_ratio": 0.1, "scheduler_steps": 100, "max_norm": 1.0}
-    return {"optim": "adam", "adam": adam, **schedule}
+    return model, {"optim": "adam", "adam": adam, **schedule}
 
 
 def dist_size() -> int:
@@ -116,11 +153,32 @@ def configuration(arguments: argparse.Namespace) -> dict[str, Any]:
             "communication": name_of(learner.engine.communication_data_type),
             "accumulation": accumulated,
             "master": name_of(learner.masters().dtype),
-            "parameters": sorted({name_of(parameter.dtype) for parameter in module.parameters()}),
-            "rope": sorted({name_of(buffer.dtype) for name, buffer in module.named_buffers() if "inv_freq" in name}),
+            **dtypes_of(module),
             "outputs": sorted(dtypes),
         }
     return facts
+
+
+def frozen(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What a reference and a reward model compute in."""
+    facts = {}
+    strategy = strategy_of(arguments)
+    for role in ("actor", "reward"):
+        model = strategy.prepare(model_of(strategy, arguments, role, strategy.get_ds_eval_config()))
+        module = (model.model if role == "actor" else model).module
+        outputs = watched(module)
+        sequences, mask = batch()
+        with torch.no_grad():
+            model(sequences, mask[:, 1:], attention_mask=mask) if role == "actor" else model(sequences, mask)
+        facts[role] = {**dtypes_of(module), "outputs": sorted(outputs)}
+    return facts
+
+
+def dtypes_of(module: torch.nn.Module) -> dict[str, list[str]]:
+    return {
+        "parameters": sorted({name_of(parameter.dtype) for parameter in module.parameters()}),
+        "rope": sorted({name_of(buffer.dtype) for name, buffer in module.named_buffers() if "inv_freq" in name}),
+    }
 
 
 def overflow_on_one_rank(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -264,6 +322,7 @@ SCENARIOS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     scenario.__name__: scenario
     for scenario in (
         configuration,
+        frozen,
         overflow_on_one_rank,
         endless_overflow,
         growing_scale,
@@ -279,6 +338,7 @@ def main() -> None:
         parser.add_argument(name)
     parser.add_argument("--param-dtype", default="bf16")
     parser.add_argument("--zero-stage", type=int, default=2)
+    parser.add_argument("--by-hand", action="store_true")
     arguments = parser.parse_args()
     facts = {name: SCENARIOS[name](arguments) for name in arguments.scenarios}
     if dist.get_rank() == 0:

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
+from fp16_patch.declarations import Status
 from tests.conftest import openrlhf_environment
+from tests.releases import needs, verdict_on
 
 pytestmark = [pytest.mark.openrlhf, pytest.mark.e2e]
 pytest.importorskip("openrlhf")
@@ -22,8 +24,12 @@ FP16_PATCH = str(Path(sys.executable).with_name("fp16-patch"))
 # A floor above 1, so that it is not DeepSpeed's default that is met.
 FLOOR = 4
 PLAN = {"FP16_PATCH_MIN_SCALE": str(FLOOR), "FP16_PATCH_GROWTH_INTERVAL": "300"}
-SCENARIOS = ("configuration", "overflow_on_one_rank", "endless_overflow", "growing_scale", "resume")
+SCENARIOS = ("configuration", "frozen", "overflow_on_one_rank", "endless_overflow", "growing_scale", "resume")
+SHORT = SCENARIOS[:2]
+# Where OpenRLHF has no float16, what DeepSpeed does in it is seen with DeepSpeed's configuration completed by hand.
+STOCK = "by hand" if verdict_on("actor-dtype").status is Status.APPLIES else "stock"
 ROLES = ("actor", "critic")
+ARMS = {"plan": [], "stock": ["--param-dtype", "fp16"], "by hand": ["--param-dtype", "fp16", "--by-hand"]}
 
 
 @pytest.fixture(scope="session")
@@ -33,10 +39,9 @@ def learner(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
 
     def run(arm: str, stage: int = 2, ranks: int = 2) -> Facts:
         if (arm, stage, ranks) not in known:
-            out = tmp_path_factory.mktemp(f"{arm}_zero{stage}_{ranks}")
+            out = tmp_path_factory.mktemp(f"{arm.replace(' ', '_')}_zero{stage}_{ranks}")
             where = ["--model", str(tiny_model), "--out", str(out), "--zero-stage", str(stage)]
-            own_switch = ["--param-dtype", "fp16"] if arm == "stock" else []
-            arguments = [*where, *own_switch, *SCENARIOS]
+            arguments = [*where, *ARMS[arm], *(SCENARIOS if arm in ("plan", STOCK) else SHORT)]
             known[arm, stage, ranks] = {"out": out, **_run(arm, ranks, arguments, out)}
         return known[arm, stage, ranks]
 
@@ -65,9 +70,32 @@ def stage(request: pytest.FixtureRequest) -> int:
     return int(request.param)
 
 
-def test_stock_leaves_the_scaler_to_deepspeeds_defaults(learner: Callable[..., Facts]) -> None:
+@needs("actor-dtype")
+@needs("regression-dtype")
+def test_stock_without_its_bf16_switch_trains_in_the_dtype_that_is_stored(learner: Callable[..., Facts]) -> None:
     for role in ROLES:
         facts = learner("stock")["configuration"][role]
+        assert facts["parameters"] == facts["outputs"] == ["float32"]
+        assert facts["scale"] is None
+
+
+@needs("strategy-frozen-dtype")
+def test_stock_without_its_bf16_switch_scores_in_the_dtype_that_is_stored(learner: Callable[..., Facts]) -> None:
+    for facts in learner("stock")["frozen"].values():
+        assert facts["parameters"] == facts["outputs"] == ["float32"]
+
+
+def test_reference_and_reward_model_compute_in_float16_and_rope_stays_float32(
+    learner: Callable[..., Facts], stage: int
+) -> None:
+    for facts in learner("plan", stage)["frozen"].values():
+        assert facts["parameters"] == facts["outputs"] == ["float16"]
+        assert facts["rope"] == ["float32"]
+
+
+def test_stock_leaves_the_scaler_to_deepspeeds_defaults(learner: Callable[..., Facts]) -> None:
+    for role in ROLES:
+        facts = learner(STOCK)["configuration"][role]
         assert (facts["window"], facts["hysteresis"], facts["floor"]) == (1000, 2, 1)
 
 
@@ -78,7 +106,7 @@ def test_the_scaler_has_the_plans_settings(learner: Callable[..., Facts], stage:
 
 
 def test_stock_reduces_and_adds_up_gradients_in_float16(learner: Callable[..., Facts]) -> None:
-    facts = learner("stock")["configuration"]["actor"]
+    facts = learner(STOCK)["configuration"]["actor"]
     assert facts["communication"] == "float16"
     assert facts["accumulation"] == ["float16"]
 
@@ -91,7 +119,7 @@ def test_gradients_are_reduced_and_added_up_in_float32(learner: Callable[..., Fa
 
 
 def test_stock_rounds_ropes_frequencies_under_zero_3(learner: Callable[..., Facts]) -> None:
-    assert learner("stock", 3)["configuration"]["actor"]["rope"] == ["float16"]
+    assert learner(STOCK, 3)["configuration"]["actor"]["rope"] == ["float16"]
 
 
 def test_actor_and_critic_compute_in_float16_and_rope_stays_float32(learner: Callable[..., Facts], stage: int) -> None:
@@ -114,7 +142,7 @@ def test_an_overflow_on_one_rank_changes_no_weight_and_holds_the_schedule(
 
 
 def test_stock_ends_without_saying_where(learner: Callable[..., Facts]) -> None:
-    facts = learner("stock")["endless_overflow"]
+    facts = learner(STOCK)["endless_overflow"]
     assert facts["error"] == "Exception"
     assert "weight" not in facts["message"]
 
@@ -130,7 +158,7 @@ def test_a_collapse_names_role_step_rank_and_parameters(learner: Callable[..., F
 
 
 def test_stock_halves_the_gradient_of_the_update_at_which_the_scale_doubles(learner: Callable[..., Facts]) -> None:
-    facts = learner("stock")["growing_scale"]
+    facts = learner(STOCK)["growing_scale"]
     grown = [after > before for before, after in zip(facts["scales"], facts["scales"][1:], strict=False)]
     assert any(grown)
     for norm, doubled in zip(facts["norms"], grown, strict=True):
@@ -146,7 +174,7 @@ def test_an_update_at_which_the_scale_doubles_takes_the_whole_gradient(
 
 
 def test_a_stock_scaler_resumes_with_the_settings_of_the_run_that_saved_it(learner: Callable[..., Facts]) -> None:
-    facts = learner("stock")["resume"]
+    facts = learner(STOCK)["resume"]
     assert facts["window"] == 50
     assert facts["counted"] == {"attempted": None, "skipped_total": None, "consecutive_skips": None}
 

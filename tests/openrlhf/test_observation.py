@@ -11,7 +11,11 @@ import pytest
 pytest.importorskip("openrlhf")
 torch = pytest.importorskip("torch")
 
-from openrlhf.trainer.ppo_utils.experience import Experience, remove_padding_in_sequences, split_experience_batch
+try:
+    from openrlhf.trainer.ppo_utils.experience import Experience, remove_padding_in_sequences, split_experience_batch
+except ImportError:  # up to 0.9.8
+    from openrlhf.trainer.ppo_utils.experience_maker import Experience
+    from openrlhf.trainer.ppo_utils.replay_buffer import remove_padding_in_sequences, split_experience_batch
 
 import fp16_patch
 from fp16_patch import Plan
@@ -46,6 +50,7 @@ def batch() -> Experience:
         action_mask=actions.long(),
         rollout_log_probs=sampler,
         action_log_probs=sampler + 0.01 * torch.randn_like(sampler),
+        info={"reward": torch.zeros(len(LENGTHS))},
     )
 
 
@@ -60,11 +65,14 @@ class Axis:
         self.get_local_rank, self.size = lambda: rank, lambda: size
 
 
+def arguments_of(micro_batch_size: int) -> Any:
+    """As the newest releases and the oldest name them."""
+    rollout = SimpleNamespace(micro_batch_size=micro_batch_size, batch_size=4, n_samples_per_prompt=2)
+    return SimpleNamespace(ds=SimpleNamespace(), rollout=rollout, train=SimpleNamespace(dynamic_batch_enable=False))
+
+
 def trainer_of(batch: Experience, actor: Any = None, micro_batch_size: int = 2, sp_rank: int = 0) -> Any:
-    args = SimpleNamespace(
-        rollout=SimpleNamespace(micro_batch_size=micro_batch_size, batch_size=4, n_samples_per_prompt=2),
-        train=SimpleNamespace(dynamic_batch_enable=False),
-    )
+    args = arguments_of(micro_batch_size)
     mesh = {"dp": Axis(RANK, RANKS), "sp": Axis(sp_rank, 1 + sp_rank), "tp": Axis(0, 1)}
     items = remove_padding_in_sequences(split_experience_batch(batch))
     return SimpleNamespace(

@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch")
 
 import fp16_patch
 from fp16_patch import Plan
-from fp16_patch.patching import Patch, installed_release, patches_dir
+from fp16_patch.declarations import Patch, installed_release, patches_dir
 
 pytestmark = pytest.mark.openrlhf
 
@@ -30,24 +30,31 @@ SCORES = (0.5, 0.5, 0.5, 0.5, 0.25, 0.5, 0.5, 0.75)
 @pytest.fixture
 def advantages() -> Callable[[], Any]:
     """The advantage of each answer under group normalization, from a reward model's FP16 scores."""
-    from openrlhf.trainer.ppo_utils.experience import Experience
 
     def computed() -> Any:
         makers = import_module("openrlhf.trainer.ppo_utils.experience_maker")
         advantage = SimpleNamespace(estimator="group_norm", gamma=1.0)
+        # As the newest releases name them, and those up to 0.10.1.
         args = SimpleNamespace(
             algo=SimpleNamespace(advantage=advantage),
             rollout=SimpleNamespace(n_samples_per_prompt=GROUP),
             reward=SimpleNamespace(clip_range=None),
+            advantage_estimator=advantage.estimator,
+            gamma=advantage.gamma,
+            n_samples_per_prompt=GROUP,
+            reward_clip_range=None,
+            overlong_buffer_len=None,
         )
         maker = object.__new__(makers.RemoteExperienceMaker)
         maker.strategy, maker.advantage_estimator = SimpleNamespace(args=args), advantage.estimator
+        maker.args = args
         maker.kl_ctl = SimpleNamespace(value=0.0)
-        experience = Experience(
+        experience = makers.Experience(
             index=list(range(len(SCORES))),
             rewards=torch.tensor(SCORES, dtype=torch.float16),
             kl=torch.zeros(len(SCORES), 1),
             action_mask=torch.ones(len(SCORES), 1, dtype=torch.long),
+            info={"reward": torch.tensor(SCORES, dtype=torch.float16)},
         )
         return maker.compute_advantages_and_returns([experience])[0].advantages[:, 0]
 

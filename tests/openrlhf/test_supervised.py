@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,23 @@ pytest.importorskip("openrlhf")
 FP16_PATCH = str(Path(sys.executable).with_name("fp16-patch"))
 OVERFLOWING, STEPS, BATCH = 2**40, 3, 2
 DATA = {
-    "train_sft": ("--data.input_key", "input", "--data.output_key", "chosen"),
-    "train_dpo": ("--data.prompt_key", "input", "--data.chosen_key", "chosen", "--data.rejected_key", "rejected"),
-    "train_rm": ("--data.prompt_key", "input", "--data.chosen_key", "chosen", "--data.rejected_key", "rejected"),
+    "train_sft": {"data.input_key": "input", "data.output_key": "chosen"},
+    "train_dpo": {"data.prompt_key": "input", "data.chosen_key": "chosen", "data.rejected_key": "rejected"},
+    "train_rm": {"data.prompt_key": "input", "data.chosen_key": "chosen", "data.rejected_key": "rejected"},
+}
+SECTIONS = find_spec("openrlhf.utils.config") is not None
+# Up to 0.10.1 a flag is its last word, but for these.
+WITHOUT_SECTIONS = {
+    "model.model_name_or_path": "pretrain",
+    "eval.dataset": "eval_dataset",
+    "eval.steps": "eval_steps",
+    "train.micro_batch_size": "micro_train_batch_size",
+    "train.batch_size": "train_batch_size",
+    "adam.lr": "learning_rate",
+    "ckpt.output_dir": "save_path",
+    "ckpt.path": "ckpt_path",
+    "logger.tensorboard_dir": "use_tensorboard",
+    "logger.wandb.run_name": "wandb_run_name",
 }
 
 
@@ -50,9 +65,13 @@ def command(trainer: str, model: Path, out: Path) -> list[str]:
         "logger.wandb.run_name": "run",
         "eval.steps": 1000,
     }
-    flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    flags = [word for name, value in (settings | DATA[trainer]).items() for word in (flag(name), str(value))]
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1", "-m", f"openrlhf.cli.{trainer}"]
-    return [FP16_PATCH, "run", "--", sys.executable, *launch, *flags, *DATA[trainer]]
+    return [FP16_PATCH, "run", "--", sys.executable, *launch, *flags]
+
+
+def flag(name: str) -> str:
+    return f"--{name if SECTIONS else WITHOUT_SECTIONS.get(name, name.rpartition('.')[2])}"
 
 
 def logged(folder: Path, tag: str) -> list[float]:
@@ -75,7 +94,8 @@ def test_one_dtype_and_a_visible_scale(trainer: str, tiny_model: Path, tmp_path:
         check=False,
     )
     assert run.returncode == 0, run.stdout[-3000:]
-    assert "--ds.param_dtype: bf16 → fp16" in run.stdout
+    asked = ("--ds.param_dtype: bf16", "--param_dtype: bf16", "--bf16: False")
+    assert [f"{flag} → fp16" for flag in asked if f"{flag} → fp16" in run.stdout]
     assert run.stdout.count("gradients overflowed at loss scale 1.09951e+12") == 1
     halved = [OVERFLOWING / 2**count for count in range(1, STEPS + 1)]
     assert logged(tmp_path / "tensorboard" / "run", "fp16/loss_scale") == halved

@@ -107,6 +107,39 @@ def test_dtype_and_accumulation_are_forced_and_named() -> None:
     assert apply_to(args, Plan()) == []
 
 
+def test_a_command_line_without_sections_is_read_and_forced_and_named_as_it_is_typed() -> None:
+    from fp16_patch.openrlhf.arguments import apply_to, effective_dtypes
+
+    said = refused("--pretrain", "model", "--load_in_4bit", "--adam_offload", "--zero_stage", "2")
+    assert "--load_in_4bit=True: OpenRLHF computes 4-bit weights in bfloat16" in said
+    assert "--adam_offload=True" in said
+    assert "use --zero_stage 3" in said
+    args = parsed("--pretrain", "model", "--param_dtype", "bf16", "--remote_rm_url=reward.py")
+    assert apply_to(args, Plan()) == ["--param_dtype: bf16 → fp16", "--grad_accum_dtype: None → fp32"]
+    assert (args.param_dtype, args.grad_accum_dtype) == ("fp16", "fp32")
+    assert effective_dtypes(args, Plan(mode="observe")).keys() == {"actor", "ref", "critic", "rollout"}
+
+
+@pytest.mark.parametrize(("mode", "said"), [("fp16", ["--bf16: True → fp16"]), ("bf16", [])])
+def test_where_there_is_only_a_bf16_switch_it_is_on_and_means_the_plans_dtype(mode: str, said: list[str]) -> None:
+    from fp16_patch.openrlhf.arguments import apply_to
+
+    args = parsed("--pretrain", "model", "--bf16", "--grad_accum_dtype", "fp32")
+    assert apply_to(args, Plan(mode=mode)) == said
+    args.bf16 = False
+    assert apply_to(args, Plan(mode=mode)) == [f"--bf16: False → {mode}"]
+    assert args.bf16 is True
+
+
+@pytest.mark.parametrize("engines", ["1", None])
+def test_a_model_that_vllm_refuses_is_refused_where_it_is_sampled_from(engines: str | None, tmp_path: Path) -> None:
+    from fp16_patch.openrlhf.arguments import conflicts_of
+
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma2"}))
+    sampled = ("--vllm_num_engines", engines) if engines else ()
+    assert len(list(conflicts_of(parsed("--pretrain", str(tmp_path), *sampled), Plan()))) == bool(engines)
+
+
 def test_roles_with_and_without_the_plan() -> None:
     from fp16_patch.openrlhf.arguments import effective_dtypes
 

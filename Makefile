@@ -11,7 +11,8 @@ OPENRLHF_BIN := .venv-openrlhf/bin
 NOX := $(BIN)/nox -f integration/matrix/noxfile.py
 READY := .venv/.ready
 OPENRLHF_READY := .venv-openrlhf/.ready
-OPENRLHF_TESTS := tests/openrlhf tests/e2e/test_openrlhf_runs.py
+OLD_READY := .venv-verl-old/.ready
+OPENRLHF_TESTS := tests/contract tests/openrlhf tests/e2e/test_openrlhf_runs.py
 
 unexport PYTHONDONTWRITEBYTECODE
 # --no-deps: the locks are complete. They leave out torchvision, torchaudio and torchcodec, which vLLM's CPU build names
@@ -41,13 +42,13 @@ fingerprints: $(READY)
 	$(NOX) --session fingerprints
 
 # Of the releases that are not in the locks, the learners of the oldest, on two ranks.
-test-releases: $(READY) $(OPENRLHF_READY)
+test-releases: $(READY) $(OPENRLHF_READY) $(OLD_READY)
 	$(NOX) --tags oldest -- -k "not one-rank"
 
-matrix: $(READY) $(OPENRLHF_READY)
+matrix: $(READY) $(OPENRLHF_READY) $(OLD_READY)
 	$(NOX)
 
-session: $(READY) $(OPENRLHF_READY)
+session: $(READY) $(OPENRLHF_READY) $(OLD_READY)
 	$(NOX) --session '$(NAME)'
 
 unit: $(READY)
@@ -76,6 +77,11 @@ $(OPENRLHF_READY): integration/openrlhf.lock pyproject.toml
 	$(OPENRLHF_BIN)/python -m integration.cpu.compile_kernels
 	touch $@
 
+$(OLD_READY): integration/verl-old.lock pyproject.toml
+	@echo "installing real verl as it was in 2025, Ray and torch into .venv-verl-old: a few minutes, once"
+	$(call environment,.venv-verl-old,integration/verl-old.lock)
+	touch $@
+
 define environment
 @$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11) and "the lock file is for Python 3.11: make PYTHON=/path/to/python3.11")'
 $(PYTHON) -m venv $(1)
@@ -87,4 +93,4 @@ $(1)/bin/python $(INSTALL) --no-build-isolation -e .
 endef
 
 clean:
-	rm -rf .venv .venv-openrlhf integration/demo/out integration/demo/out-openrlhf integration/bench/out/*/
+	rm -rf .venv .venv-openrlhf .venv-verl-old integration/demo/out integration/demo/out-openrlhf integration/bench/out/*/

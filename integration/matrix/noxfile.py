@@ -19,7 +19,8 @@ from integration.matrix.versions import Tested, tested_releases
 nox.options.default_venv_backend = "none"
 nox.options.error_on_missing_interpreters = True
 RELEASES = tested_releases()
-OLDEST = list({release.package: release for release in reversed(RELEASES) if not release.locked}.values())
+_OTHERS = [release for release in RELEASES if release.reaches("worker") and not release.locked]
+OLDEST = list({release.package: release for release in reversed(_OTHERS)}.values())
 
 
 def releases_at(level: str) -> list[object]:

@@ -1,7 +1,8 @@
-"""A release of a framework that goes before an environment's own on the search path, without what it depends on."""
+"""A release of a framework that goes before an environment's own on the search path, with its companions only."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -24,8 +25,12 @@ def overlay(release: Tested) -> Path:
 
 def _install(release: Tested, into: Path) -> None:
     pip = [str(release.environment.python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, "--no-deps", "--target", str(into), str(release)], check=True)
+    # DeepSpeed comes as source, and is built here without its kernels, which it compiles when they are first used.
+    environment = {**os.environ, "DS_BUILD_OPS": "0"}
+    requirements = ["--use-pep517", "--no-deps", "--target", str(into), str(release), *release.companions]
+    subprocess.run([*pip, *requirements], env=environment, check=True)
     # Wheels of these frameworks bring top-level packages such as `tests`, which would hide ours.
+    packages = {requirement.partition("==")[0].replace("-", "_") for requirement in (str(release), *release.companions)}
     for path in into.iterdir():
-        if path.name != release.package and not path.name.startswith(f"{release.package}-"):
+        if path.name.partition("-")[0].partition(".")[0] not in packages:
             shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -14,8 +14,8 @@ else:
 
 ROOT = Path(__file__).parents[2]
 VERSIONS = Path(__file__).with_name("versions.toml")
-LEVELS = ("worker", "end to end")
-"""Each includes those before it."""
+LEVELS = ("fingerprint", "worker", "end to end")
+"""Each includes those before it; the first needs nothing installed, so no environment has tests of it."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,17 @@ class Environment:
 
 @dataclass(frozen=True)
 class Tested:
-    """A release, and how far it is tested where."""
+    """A release, and how far it is tested where.
+
+    Attributes:
+        companions: requirements that replace what the environment holds, where the release needs others.
+    """
 
     package: str
     version: str
     environment: Environment
     level: str
+    companions: tuple[str, ...] = ()
 
     @property
     def locked(self) -> bool:
@@ -67,12 +72,12 @@ def tested_releases(path: Path = VERSIONS) -> list[Tested]:
     declared = tomllib.loads(path.read_text(encoding="utf-8"))
     environments = {name: _environment(name, table) for name, table in declared["environments"].items()}
     return [
-        Tested(package, version, environments[cell["environment"]], cell["level"])
+        Tested(package, version, environments[cell["environment"]], cell["level"], tuple(cell.get("with", ())))
         for package, releases in declared["releases"].items()
         for version, cell in releases.items()
     ]
 
 
 def _environment(name: str, table: Mapping[str, object]) -> Environment:
-    tests = {level: tuple(table[level]) for level in LEVELS}  # type: ignore[arg-type]
+    tests = {level: tuple(table[level]) for level in LEVELS[1:]}  # type: ignore[arg-type]
     return Environment(name, str(table["folder"]), str(table["lock"]), tests)

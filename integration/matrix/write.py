@@ -8,12 +8,13 @@ A test says whether they are up to date.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from fp16_patch.matrix import declared
+from fp16_patch.declarations import declared_patches
 from integration.matrix.versions import ROOT, Tested, tested_releases
 
 README = ROOT / "README.md"
@@ -21,6 +22,7 @@ WORKFLOWS = ROOT / ".github" / "workflows"
 BEGIN, END = "<!-- releases -->\n", "<!-- /releases -->\n"
 _HEAD = "# Written by `python -m integration.matrix.write` from integration/matrix/versions.toml.\n"
 _NAMES = {"verl": "verl", "openrlhf": "OpenRLHF"}
+_WORDS = {"fingerprint": "code compared"}
 _MINUTES = 90
 _REPORT = "A release that the patches do not know"
 
@@ -53,7 +55,13 @@ _Dumper.add_representer(
 
 def table(releases: list[Tested]) -> str:
     """The releases that are supported, in Markdown: how many patches each gets, how far it is tested."""
-    rows = [f"| {_NAMES[each.package]} {each.version} | {_patches_of(each)} | {each.level} |" for each in releases]
+    # Neighbours of which the same is to be said share a row.
+    alike = [list(group) for _, group in groupby(releases, lambda each: (each.package, _patches_of(each), each.level))]
+    rows = [
+        f"| {_NAMES[first.package]} {' – '.join(dict.fromkeys((first.version, last.version)))} "
+        f"| {_patches_of(first)} | {_WORDS.get(first.level, first.level)} |"
+        for first, *_, last in ([*group, group[-1]] for group in alike)
+    ]
     return "\n".join(["| release | patches | tested on a CPU |", "|---|---|---|", *rows]) + "\n"
 
 
@@ -67,7 +75,7 @@ def with_table(text: str, table: str) -> str:
 
 
 def _patches_of(release: Tested) -> str:
-    patches = [patch for patch in declared() if patch.framework == release.package]
+    patches = [patch for patch in declared_patches() if patch.framework == release.package]
     # A patch of DeepSpeed or vLLM is declared for their releases, not for the framework's.
     own = [patch for patch in patches if patch.package == release.package]
     applying = sum(release.version in patch.releases for patch in own)

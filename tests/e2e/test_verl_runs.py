@@ -103,6 +103,21 @@ def calibrating(start: Callable[..., RunResult]) -> RunResult:
 
 
 @pytest.fixture(scope="session")
+def v0(start: Callable[..., RunResult]) -> RunResult:
+    """`fp16-patch run` with verl's V0 trainer, the only one of older releases: two ranks, a critic and a reference."""
+    return finished(
+        start(
+            "fp16_patch",
+            prefix=(FP16_PATCH, "run", "--"),
+            ranks=2,
+            adv_estimator="gae",
+            use_ref=True,
+            overrides=("++trainer.use_v1=False", "algorithm.gamma=1.0"),
+        )
+    )
+
+
+@pytest.fixture(scope="session")
 def broken_sampler(start: Callable[..., RunResult]) -> RunResult:
     """The one flag, where our plugin cannot be imported in vLLM's worker process."""
     return start("fp16_patch", env={"PYTHONPATH": str(Path(__file__).parent / "broken_sampler")})
@@ -252,6 +267,34 @@ def test_run_reaches_driver_critic_and_both_ranks(calibrating: RunResult) -> Non
     ]
     assert sorted(process["rank"] for process in found["processes"] if process["kind"] == "worker") == [0, 1]
     assert found["roles"]["critic"]["autocast"] == ["float16"]
+
+
+def test_the_v0_trainer_judges_every_process_too(v0: RunResult) -> None:
+    found = ledger(v0)
+    # The launching process, which computes nothing, attests where the release has it look at the configuration.
+    kinds = sorted(process["kind"] for process in found["processes"] if process["kind"] != "driver")
+    assert kinds == sorted([*["engine_core", "sampler_worker", "server", "worker"] * 2, "task_runner_v0"])
+    assert {(process["mode"], process["problem"]) for process in found["processes"]} == {("fp16", None)}
+    assert set(found["roles"]) == {"actor", "critic", "ref", "rollout"}
+    for role in ("actor", "critic", "ref"):
+        assert found["roles"][role]["autocast"] == found["roles"][role]["activation"] == ["float16"]
+    for role in ("actor", "critic"):
+        assert found["roles"][role]["gradient"] == found["roles"][role]["master"] == ["float32"]
+    assert found["roles"]["rollout"]["engine_weight"] == ["float16"]
+
+
+def test_the_v0_trainers_steps_are_measured_and_logged_too(v0: RunResult) -> None:
+    run = load_run(record(v0))
+    for step in v0.steps:
+        for prefix in ("fp16/", "fp16/critic/"):
+            assert step[f"{prefix}loss_scale"] == 65536.0
+            assert step[f"{prefix}skipped_total"] == 0.0
+        assert step["mismatch/mean_abs"] < 1.2e-3
+        assert step["mismatch/prob_mean_abs"] == pytest.approx(step["training/rollout_probs_diff_mean"], rel=1e-3)
+        coverage = run.coverage[step["step"]]
+        assert coverage.complete
+        assert (coverage.ranks, coverage.expected_ranks) == (2, 2)
+        assert coverage.tokens == coverage.expected_tokens == step["mismatch/tokens"] > 500
 
 
 def test_a_plugin_that_fails_in_one_process_stops_the_run_before_the_first_step(broken_sampler: RunResult) -> None:

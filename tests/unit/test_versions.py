@@ -8,9 +8,10 @@ import pytest
 
 yaml = pytest.importorskip("yaml")
 
-from fp16_patch.matrix import declared, known_releases
-from integration.matrix import overlay, write
-from integration.matrix.versions import LEVELS, ROOT, tested_releases
+from fp16_patch.declarations import declared_patches
+from fp16_patch.matrix import known_releases
+from integration.matrix import overlay, versions, write
+from integration.matrix.versions import LEVELS, ROOT
 
 
 @pytest.mark.parametrize(("path", "text"), write.written().items(), ids=lambda value: getattr(value, "name", ""))
@@ -20,17 +21,17 @@ def test_what_follows_from_the_data_is_up_to_date(path: Path, text: str) -> None
 
 @pytest.mark.parametrize("framework", ["verl", "openrlhf"])
 def test_supported_is_what_every_patch_covers(framework: str) -> None:
-    patches = [patch for patch in declared() if patch.framework == patch.package == framework]
+    patches = [patch for patch in declared_patches() if patch.framework == patch.package == framework]
     covered = {
         release
         for release in known_releases(patches)
         if all(release in patch.releases or patch.exemption_in(release) for patch in patches)
     }
-    assert covered == {release.version for release in tested_releases() if release.package == framework}
+    assert covered == {release.version for release in versions.tested_releases() if release.package == framework}
 
 
 def test_an_exemption_by_another_patch_names_one_that_is_there() -> None:
-    patches = {patch.name: patch for patch in declared()}
+    patches = {patch.name: patch for patch in declared_patches()}
     for patch in patches.values():
         for exemption in patch.exempt:
             if exemption.reason.value != "fixed_by":
@@ -40,19 +41,20 @@ def test_an_exemption_by_another_patch_names_one_that_is_there() -> None:
 
 
 def test_each_environment_holds_one_tested_release_and_runs_tests_that_exist() -> None:
-    releases = tested_releases()
+    releases = versions.tested_releases()
     for environment in {release.environment.name: release.environment for release in releases}.values():
         held = [release for release in releases if release.environment == environment and release.locked]
-        assert [release.level for release in held] == [LEVELS[-1]]
+        deepest = [level for level in LEVELS if environment.tests.get(level)][-1]
+        assert [release.level for release in held] == [deepest]
         assert all((ROOT / path).exists() for paths in environment.tests.values() for path in paths)
 
 
 def test_an_overlay_holds_the_framework_and_nothing_that_hides_ours(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    release = next(release for release in tested_releases() if release.package == "verl")
+    release = next(release for release in versions.tested_releases() if release.package == "verl")
 
-    def install(command: list[str], check: bool) -> None:
+    def install(command: list[str], **_settings: object) -> None:
         into = Path(command[command.index("--target") + 1])
         for name in ("verl", f"verl-{release.version}.dist-info", "tests", "scripts"):
             (into / name).mkdir(parents=True)

@@ -18,6 +18,8 @@ unexport PYTHONDONTWRITEBYTECODE
 # --no-deps: the locks are complete. They leave out torchvision, torchaudio and torchcodec, which vLLM's CPU build names
 # as needs but does not need for text, and whose builds for CUDA break a CPU torch; and OpenRLHF's flash-attn and
 # bitsandbytes, which are for CUDA only.
+# --use-pep517: what comes as source, as DeepSpeed does, is built by itself; beside torch it does not build with the
+# setuptools that vLLM asks for. PIP_CONSTRAINT: with the lock's build tools all the same.
 # --no-compile: compiled afterwards, on every core; some packages carry files for other Pythons, which do not compile.
 INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile --no-deps
 TORCH := ^(torch|typing-extensions|sympy|mpmath|networkx|jinja2|markupsafe|fsspec|filelock|setuptools|numpy|wheel)==
@@ -87,7 +89,7 @@ define environment
 $(PYTHON) -m venv $(1)
 $(1)/bin/python $(INSTALL) $$(grep -E '$(TORCH)' $(2))
 @$(1)/bin/python -c 'import torch' 2>/dev/null || { rm -rf $(1); echo "pip found a CUDA build of torch; let PIP_EXTRA_INDEX_URL name PyTorch's index of CPU builds and run make again"; exit 1; }
-$(1)/bin/python $(INSTALL) -r $(2)
+PIP_CONSTRAINT=$(2) $(1)/bin/python $(INSTALL) --use-pep517 -r $(2)
 $(1)/bin/python $(INSTALL) --no-build-isolation -e .
 @$(1)/bin/python -m compileall -q -j 0 $(1)/lib >/dev/null 2>&1 || true
 endef

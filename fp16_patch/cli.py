@@ -219,7 +219,8 @@ def matrix(checked: tuple[str, ...], added: tuple[str, ...]) -> None:
     from fp16_patch import matrix_tables as tables
     from fp16_patch.declarations import declared_patches
 
-    console, hold = Console(), True
+    # In a file, a table is as wide as it needs to be.
+    console, hold = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160), True
     try:
         asked = [releases.Release.parse(text) for text in checked]
         for release, verdicts in zip(asked, releases.check_releases(asked), strict=True):

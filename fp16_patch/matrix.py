@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -22,6 +23,11 @@ from fp16_patch.errors import SourceError
 from fp16_patch.fingerprint import definition
 from fp16_patch.sources import Sources, Tree
 from fp16_patch.wheels import download, newest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 DOWNLOADS = 8
 """At a time."""
@@ -63,6 +69,21 @@ class Release:
 def known_releases(patches: Iterable[Patch]) -> list[str]:
     """Every release that one of the patches names, oldest first."""
     return sorted({release for patch in patches for release in patch.releases}, key=Version)
+
+
+def tested_levels() -> dict[Release, str]:
+    """How far each declared release of a framework is tested: `fingerprint`, `worker` or `end to end`.
+
+    From the file that drives the tests themselves; an installed package has a copy of it.
+    """
+    inside = Path(__file__).parent / "versions.toml"
+    path = inside if inside.is_file() else Path(__file__).parents[1] / "integration" / "matrix" / "versions.toml"
+    declared = tomllib.loads(path.read_text(encoding="utf-8"))["releases"]
+    return {
+        Release(package, version): cell["level"]
+        for package, releases in declared.items()
+        for version, cell in releases.items()
+    }
 
 
 def check(sources: Sources, patches: Iterable[Patch], release: str | None) -> list[Verdict]:

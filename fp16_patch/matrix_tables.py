@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.syntax import Syntax
 from rich.table import Table
 
-from fp16_patch.declarations import Patch, Status, Verdict
+from fp16_patch.declarations import Patch, Reason, Status, Verdict
 from fp16_patch.fork import Done, Outcome
-from fp16_patch.matrix import known_releases
+from fp16_patch.matrix import Release, known_releases, tested_levels
 
 
 def print_verdicts(title: str, verdicts: Sequence[Verdict], console: Console) -> None:
@@ -70,27 +72,53 @@ def print_diffs(diffs: Mapping[str, str], console: Console) -> None:
 
 
 def print_matrix(patches: Iterable[Patch], console: Console) -> None:
-    """All declared patches against all declared releases, a table for each package."""
+    """All declared patches against all declared releases, a table for each package.
+
+    Neighbouring releases of which the same is to be said share a column.
+    """
     by_package: dict[str, list[Patch]] = {}
     for patch in patches:
         by_package.setdefault(patch.package, []).append(patch)
     for package, those in by_package.items():
-        releases = known_releases(those)
-        table = Table("patch", *releases, title=package)
-        for patch in those:
-            table.add_row(patch.name, *(_cell(patch, release) for release in releases))
-        console.print(table)
-    says = (
-        f"{_FIXED} fixed here; {_CONTRACT} by contract: tested between stand-ins; {_NOBODY} no: the release is refused"
-    )
-    console.print(says, highlight=False)
+        console.print(_matrix(package, those))
+    console.print(_LEGEND, highlight=False)
 
 
-_FIXED, _CONTRACT, _NOBODY = "●", "○", "–"
+def _matrix(package: str, patches: Sequence[Patch]) -> Table:
+    levels = tested_levels()
+    columns = {
+        release: [_cell(patch, release, levels.get(Release(package, release))) for patch in patches]
+        for release in known_releases(patches)
+    }
+    alike = [(cells, [*releases]) for cells, releases in groupby(columns, columns.__getitem__)]
+    table = Table(title=package, title_justify="left", box=SIMPLE, padding=(0, 1), pad_edge=False)
+    table.add_column("patch", no_wrap=True)
+    for _, releases in alike:
+        table.add_column("\n–\n".join(dict.fromkeys((releases[0], releases[-1]))), justify="center", overflow="fold")
+    for patch, *cells in zip(patches, *(cells for cells, _ in alike), strict=True):
+        table.add_row(patch.name, *cells)
+    return table
 
 
-def _cell(patch: Patch, release: str) -> str:
+_TESTED = {"end to end": "E", "worker": "W", "contract": "C", "fingerprint": "F", None: "●"}
+_EXEMPT = {
+    Reason.FIXED_BY: "[green]↑[/]",
+    Reason.NATIVE: "[green]=[/]",
+    Reason.UNAFFECTED: "[dim]·[/]",
+    Reason.REFUSED: "[yellow]✕[/]",
+}
+_NOBODY = "[red]?[/]"
+_LEGEND = f"""\
+Fixed here, and how far the release is tested: E end to end, W its workers on several ranks, F its code is compared;
+C by contract: cannot run in the tests, the function's own code runs between stand-ins; ● no framework's package
+{_EXEMPT[Reason.FIXED_BY]} fixed by another patch   {_EXEMPT[Reason.NATIVE]} native: the release does it right   \
+{_EXEMPT[Reason.UNAFFECTED]} has nothing that could go wrong
+{_EXEMPT[Reason.REFUSED]} settings that need it stop the run   {_NOBODY} nobody looked: the release is refused
+Why a patch is not needed: fp16-patch matrix --check PACKAGE==RELEASE"""
+
+
+def _cell(patch: Patch, release: str, level: str | None) -> str:
     if release in patch.releases:
-        return f"[green]{_CONTRACT if patch.tested == 'contract' else _FIXED}[/]"
+        return f"[green]{_TESTED[patch.tested or level]}[/]"
     exemption = patch.exemption_in(release)
-    return f"[yellow]{_NOBODY}[/]" if exemption is None else str(exemption).partition(":")[0]
+    return _NOBODY if exemption is None else _EXEMPT[exemption.reason]

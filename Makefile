@@ -88,7 +88,7 @@ define environment
 @$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11) and "the lock file is for Python 3.11: make PYTHON=/path/to/python3.11")'
 $(PYTHON) -m venv $(1)
 $(1)/bin/python $(INSTALL) $$(grep -E '$(TORCH)' $(2))
-@$(1)/bin/python -c 'import torch' 2>/dev/null || { rm -rf $(1); echo "pip found a CUDA build of torch; let PIP_EXTRA_INDEX_URL name PyTorch's index of CPU builds and run make again"; exit 1; }
+@$(1)/bin/python -c 'import torch' || { rm -rf $(1); echo "torch does not load; if pip found its CUDA build, let PIP_EXTRA_INDEX_URL name PyTorch's index of CPU builds and run make again"; exit 1; }
 PIP_CONSTRAINT=$(2) $(1)/bin/python $(INSTALL) --use-pep517 -r $(2)
 $(1)/bin/python $(INSTALL) --no-build-isolation -e .
 @$(1)/bin/python -m compileall -q -j 0 $(1)/lib >/dev/null 2>&1 || true

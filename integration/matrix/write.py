@@ -7,7 +7,7 @@ A test says whether they are up to date.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from fp16_patch.declarations import declared_patches
-from integration.matrix.versions import ROOT, Tested, tested_releases
+from integration.matrix.versions import ROOT, Environment, Tested, tested_releases
 
 README = ROOT / "README.md"
 WORKFLOWS = ROOT / ".github" / "workflows"
@@ -85,16 +85,25 @@ def _patches_of(release: Tested) -> str:
 
 def _test_workflow() -> dict[str, Any]:
     others = [name for release in tested_releases() if not release.locked for name in _sessions(release)]
+    environments = _environments()
     jobs = {
-        "lint": _job("lint", [{"run": "make lint"}], "verl"),
-        "verl": _job("verl", [{"run": "make test-verl"}], "verl"),
-        "openrlhf": _job("OpenRLHF", [{"run": "make test-openrlhf"}], "openrlhf"),
+        "lint": _job("lint", [{"run": "make lint"}], [environments["verl"]]),
+        "verl": _job("verl", [{"run": "make test-verl"}], [environments["verl"]]),
+        "openrlhf": _job("OpenRLHF", [{"run": "make test-openrlhf"}], [environments["openrlhf"]]),
         "releases": {
-            **_job("${{ matrix.session }}", [{"run": "make session NAME='${{ matrix.session }}'"}], "both"),
+            **_job(
+                "${{ matrix.session }}",
+                [{"run": "make session NAME='${{ matrix.session }}'"}],
+                [*environments.values()],
+            ),
             "strategy": {"fail-fast": False, "matrix": {"session": ["fingerprints", *others]}},
         },
     }
     return {"name": "test", "on": {"push": {"branches": ["main"]}, "pull_request": None}, "jobs": jobs}
+
+
+def _environments() -> dict[str, Environment]:
+    return {release.environment.name: release.environment for release in tested_releases()}
 
 
 def _sessions(release: Tested) -> Iterator[str]:
@@ -122,7 +131,8 @@ def _releases_workflow() -> dict[str, Any]:
             f"gh issue create --title '{_REPORT}' --body-file report.txt",
         ]
     )
-    job = _job("newest releases", [{"run": check}, {"run": report, "env": {"GH_TOKEN": "${{ github.token }}"}}], "verl")
+    steps = [{"run": check}, {"run": report, "env": {"GH_TOKEN": "${{ github.token }}"}}]
+    job = _job("newest releases", steps, [_environments()["verl"]])
     job["permissions"] = {"contents": "read", "issues": "write"}
     return {
         "name": "releases",
@@ -131,13 +141,14 @@ def _releases_workflow() -> dict[str, Any]:
     }
 
 
-def _job(name: str, steps: list[Mapping[str, Any]], environment: str) -> dict[str, Any]:
-    locks = ("verl", "openrlhf") if environment == "both" else (environment,)
-    folders = {"verl": ".venv", "openrlhf": ".venv-openrlhf"}
+def _job(name: str, steps: list[Mapping[str, Any]], environments: Sequence[Environment]) -> dict[str, Any]:
     cache = {
-        "path": "\n".join(folders[lock] for lock in locks),
+        "path": "\n".join(environment.folder for environment in environments),
         "key": "-".join(
-            [*locks, *(f"${{{{ hashFiles('integration/{lock}.lock', 'pyproject.toml') }}}}" for lock in locks)]
+            [
+                *(environment.name for environment in environments),
+                *(f"${{{{ hashFiles('{environment.lock}', 'pyproject.toml') }}}}" for environment in environments),
+            ]
         ),
     }
     return {

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import verl_environment
-from tests.releases import needs, sits_in
+from tests.releases import ORACLE, needs, sits_in
 
 pytestmark = [pytest.mark.verl, pytest.mark.e2e]
 pytest.importorskip("verl")
@@ -90,6 +90,11 @@ def test_actor_critic_and_ref_compute_in_float16(learner: Callable[..., Facts], 
 def test_only_engines_that_train_have_a_scaler(learner: Callable[..., Facts], strategy: str, ranks: int) -> None:
     facts = learner("plan", strategy, ranks)["compute_dtypes"]
     assert {role: fact["scaler"] for role, fact in facts.items()} == {"actor": True, "critic": True, "ref": False}
+
+
+def test_the_same_step_is_taken_in_every_release(learner: Callable[..., Facts], strategy: str) -> None:
+    facts = learner("plan", strategy, 2)["oracle"]
+    assert (facts["grad_norm"], facts["moved"]) == pytest.approx(ORACLE["actor"], rel=1e-4)
 
 
 def test_stock_scaler_is_off_away_from_cuda_and_steps_on_nan(learner: Callable[..., Facts], strategy: str) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import verl_environment
+from tests.releases import ORACLE
 
 pytestmark = [pytest.mark.verl, pytest.mark.e2e]
 pytest.importorskip("verl")
@@ -23,8 +24,6 @@ Facts = dict[str, Any]
 LEARNER = Path(__file__).parent / "legacy_learner.py"
 STRATEGIES = ("fsdp", "fsdp2")
 ROLES = ("actor", "critic")
-# What the same two steps give in every release: norm of the gradient, and how far the parameters went.
-ORACLE = {"actor": (17.0934, 0.386258), "critic": (1.60356, 0.385302)}
 WITH_A_SCALER = ("overflow_on_one_rank", "averaged_norm", "resume", "exports", "endless_overflow")
 ARMS: dict[str, tuple[list[str], tuple[str, ...], dict[str, str]]] = {
     # The key that FSDP reads in every release; autocast and scaler do not.

@@ -44,7 +44,7 @@ def run(request: pytest.FixtureRequest, tree: Path, tiny_model: Path, tmp_path_f
             env = openrlhf_environment()
             if arm == "edited":
                 env["PYTHONPATH"] = f"{tree}{os.pathsep}{env['PYTHONPATH']}"
-                # DeepSpeed compiles its kernels again where their sources lie elsewhere: not in the place of the others.
+                # Kernels whose sources lie elsewhere are compiled again: not in the place of the others.
                 env["TORCH_EXTENSIONS_DIR"] = str(tree / "kernels")
             options = ["--zero-stage", str(request.param), "--model", str(tiny_model), "--out", str(out), *SCENARIOS]
             known[arm] = _facts(arm, options, env, out)

@@ -26,7 +26,8 @@ def test_it_applies_once_and_leaves_python(package: str, tmp_path: Path) -> None
         compile((tmp_path / name).read_text(), name, "exec")
     again, outcomes = diff_of(tmp_path, Plan())
     assert again == ""
-    assert edited == {outcome.verdict.patch.name for outcome in outcomes if outcome.done is Done.UNKNOWN}
+    # So are others that have their target in common with one of these.
+    assert edited <= {outcome.verdict.patch.name for outcome in outcomes if outcome.done is Done.UNKNOWN}
 
 
 @pytest.mark.parametrize("package", PACKAGES)

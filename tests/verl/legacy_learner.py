@@ -386,7 +386,7 @@ def endless_overflow_of(learner: Learner) -> dict[str, Any]:
         for parameter in learner.module.parameters():
             parameter.grad = torch.zeros_like(parameter)
         if dist.get_rank() == dist.get_world_size() - 1:
-            local(next(p for p in learner.module.parameters() if local(p).numel()).grad).view(-1)[-1] = math.nan
+            local(next(p for p in learner.module.parameters() if local(p).numel()).grad).view(-1)[0] = math.nan
         try:
             learner.learner._optimizer_step()
         except Exception as stopped:  # the facts are what is asserted on

@@ -24,7 +24,7 @@ unexport PYTHONDONTWRITEBYTECODE
 INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile --no-deps
 TORCH := ^(torch|typing-extensions|sympy|mpmath|networkx|jinja2|markupsafe|fsspec|filelock|setuptools|numpy|wheel)==
 
-.PHONY: demo demo-openrlhf test test-verl test-openrlhf fingerprints test-releases matrix session unit lint bench bench-monitor clean
+.PHONY: demo demo-openrlhf test test-verl test-openrlhf fingerprints test-learners test-releases matrix session unit lint bench bench-monitor clean
 
 demo: $(READY)
 	$(BIN)/python -m integration.demo.run
@@ -43,7 +43,11 @@ test-openrlhf: $(OPENRLHF_READY)
 fingerprints: $(READY)
 	$(NOX) --session fingerprints
 
-# Of the releases that are not in the locks, the learners of the oldest, on two ranks.
+# Of verl's releases besides the newest, the learners under the plan, on two ranks.
+test-learners: $(READY) $(OLD_READY)
+	$(NOX) --tags verl-others -- -k "(two-ranks or every_release or as_they_are) and not stock"
+
+# All that is tested of the learners of each framework's oldest release, on two ranks.
 test-releases: $(READY) $(OPENRLHF_READY) $(OLD_READY)
 	$(NOX) --tags oldest -- -k "not one-rank"
 

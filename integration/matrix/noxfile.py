@@ -14,22 +14,29 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from integration.matrix.overlay import overlay
-from integration.matrix.versions import Tested, tested_releases
+from integration.matrix.versions import Tested, others, tested_releases
 
 nox.options.default_venv_backend = "none"
 nox.options.error_on_missing_interpreters = True
 RELEASES = tested_releases()
-_OTHERS = [release for release in RELEASES if release.reaches("worker") and not release.locked]
+_OTHERS = [release for release in others(RELEASES) if release.reaches("worker")]
 OLDEST = list({release.package: release for release in reversed(_OTHERS)}.values())
 
 
 def releases_at(level: str) -> list[object]:
-    """As parameters of a session; tagged is the oldest release of each framework that no environment holds."""
+    """As parameters of a session, with tags that name some of those that `make test` does not run."""
     return [
-        nox.param(release, id=f"{release.package}-{release.version}", tags=["oldest"] if release in OLDEST else [])
+        nox.param(release, id=f"{release.package}-{release.version}", tags=tags(release, level))
         for release in RELEASES
         if release.reaches(level)
     ]
+
+
+def tags(release: Tested, level: str) -> list[str]:
+    """Of the learners, `oldest`: of its framework; `verl-others`, `openrlhf-others`: all of them."""
+    if level != "worker" or release not in _OTHERS:
+        return []
+    return [f"{release.package}-others", *(["oldest"] if release in OLDEST else [])]
 
 
 @nox.session(tags=["fingerprints"])

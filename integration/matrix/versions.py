@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,6 +76,12 @@ def tested_releases(path: Path = VERSIONS) -> list[Tested]:
         for package, releases in declared["releases"].items()
         for version, cell in releases.items()
     ]
+
+
+def others(releases: Sequence[Tested]) -> list[Tested]:
+    """All but the newest of each framework, which is what `make test` runs."""
+    newest = {release.package: release for release in releases}
+    return [release for release in releases if release != newest[release.package]]
 
 
 def _environment(name: str, table: Mapping[str, object]) -> Environment:

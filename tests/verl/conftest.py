@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +15,20 @@ pytest.importorskip("verl")
 
 import fp16_patch
 from fp16_patch import Plan
+from tests.conftest import verl_environment
+
+Facts = dict[str, Any]
+LEARNER = Path(__file__).parent / "learner.py"
+ON_A_CPU = ("compute_dtypes", "overflow_on_one_rank", "wire", "merged_lora_wire", "accumulation", "temperature")
+WITH_A_SCALER = ("overflow_on_one_rank", "averaged_norm", "resume", "exports", "endless_overflow")
+ALL = (*ON_A_CPU, *WITH_A_SCALER[1:], "resume_from_stock", "oracle")
+# As `fp16-patch run` does: verl knows plugins since 0.9 only.
+UNDER_A_PLAN = {"FP16_PATCH": "1", "VERL_USE_EXTERNAL_MODULES": "verl_on_cpu,fp16_patch.autoload"}
+ARMS: Mapping[str, tuple[list[str], tuple[str, ...], Mapping[str, str]]] = {
+    "stock": ([], ON_A_CPU, {}),
+    "stock-with-scaler": (["--working-scaler"], WITH_A_SCALER, {}),
+    "plan": ([], ALL, UNDER_A_PLAN),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -39,3 +57,32 @@ def compose() -> Callable[..., Any]:
             return compose("ppo_trainer", overrides=["actor_rollout_ref.rollout.name=vllm", *overrides])
 
     return composed
+
+
+@pytest.fixture(scope="session")
+def learner(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Facts]:
+    """Run scenarios of `learner.py` once for each arm, strategy and number of ranks; what they found."""
+    known: dict[tuple[str, str, int], Facts] = {}
+
+    def run(arm: str, strategy: str, ranks: int) -> Facts:
+        if (arm, strategy, ranks) not in known:
+            out = tmp_path_factory.mktemp(f"{arm}_{strategy}_{ranks}")
+            options, scenarios, env = ARMS[arm]
+            where = ["--strategy", strategy, "--model", str(tiny_model), "--out", str(out)]
+            facts = learner_facts([*where, *options, *scenarios], verl_environment(env), out, ranks)
+            known[arm, strategy, ranks] = {"out": out, **facts}
+        return known[arm, strategy, ranks]
+
+    return run
+
+
+def learner_facts(options: list[str], env: Mapping[str, str], out: Path, ranks: int) -> Facts:
+    """What the scenarios found on so many gloo ranks."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", str(LEARNER)]
+    with (out / "log.txt").open("w") as log:
+        process = subprocess.run(
+            [*launch, *options], env=dict(env), stdout=log, stderr=subprocess.STDOUT, timeout=600, check=False
+        )
+    assert process.returncode == 0, (out / "log.txt").read_text()[-3000:]
+    facts: Facts = json.loads((out / "facts.json").read_text())
+    return facts

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -15,17 +14,15 @@ import pytest
 from tests.conftest import verl_environment
 from tests.edited import edited_copy
 from tests.releases import verdict_on
+from tests.verl.conftest import Facts, learner_facts
 
 pytestmark = [pytest.mark.verl, pytest.mark.e2e]
 pytest.importorskip("verl")
 if verdict_on("fsdp-scaler").exemption is not None:
     pytest.skip("the engine of this release is not the learner", allow_module_level=True)
 
-Facts = dict[str, Any]
-LEARNER = Path(__file__).parent / "learner.py"
 SAME = ("oracle", "compute_dtypes", "temperature", "accumulation", "merged_lora_wire", "resume", "exports")
 ALL = (*SAME, "overflow_on_one_rank", "averaged_norm")
-UNDER_A_PLAN = {"FP16_PATCH": "1", "VERL_USE_EXTERNAL_MODULES": "verl_on_cpu,fp16_patch.autoload"}
 
 
 @pytest.fixture(scope="module")
@@ -36,19 +33,16 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", params=["fsdp", "fsdp2"])
-def run(request: pytest.FixtureRequest, tree: Path, tiny_model: Path, tmp_path_factory: Any) -> Callable[..., Facts]:
-    """Facts of both arms, on two ranks."""
-    known: dict[str, Facts] = {}
+def strategy(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
-    def run(arm: str) -> Facts:
-        if arm not in known:
-            out = tmp_path_factory.mktemp(f"{arm}_{request.param}")
-            env = verl_environment(UNDER_A_PLAN) if arm == "plan" else _before_all(tree, verl_environment())
-            options = ["--strategy", request.param, "--model", str(tiny_model), "--out", str(out)]
-            known[arm] = _facts([*options, *(ALL if arm == "edited" else SAME)], env, out)
-        return known[arm]
 
-    return run
+@pytest.fixture(scope="module")
+def edited(strategy: str, tree: Path, tiny_model: Path, tmp_path_factory: Any) -> Facts:
+    """Facts of the edited tree, on two ranks."""
+    out = tmp_path_factory.mktemp(f"edited_{strategy}")
+    where = ["--strategy", strategy, "--model", str(tiny_model), "--out", str(out)]
+    return learner_facts([*where, *ALL], _before_all(tree, verl_environment()), out, ranks=2)
 
 
 def _before_all(tree: Path, environment: Mapping[str, str]) -> dict[str, str]:
@@ -57,37 +51,29 @@ def _before_all(tree: Path, environment: Mapping[str, str]) -> dict[str, str]:
     return {**without_plugins, "PYTHONPATH": f"{tree}{os.pathsep}{environment['PYTHONPATH']}"}
 
 
-def _facts(options: list[str], env: Mapping[str, str], out: Path) -> Facts:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(LEARNER)]
-    with (out / "log.txt").open("w") as log:
-        process = subprocess.run(
-            [*launch, *options], env=dict(env), stdout=log, stderr=subprocess.STDOUT, timeout=600, check=False
-        )
-    assert process.returncode == 0, (out / "log.txt").read_text()[-3000:]
-    facts: Facts = json.loads((out / "facts.json").read_text())
-    facts["resume"].pop("path")
-    return facts
-
-
-def test_every_role_computes_in_float16_and_those_that_train_have_a_scaler(run: Callable[..., Facts]) -> None:
-    facts = run("edited")["compute_dtypes"]
+def test_every_role_computes_in_float16_and_those_that_train_have_a_scaler(edited: Facts) -> None:
+    facts = edited["compute_dtypes"]
     assert {role: fact["dtypes"] for role, fact in facts.items()} == dict.fromkeys(facts, ["float16"])
     assert {role: fact["scaler"] for role, fact in facts.items()} == {"actor": True, "critic": True, "ref": False}
 
 
 @pytest.mark.parametrize("scenario", SAME)
-def test_it_does_what_the_patches_do(run: Callable[..., Facts], scenario: str) -> None:
-    assert run("edited")[scenario] == run("plan")[scenario]
+def test_it_does_what_the_patches_do(
+    edited: Facts, learner: Callable[..., Facts], strategy: str, scenario: str
+) -> None:
+    plan = learner("plan", strategy, 2)
+    edited["resume"]["path"] = plan["resume"]["path"]
+    assert edited[scenario] == plan[scenario]
 
 
-def test_an_overflow_on_one_rank_is_skipped_on_all_and_holds_the_schedule(run: Callable[..., Facts]) -> None:
-    facts = run("edited")["overflow_on_one_rank"]
+def test_an_overflow_on_one_rank_is_skipped_on_all_and_holds_the_schedule(edited: Facts) -> None:
+    facts = edited["overflow_on_one_rank"]
     assert facts["scaler_enabled"]
     assert facts["unchanged_on_every_rank"]
     assert facts["moved_by_a_clean_step"]
     before, after, last = facts["lr"]
     assert before == after < last
-    assert 0 < run("edited")["averaged_norm"]["grad_norm"] < 1e3
+    assert 0 < edited["averaged_norm"]["grad_norm"] < 1e3
 
 
 def test_fp16_patch_is_not_loaded(tree: Path) -> None:

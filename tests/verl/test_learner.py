@@ -2,67 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.conftest import verl_environment
 from tests.releases import ORACLE, needs, sits_in
+from tests.verl.conftest import UNDER_A_PLAN, Facts
 
 pytestmark = [pytest.mark.verl, pytest.mark.e2e]
 pytest.importorskip("verl")
 
-Facts = dict[str, Any]
-LEARNER = Path(__file__).parent / "learner.py"
 STRATEGIES = ("fsdp", "fsdp2")
-ON_A_CPU = ("compute_dtypes", "overflow_on_one_rank", "wire", "merged_lora_wire", "accumulation", "temperature")
-WITH_A_SCALER = ("overflow_on_one_rank", "averaged_norm", "resume", "exports", "endless_overflow")
-ALL = (*ON_A_CPU, *WITH_A_SCALER[1:], "resume_from_stock", "oracle")
-
-
-# As `fp16-patch run` does: verl knows plugins since 0.9 only.
-UNDER_A_PLAN = {"FP16_PATCH": "1", "VERL_USE_EXTERNAL_MODULES": "verl_on_cpu,fp16_patch.autoload"}
-
-
-@pytest.fixture(scope="session")
-def learner(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Facts]:
-    """Run scenarios once for each arm, strategy and number of ranks; what they found."""
-    known: dict[tuple[str, str, int], Facts] = {}
-
-    def run(arm: str, strategy: str, ranks: int) -> Facts:
-        if (arm, strategy, ranks) not in known:
-            out = tmp_path_factory.mktemp(f"{arm}_{strategy}_{ranks}")
-            known[arm, strategy, ranks] = {"out": out, **_run_scenarios(arm, strategy, ranks, tiny_model, out)}
-        return known[arm, strategy, ranks]
-
-    return run
-
-
-def _run_scenarios(arm: str, strategy: str, ranks: int, model: Path, out: Path) -> Facts:
-    options, scenarios, env = {
-        "stock": ([], ON_A_CPU, {}),
-        "stock-with-scaler": (["--working-scaler"], WITH_A_SCALER, {}),
-        "plan": ([], ALL, UNDER_A_PLAN),
-    }[arm]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", str(LEARNER)]
-    where = ["--strategy", strategy, "--model", str(model), "--out", str(out)]
-    with (out / "log.txt").open("w") as log:
-        process = subprocess.run(
-            [*launch, *where, *options, *scenarios],
-            env=verl_environment(env),
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            timeout=600,
-            check=False,
-        )
-    assert process.returncode == 0, (out / "log.txt").read_text()[-3000:]
-    facts: Facts = json.loads((out / "facts.json").read_text())
-    return facts
 
 
 @pytest.fixture(params=STRATEGIES)

@@ -5,8 +5,11 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
+
+from packaging.specifiers import SpecifierSet
 
 from integration.cpu import process
 from integration.cpu.process import Job, RunResult
@@ -23,6 +26,10 @@ ENVIRONMENT = {
     "VERL_ENGINE_DEVICE": "cuda",
     "HYDRA_FULL_ERROR": "1",
 }
+# What is spelled otherwise in other releases of verl. Before 0.9.0 it knows no device but GPUs and NPUs by name.
+_DEVICE = {">=0.9": "cpu", "<0.9": "cuda"}
+_CRITIC_ENGINE = {">=0.8": "critic.fsdp", "<0.8": "critic.model.fsdp_config"}
+
 READY = re.compile(r"all initialize finished, ready to fit")
 
 
@@ -167,11 +174,16 @@ def _critic(config: LaunchConfig) -> dict[str, object]:
         "critic.model.tokenizer_path": config.model,
         **_model_without_flash_attention("critic.model"),
         "critic.strategy": config.strategy,
-        "critic.fsdp.strategy": config.strategy,
-        "critic.fsdp.use_torch_compile": False,
+        f"{_in_this_release(_CRITIC_ENGINE)}.strategy": config.strategy,
+        f"{_in_this_release(_CRITIC_ENGINE)}.use_torch_compile": False,
         "critic.optim.lr": config.learning_rate,
         "critic.ppo_micro_batch_size_per_gpu": 16,
     }
+
+
+def _in_this_release(spelled: Mapping[str, str]) -> str:
+    installed = version("verl")
+    return next(word for releases, word in spelled.items() if SpecifierSet(releases).contains(installed))
 
 
 def _lora(config: LaunchConfig) -> dict[str, object]:
@@ -186,7 +198,7 @@ def _lora(config: LaunchConfig) -> dict[str, object]:
 def _trainer(config: LaunchConfig) -> dict[str, object]:
     return {
         "algorithm.adv_estimator": config.adv_estimator,
-        "trainer.device": "cpu",
+        "trainer.device": _in_this_release(_DEVICE),
         "trainer.n_gpus_per_node": config.ranks,
         "trainer.nnodes": 1,
         "trainer.total_epochs": 1_000_000,

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pkgutil import resolve_name
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 import wrapt
@@ -105,7 +105,8 @@ class PatchSet:
             self._undo.append(edit(_descriptor(owner, name), variant.edit, variant.edit_to or str(self.dtype)))
             return
         original = getattr(owner, name)
-        wrapper = _Wrapper(_descriptor(owner, name), variant.load_hook())
+        descriptor = _descriptor(owner, name)
+        wrapper = _wrapper_of(descriptor, owner)(descriptor, variant.load_hook())
         self._replace(owner, name, wrapper)
         for reference in variant.bound:
             self._rebind(reference, original, wrapper)
@@ -128,6 +129,23 @@ class _Wrapper(wrapt.FunctionWrapper):  # type: ignore[type-arg]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return resolve_name, (f"{self.__module__}:{self.__qualname__}",)
+
+
+class _MethodWrapper(_Wrapper):
+    """On a class it is itself, as a function is, and not a new object each time: pickle compares what it has with that.
+
+    Without it, Ray would send the function that we wrapped, to workers that then run it.
+    """
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        return self if instance is None else super().__get__(instance, owner)
+
+    def __call__(self, instance: Any, /, *args: Any, **kwargs: Any) -> Any:
+        return self.__get__(instance, type(instance))(*args, **kwargs)
+
+
+def _wrapper_of(descriptor: Any, owner: Any) -> type[_Wrapper]:
+    return _MethodWrapper if isinstance(owner, type) and isinstance(descriptor, FunctionType) else _Wrapper
 
 
 def owner_of(module: ModuleType, qualname: str) -> tuple[Any, str]:

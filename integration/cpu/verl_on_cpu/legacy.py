@@ -1,10 +1,12 @@
 """The workers of before 0.8.0: loaded with an attention that runs on a CPU, and nothing pinned."""
 
+import inspect
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import torch
+import torch.distributed
 import torch.distributed.fsdp
 import wrapt
 
@@ -15,8 +17,17 @@ def install() -> None:
     # verl 0.5.0 asks for these: the name is looked up in a table of promised flops.
     torch.cpu.get_device_name = lambda *_args: DEVICE_NAME
     torch.cpu.mem_get_info = lambda *_args: (0, 0)
+    wrapt.wrap_function_wrapper(torch.distributed, "init_process_group", join_by_gloo)
     wrapt.register_post_import_hook(leave_sharded_models_unpinned, "verl.utils.fsdp_utils")
     wrapt.register_post_import_hook(load_with_sdpa, "transformers.modeling_utils")
+
+
+def join_by_gloo(wrapped: Callable[..., Any], _instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The workers ask for NCCL by name, on any device but an NPU."""
+    asked = inspect.signature(wrapped).bind(*args, **kwargs)
+    if "nccl" in str(asked.arguments.get("backend")):
+        asked.arguments["backend"] = "gloo"
+    return wrapped(*asked.args, **asked.kwargs)
 
 
 def leave_sharded_models_unpinned(fsdp_utils: ModuleType) -> None:

@@ -64,6 +64,7 @@ def end_to_end(session: nox.Session, release: Tested) -> None:
 
 def _test(session: nox.Session, release: Tested, level: str) -> None:
     session.chdir(ROOT)
-    env = {} if release.locked else {"PYTHONPATH": str(overlay(release))}
-    tests = release.environment.tests[level]
-    session.run(str(release.environment.python), "-m", "pytest", *tests, *session.posargs, env=env, external=True)
+    environment, tests = release.tests(level)
+    held = environment.holds(release.package, release.version)
+    env = {} if held else {"PYTHONPATH": str(overlay(release))}
+    session.run(str(environment.python), "-m", "pytest", *tests, *session.posargs, env=env, external=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 if sys.version_info >= (3, 11):
@@ -47,6 +47,7 @@ class Tested:
 
     Attributes:
         companions: requirements that replace what the environment holds, where the release needs others.
+        elsewhere: level → environment and tests, where these are not those of `environment`.
     """
 
     package: str
@@ -54,11 +55,16 @@ class Tested:
     environment: Environment
     level: str
     companions: tuple[str, ...] = ()
+    elsewhere: Mapping[str, tuple[Environment, tuple[str, ...]]] = field(default_factory=dict)
 
     @property
     def locked(self) -> bool:
         """Whether it is the release that its environment holds."""
         return self.environment.holds(self.package, self.version)
+
+    def tests(self, level: str) -> tuple[Environment, tuple[str, ...]]:
+        """Where a level is tested, and by what."""
+        return self.elsewhere.get(level) or (self.environment, self.environment.tests[level])
 
     def reaches(self, level: str) -> bool:
         return LEVELS.index(level) <= LEVELS.index(self.level)
@@ -72,7 +78,18 @@ def tested_releases(path: Path = VERSIONS) -> list[Tested]:
     declared = tomllib.loads(path.read_text(encoding="utf-8"))
     environments = {name: _environment(name, table) for name, table in declared["environments"].items()}
     return [
-        Tested(package, version, environments[cell["environment"]], cell["level"], tuple(cell.get("with", ())))
+        Tested(
+            package,
+            version,
+            environments[cell["environment"]],
+            cell["level"],
+            tuple(cell.get("with", ())),
+            {
+                level: (environments[cell[level]["environment"]], tuple(cell[level]["tests"]))
+                for level in LEVELS
+                if level in cell
+            },
+        )
         for package, releases in declared["releases"].items()
         for version, cell in releases.items()
     ]

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -18,36 +16,11 @@ pytest.importorskip("vllm")
 from fp16_patch.cli import main
 from fp16_patch.mismatch.diagnosis import diagnose_run
 from fp16_patch.mismatch.record import load_run
-from integration.cpu.arms import ARMS, record_of
-from integration.cpu.launch import LaunchConfig, RunResult, run
-from integration.demo import task
+from integration.cpu.launch import RunResult
+from tests.e2e.verl_runs import FP16_PATCH, STEPS, TIMEOUT_S, finished, ledger, record
 
-TIMEOUT_S = 900
-STEPS = 2
 # Far above what FP16 gradients bear, and a power of two.
 OVERFLOWING = 2**40
-FP16_PATCH = str(Path(sys.executable).with_name("fp16-patch"))
-
-
-@pytest.fixture(scope="session")
-def start(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RunResult]:
-    """Run verl with an arm's overrides and further settings."""
-    train, val = task.write_dataset(tmp_path_factory.mktemp("data"))
-
-    def started(arm: str, **settings: Any) -> RunResult:
-        out = tmp_path_factory.mktemp(arm)
-        config = LaunchConfig(
-            tiny_model,
-            train,
-            val,
-            Path(task.__file__),
-            out,
-            reward_name="share_of_digits",
-            **{"steps": STEPS, "timeout_seconds": TIMEOUT_S, **settings},
-        )
-        return run(ARMS[arm].applied_to(config, out) if not config.prefix else config)
-
-    return started
 
 
 def served_reward_model(model: Path) -> tuple[str, ...]:
@@ -74,23 +47,23 @@ def served_reward_model(model: Path) -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="session")
-def one_flag(start: Callable[..., RunResult], tiny_reward_model: Path) -> RunResult:
+def one_flag(start_verl: Callable[..., RunResult], tiny_reward_model: Path) -> RunResult:
     """`external_lib=fp16_patch.verl` in an otherwise stock configuration, with reference and reward model, saved."""
     overrides = (f"trainer.save_freq={STEPS}", *served_reward_model(tiny_reward_model))
-    return finished(start("fp16_patch", use_ref=True, overrides=overrides))
+    return finished(start_verl("fp16_patch", use_ref=True, overrides=overrides))
 
 
 @pytest.fixture(scope="session")
-def stock_fp16(start: Callable[..., RunResult]) -> RunResult:
+def stock_fp16(start_verl: Callable[..., RunResult]) -> RunResult:
     """verl's documented float16 keys, observed."""
-    return finished(start("stock-fp16"))
+    return finished(start_verl("stock-fp16"))
 
 
 @pytest.fixture(scope="session")
-def calibrating(start: Callable[..., RunResult]) -> RunResult:
+def calibrating(start_verl: Callable[..., RunResult]) -> RunResult:
     """`fp16-patch run`, FSDP2 on two ranks with a critic, at a loss scale that overflows, beside a foreign cluster."""
     return finished(
-        start(
+        start_verl(
             "fp16_patch",
             prefix=(FP16_PATCH, "run", "--"),
             strategy="fsdp2",
@@ -103,38 +76,9 @@ def calibrating(start: Callable[..., RunResult]) -> RunResult:
 
 
 @pytest.fixture(scope="session")
-def v0(start: Callable[..., RunResult]) -> RunResult:
-    """`fp16-patch run` with verl's V0 trainer, the only one of older releases: two ranks, a critic and a reference."""
-    return finished(
-        start(
-            "fp16_patch",
-            prefix=(FP16_PATCH, "run", "--"),
-            ranks=2,
-            adv_estimator="gae",
-            use_ref=True,
-            overrides=("++trainer.use_v1=False", "algorithm.gamma=1.0"),
-        )
-    )
-
-
-@pytest.fixture(scope="session")
-def broken_sampler(start: Callable[..., RunResult]) -> RunResult:
+def broken_sampler(start_verl: Callable[..., RunResult]) -> RunResult:
     """The one flag, where our plugin cannot be imported in vLLM's worker process."""
-    return start("fp16_patch", env={"PYTHONPATH": str(Path(__file__).parent / "broken_sampler")})
-
-
-def finished(result: RunResult) -> RunResult:
-    assert result.ok, f"{result.reason}\n{result.tail(60)}"
-    assert len(result.steps) == STEPS
-    return result
-
-
-def record(result: RunResult) -> Path:
-    return record_of(result.log.parent)
-
-
-def ledger(result: RunResult) -> dict[str, Any]:
-    return dict(json.loads((record(result) / "ledger.json").read_text()))
+    return start_verl("fp16_patch", env={"PYTHONPATH": str(Path(__file__).parent / "broken_sampler")})
 
 
 @pytest.mark.timeout(TIMEOUT_S)
@@ -267,34 +211,6 @@ def test_run_reaches_driver_critic_and_both_ranks(calibrating: RunResult) -> Non
     ]
     assert sorted(process["rank"] for process in found["processes"] if process["kind"] == "worker") == [0, 1]
     assert found["roles"]["critic"]["autocast"] == ["float16"]
-
-
-def test_the_v0_trainer_judges_every_process_too(v0: RunResult) -> None:
-    found = ledger(v0)
-    # The launching process, which computes nothing, attests where the release has it look at the configuration.
-    kinds = sorted(process["kind"] for process in found["processes"] if process["kind"] != "driver")
-    assert kinds == sorted([*["engine_core", "sampler_worker", "server", "worker"] * 2, "task_runner_v0"])
-    assert {(process["mode"], process["problem"]) for process in found["processes"]} == {("fp16", None)}
-    assert set(found["roles"]) == {"actor", "critic", "ref", "rollout"}
-    for role in ("actor", "critic", "ref"):
-        assert found["roles"][role]["autocast"] == found["roles"][role]["activation"] == ["float16"]
-    for role in ("actor", "critic"):
-        assert found["roles"][role]["gradient"] == found["roles"][role]["master"] == ["float32"]
-    assert found["roles"]["rollout"]["engine_weight"] == ["float16"]
-
-
-def test_the_v0_trainers_steps_are_measured_and_logged_too(v0: RunResult) -> None:
-    run = load_run(record(v0))
-    for step in v0.steps:
-        for prefix in ("fp16/", "fp16/critic/"):
-            assert step[f"{prefix}loss_scale"] == 65536.0
-            assert step[f"{prefix}skipped_total"] == 0.0
-        assert step["mismatch/mean_abs"] < 1.2e-3
-        assert step["mismatch/prob_mean_abs"] == pytest.approx(step["training/rollout_probs_diff_mean"], rel=1e-3)
-        coverage = run.coverage[step["step"]]
-        assert coverage.complete
-        assert (coverage.ranks, coverage.expected_ranks) == (2, 2)
-        assert coverage.tokens == coverage.expected_tokens == step["mismatch/tokens"] > 500
 
 
 def test_a_plugin_that_fails_in_one_process_stops_the_run_before_the_first_step(broken_sampler: RunResult) -> None:

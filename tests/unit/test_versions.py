@@ -49,6 +49,14 @@ def test_each_environment_holds_one_tested_release_and_runs_tests_that_exist() -
         assert all((ROOT / path).exists() for paths in environment.tests.values() for path in paths)
 
 
+def test_a_level_is_tested_elsewhere_where_the_release_says_so() -> None:
+    (old,) = (release for release in versions.tested_releases() if str(release) == "verl==0.7.1")
+    (worker, _), (whole, tests) = old.tests("worker"), old.tests("end to end")
+    assert (worker.name, whole.name) == ("verl-old", "verl")
+    assert tests
+    assert all((ROOT / path).exists() for path in tests)
+
+
 def test_an_overlay_holds_the_framework_and_nothing_that_hides_ours(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

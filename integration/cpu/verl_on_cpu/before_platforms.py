@@ -1,6 +1,7 @@
 """verl before 0.9.0, which finds out by itself that it is on a CPU, and has engines and resources for GPUs only."""
 
 import inspect
+import os
 from collections.abc import Callable
 from importlib import import_module
 from types import ModuleType
@@ -57,5 +58,6 @@ def keep_a_name_for_experts(layer: ModuleType) -> None:
 
 
 def name_the_device(cpu: ModuleType) -> None:
-    """Both ends of the weights' way to the sampler meet at a socket that is named after the device."""
-    cpu.CpuPlatform.get_device_uuid = classmethod(lambda _cls, _device_id=0: "cpu")
+    """Both ends of the weights' way to the sampler meet at a socket that is named after the device they share."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")  # which of the declared GPUs Ray gave this process
+    cpu.CpuPlatform.get_device_uuid = classmethod(lambda _cls, _device_id=0: f"cpu-{visible}")

@@ -1,0 +1,35 @@
+"""How the tests start a framework's command line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from integration.cpu.arms import ARMS
+from integration.cpu.launch import LaunchConfig, RunResult, run
+from integration.demo import task
+from tests.e2e.verl_runs import STEPS, TIMEOUT_S
+
+
+@pytest.fixture(scope="session")
+def start_verl(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RunResult]:
+    """Run verl with an arm's overrides and further settings."""
+    train, val = task.write_dataset(tmp_path_factory.mktemp("data"))
+
+    def started(arm: str, **settings: Any) -> RunResult:
+        out = tmp_path_factory.mktemp(arm)
+        config = LaunchConfig(
+            tiny_model,
+            train,
+            val,
+            Path(task.__file__),
+            out,
+            reward_name="share_of_digits",
+            **{"steps": STEPS, "timeout_seconds": TIMEOUT_S, **settings},
+        )
+        return run(ARMS[arm].applied_to(config, out) if not config.prefix else config)
+
+    return started

@@ -27,10 +27,11 @@ def _install(release: Tested, into: Path) -> None:
     pip = [str(release.environment.python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     # DeepSpeed comes as source, and is built here without its kernels, which it compiles when they are first used.
     environment = {**os.environ, "DS_BUILD_OPS": "0"}
-    requirements = ["--use-pep517", "--no-deps", "--target", str(into), str(release), *release.companions]
+    wanted = (release.requirement, *release.companions)
+    requirements = ["--use-pep517", "--no-deps", "--target", str(into), *wanted]
     subprocess.run([*pip, *requirements], env=environment, check=True)
     # Wheels of these frameworks bring top-level packages such as `tests`, which would hide ours.
-    packages = {requirement.partition("==")[0].replace("-", "_") for requirement in (str(release), *release.companions)}
+    packages = {release.package, *(requirement.partition("==")[0].replace("-", "_") for requirement in wanted)}
     for path in into.iterdir():
         if path.name.partition("-")[0].partition(".")[0] not in packages:
             shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -25,20 +25,22 @@ class Environment:
     Attributes:
         folder: of the virtual environment, in the checkout.
         tests: level → what pytest is given.
+        in_make_test: `make test` runs its tests on what it holds.
     """
 
     name: str
     folder: str
     lock: str
     tests: Mapping[str, tuple[str, ...]]
+    in_make_test: bool = False
 
     @property
     def python(self) -> Path:
         return ROOT / self.folder / "bin" / "python"
 
-    def holds(self, package: str, version: str) -> bool:
+    def holds(self, requirement: str) -> bool:
         """Whether the lock file names this release."""
-        return f"{package}=={version}" in (ROOT / self.lock).read_text(encoding="utf-8").splitlines()
+        return requirement in (ROOT / self.lock).read_text(encoding="utf-8").splitlines()
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Tested:
     Attributes:
         companions: requirements that replace what the environment holds, where the release needs others.
         elsewhere: level → environment and tests, where these are not those of `environment`.
+        distribution: the name it is installed by, where that is not the package's.
     """
 
     package: str
@@ -56,11 +59,17 @@ class Tested:
     level: str
     companions: tuple[str, ...] = ()
     elsewhere: Mapping[str, tuple[Environment, tuple[str, ...]]] = field(default_factory=dict)
+    distribution: str | None = None
+
+    @property
+    def requirement(self) -> str:
+        """By which pip finds it."""
+        return f"{self.distribution or self.package}=={self.version}"
 
     @property
     def locked(self) -> bool:
         """Whether it is the release that its environment holds."""
-        return self.environment.holds(self.package, self.version)
+        return self.environment.holds(self.requirement)
 
     def tests(self, level: str) -> tuple[Environment, tuple[str, ...]]:
         """Where a level is tested, and by what."""
@@ -89,6 +98,7 @@ def tested_releases(path: Path = VERSIONS) -> list[Tested]:
                 for level in LEVELS
                 if level in cell
             },
+            cell.get("distribution"),
         )
         for package, releases in declared["releases"].items()
         for version, cell in releases.items()
@@ -96,11 +106,10 @@ def tested_releases(path: Path = VERSIONS) -> list[Tested]:
 
 
 def others(releases: Sequence[Tested]) -> list[Tested]:
-    """All but the newest of each framework, which is what `make test` runs."""
-    newest = {release.package: release for release in releases}
-    return [release for release in releases if release != newest[release.package]]
+    """Those that `make test` does not run."""
+    return [release for release in releases if not (release.locked and release.environment.in_make_test)]
 
 
 def _environment(name: str, table: Mapping[str, object]) -> Environment:
     tests = {level: tuple(table[level]) for level in LEVELS[1:]}  # type: ignore[arg-type]
-    return Environment(name, str(table["folder"]), str(table["lock"]), tests)
+    return Environment(name, str(table["folder"]), str(table["lock"]), tests, bool(table.get("in_make_test")))

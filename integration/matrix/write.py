@@ -21,7 +21,8 @@ README = ROOT / "README.md"
 WORKFLOWS = ROOT / ".github" / "workflows"
 BEGIN, END = "<!-- releases -->\n", "<!-- /releases -->\n"
 _HEAD = "# Written by `python -m integration.matrix.write` from integration/matrix/versions.toml.\n"
-_NAMES = {"verl": "verl", "openrlhf": "OpenRLHF"}
+_NAMES = {"verl": "verl", "openrlhf": "OpenRLHF", "vllm": "vLLM"}
+_FRAMEWORKS = ("verl", "openrlhf")
 _WORDS = {"fingerprint": "code compared"}
 _MINUTES = 90
 _REPORT = "A release that the patches do not know"
@@ -76,6 +77,8 @@ def with_table(text: str, table: str) -> str:
 
 def _patches_of(release: Tested) -> str:
     patches = [patch for patch in declared_patches() if patch.framework == release.package]
+    if not patches:
+        return "none: its plugin interface"
     # A patch of DeepSpeed or vLLM is declared for their releases, not for the framework's.
     own = [patch for patch in patches if patch.package == release.package]
     applying = sum(release.version in patch.releases for patch in own)
@@ -118,7 +121,7 @@ def _releases_workflow() -> dict[str, Any]:
     check = "\n".join(
         [
             "make .venv/.ready",
-            f"for package in {' '.join(_NAMES)}; do",
+            f"for package in {' '.join(_FRAMEWORKS)}; do",
             '  .venv/bin/fp16-patch matrix --check "$package" >> report.txt 2>&1 || touch changed',
             "done",
             "cat report.txt",

@@ -288,7 +288,7 @@ def test_releases_of_which_the_same_is_to_be_said_share_a_column(
 
 def test_how_far_a_release_is_tested_is_read_from_what_drives_the_tests() -> None:
     assert matrix.tested_levels()[Release("verl", "0.9.1")] == "end to end"
-    assert {release.package for release in matrix.tested_levels()} == {"verl", "openrlhf"}
+    assert {release.package for release in matrix.tested_levels()} >= {"verl", "openrlhf"}
 
 
 @pytest.mark.parametrize("reason", ['because = "x"', 'native = "x", refused = "y"'])

@@ -41,7 +41,8 @@ def test_the_wheel_carries_patches_types_and_entry_points(tmp_path: Path) -> Non
     names = zipfile.ZipFile(wheel).namelist()
     declared = {path.relative_to(ROOT).as_posix() for path in (ROOT / "patches").rglob("*.toml")}
     assert {f"fp16_patch/{name}" for name in declared} <= set(names)
-    assert "fp16_patch/py.typed" in names
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "fp16_patch").rglob("*.py")}
+    assert {*modules, "fp16_patch/py.typed", "fp16_patch/versions.toml"} <= set(names)
     assert not [name for name in names if name.startswith(("tests/", "integration/", "patches/"))]
     (entry_points,) = [name for name in names if name.endswith("entry_points.txt")]
     text = zipfile.ZipFile(wheel).read(entry_points).decode()

@@ -47,8 +47,7 @@ def fingerprints(session: nox.Session) -> None:
     patched = {patch.package for patch in declared_patches()}
     releases = [release for release in RELEASES if release.package in patched]
     checks = [argument for release in releases for argument in ("--check", str(release))]
-    python = str(RELEASES[0].environment.python)
-    session.run(python, "-m", "fp16_patch.cli", "matrix", *checks, external=True)
+    session.run(sys.executable, "-m", "fp16_patch.cli", "matrix", *checks, external=True)
 
 
 @nox.session

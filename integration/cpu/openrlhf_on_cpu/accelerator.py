@@ -27,8 +27,12 @@ def gathered(wrapped: Callable[..., Any], _instance: Any, args: tuple[Any, ...],
     """ZeRO-3 gathers the small parameters one by one and waits for the last: on a GPU's stream, then all are there.
 
     gloo works on several at once. The last may be done before the first, whose memory then still holds anything.
+    And what it copies is seen by autograd, which forbids it on the views of weights that DeepSpeed 0.18 gathers into.
     """
-    handle = wrapped(*args, **kwargs)
-    if handle is not None:
-        handle.wait()
+    import torch
+
+    with torch.no_grad():
+        handle = wrapped(*args, **kwargs)
+        if handle is not None:
+            handle.wait()
     return handle

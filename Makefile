@@ -12,7 +12,7 @@ NOX := $(BIN)/nox -f integration/matrix/noxfile.py
 READY := .venv/.ready
 OPENRLHF_READY := .venv-openrlhf/.ready
 OLD_READY := .venv-verl-old/.ready
-OPENRLHF_TESTS := tests/contract tests/openrlhf tests/e2e/test_openrlhf_runs.py
+OPENRLHF_TESTS := tests/contract tests/openrlhf tests/probe/test_taken_by_a_run.py tests/e2e/test_openrlhf_runs.py
 
 unexport PYTHONDONTWRITEBYTECODE
 # --no-deps: the locks are complete. They leave out torchvision, torchaudio and torchcodec, which vLLM's CPU build names

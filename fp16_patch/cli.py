@@ -1,4 +1,4 @@
-"""`fp16-patch`: doctor, run, report, analyze, watch, matrix, diff, demo."""
+"""`fp16-patch`: doctor, run, probe, report, analyze, watch, matrix, diff, demo."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import click
 
 from fp16_patch import __version__
 from fp16_patch.errors import Fp16PatchError
-from fp16_patch.plan import Plan
+from fp16_patch.plan import MODE_ENV, Plan
 
 _MODE_OF_DTYPE = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 _PASS_THROUGH = {"ignore_unknown_options": True, "allow_interspersed_args": False}
@@ -81,6 +80,71 @@ def run(mode: str | None, command: tuple[str, ...]) -> None:
         _append("VERL_USE_EXTERNAL_MODULES", "fp16_patch.autoload")
         _put_first("PYTHONPATH", str(Path(__file__).parent / "startup"))
     os.execvp(command[0], list(command))
+
+
+@main.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "--prompts",
+    type=click.Path(path_type=Path),
+    help="Lines of text, JSON lines or parquet, as your data set has them [default: 16 of ours].",
+)
+@click.option("--count", default=32, show_default=True, help="Responses, in each of the sampler's dtypes.")
+@click.option("--max-new-tokens", default=256, show_default=True, help="Tokens of a response.")
+@click.option("--temperature", default=1.0, show_default=True, help="As your run samples.")
+@click.option(
+    "--sampler",
+    type=click.Choice(["auto", "vllm", "hf"]),
+    default="auto",
+    show_default=True,
+    help="What samples; auto: vLLM where it is installed, else the model's own decoding.",
+)
+@click.option("--dtypes", default="fp32,fp16,bf16", show_default=True, help="Of sampler and learner.")
+@click.option("--device", help="Of the learner [default: cuda where there is one, else cpu].")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the result here; - for the terminal.")
+@click.option("--html", type=click.Path(path_type=Path), help="Write a self-contained page with plots here.")
+def probe(json_path: Path | None, html: Path | None, dtypes: str, device: str | None, **settings: Any) -> None:
+    """Say how large MODEL's mismatch is, whether it bears FP16's range, and which loss scale to start with.
+
+    MODEL is the directory of a causal language model. Responses are sampled once in each dtype and scored in each;
+    activations and gradients are looked at in FP32, module by module. A run takes the result by
+    FP16_PATCH_PROBE=probe.json: its starting scale, and a refusal of what was judged unsafe. Exit code 0: fp16,
+    1: bf16, or fp16 only with modules in fp32.
+
+    \b
+    Examples:
+      fp16-patch probe models/Qwen2.5-0.5B --json probe.json --html probe.html
+      fp16-patch probe models/my_model --prompts data/train.parquet --count 64
+    """
+    from rich.console import Console
+
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120
+    console = Console(stderr=json_path == Path("-"), width=width)
+    try:
+        from fp16_patch.probe.examining import ProbeRequest, examine
+        from fp16_patch.probe.page import write_page
+        from fp16_patch.probe.progress import on_terminal
+        from fp16_patch.probe.terminal import print_result
+
+        settings["dtypes"] = tuple(name.strip() for name in dtypes.split(",") if name.strip())
+        if device is not None:
+            settings["device"] = device
+        request = ProbeRequest(**settings)
+        with on_terminal(console) as phases:
+            result = examine(request, phases)
+    except ImportError as missing:
+        raise click.ClickException(f"probe needs torch and transformers: {missing}") from missing
+    except Fp16PatchError as problem:
+        raise click.ClickException(str(problem)) from problem
+    print_result(result, console)
+    if json_path == Path("-"):
+        click.echo(json.dumps(result.as_dict(), indent=1))
+    elif json_path is not None:
+        result.write(json_path)
+    if html is not None:
+        write_page(result, html)
+    sys.exit(0 if result.recommendation.precision == "fp16" else 1)
 
 
 @main.command()
@@ -316,9 +380,11 @@ def _labelled(paths: tuple[Path, ...]) -> dict[str, Path]:
 
 
 def _plan(default_mode: str, mode: str | None = None) -> Plan:
+    given = {} if mode is None else {MODE_ENV: mode}
     try:
-        plan = Plan.from_environment(os.environ, default_mode=default_mode)
-        return plan if mode is None else Plan.from_settings({"mode": mode}, "--", base=replace(plan))
+        plan = Plan.from_environment({**os.environ, **given}, default_mode=default_mode)
+        # A plan that was carried here does not look at the variable.
+        return Plan.from_settings({} if mode is None else {"mode": mode}, "--", base=plan)
     except Fp16PatchError as problem:
         raise click.ClickException(str(problem)) from problem
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
+from fp16_patch import probed
 from fp16_patch.errors import Conflict, PlanError
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class Plan:
         max_consecutive_skips: this many skipped steps in a row are a collapse.
         strict: refuse framework code we do not know. When false that is one warning and the ledger still decides.
         ledger_every: the driver reads every process's ledger before the first two updates, then each so many steps.
+        probe: the result of `fp16-patch probe`; in fp16 its starting scale is taken, and an unsafe model refused.
         out_dir: where the monitor writes; the framework's own output directory when None.
         monitor: measure the mismatch of sampler and learner.
         monitor_timeout_s: the longest a step waits for its own figures; without them it goes on.
@@ -66,6 +68,7 @@ class Plan:
     max_consecutive_skips: int = 20
     strict: bool = True
     ledger_every: int = 50
+    probe: str | None = None
     out_dir: str | None = None
     monitor: bool = True
     monitor_timeout_s: float = 2.0
@@ -117,7 +120,8 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        return cls.from_settings(json.loads(text), source=PLAN_ENV)
+        # Complete as it is: what it was made of, a probe's result for one, need not be on this machine.
+        return cls(**_parsed(json.loads(text), PLAN_ENV))
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any], source: str, base: Plan | None = None) -> Plan:
@@ -128,17 +132,15 @@ class Plan:
             source: where the settings come from, for the message of an error.
 
         Raises:
-            PlanError: an unknown setting or a value that does not parse.
+            PlanError: an unknown setting, a value that does not parse, or a probe that speaks against the plan.
         """
-        parsed, conflicts = {}, []
-        for name, value in settings.items():
-            try:
-                parsed[name] = _parse(name, value)
-            except (KeyError, TypeError, ValueError) as problem:
-                conflicts.append(_bad_setting(f"{source}.{name}", name, value, problem))
-        if conflicts:
-            raise PlanError(conflicts)
-        return replace(base or cls(), **parsed)
+        parsed = _parsed(settings, source)
+        plan = replace(base or cls(), **parsed)
+        applied_before = base is not None and base.scales_loss and "probe" not in parsed
+        if plan.probe is None or not plan.scales_loss or applied_before:
+            return plan
+        measured = probed.settings_of(plan.probe)
+        return replace(plan, **{name: value for name, value in measured.items() if name not in parsed})
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] = os.environ, default_mode: str = "off") -> Plan:
@@ -183,6 +185,18 @@ _PARSERS: dict[str, Callable[[Any], Any]] = {
     "int": _parse_int,
     "bool": _parse_bool,
 }
+
+
+def _parsed(settings: Mapping[str, Any], source: str) -> dict[str, Any]:
+    parsed, conflicts = {}, []
+    for name, value in settings.items():
+        try:
+            parsed[name] = _parse(name, value)
+        except (KeyError, TypeError, ValueError) as problem:
+            conflicts.append(_bad_setting(f"{source}.{name}", name, value, problem))
+    if conflicts:
+        raise PlanError(conflicts)
+    return parsed
 
 
 def _parse(name: str, value: Any) -> Any:

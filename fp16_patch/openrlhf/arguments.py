@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from fp16_patch import probed
 from fp16_patch.errors import Conflict, PlanError
 from fp16_patch.plan import MODE_ENV, Plan
 
@@ -83,6 +84,9 @@ def conflicts_of(args: Any, plan: Plan) -> Iterator[Conflict]:
     for key in _MODELS:
         yield from _model_conflicts(args, key, plan)
     if plan.scales_loss:
+        policy = flag(args, _MODELS[0])
+        if other := probed.conflict_with(plan.probe, policy, get(args, _MODELS[0])):
+            yield other
         yield from _scaler_conflicts(plan)
         yield from _scaled_gradient_conflicts(args, stage)
 

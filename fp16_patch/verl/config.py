@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fp16_patch import probed
 from fp16_patch.activation import current_plan
 from fp16_patch.errors import Conflict, PlanError
 from fp16_patch.plan import Plan
@@ -178,6 +179,9 @@ def _model_conflicts(config: Any, plan: Plan) -> Iterator[Conflict]:
         if method is not None:
             reason = f"the model is stored quantized ({method}), and would be served so"
             yield Conflict(key, _select(config, key), reason, f"use its {plan.dtype} or bfloat16 weights")
+    policy = "actor_rollout_ref.model.path"
+    if plan.scales_loss and (other := probed.conflict_with(plan.probe, policy, _select(config, policy))):
+        yield other
 
 
 def _quantization_of(model: object) -> str | None:

@@ -1,0 +1,24 @@
+"""Looking at the ranges of a model inside a vLLM worker: `worker_extension_cls` mixes this into its class."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import Any
+
+from fp16_patch.probe.watching import GENERATION, RangeWatch
+
+
+class RangeWatchExtension:
+    """Two methods for `LLM.collective_rpc`."""
+
+    model_runner: Any
+
+    def start_range_watch(self) -> None:
+        self._range_watch = RangeWatch(self.model_runner.model)
+        self._watching = ExitStack()
+        self._watching.enter_context(self._range_watch.during(GENERATION))
+
+    def stop_range_watch(self) -> list[dict[str, Any]]:
+        """The ranges that were seen since, JSON-able."""
+        self._watching.close()
+        return [{"site": list(site), "range": seen.as_dict()} for site, seen in self._range_watch.ranges().items()]

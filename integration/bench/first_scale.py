@@ -1,0 +1,77 @@
+"""Optimizer steps lost at the start of the demo's run: torch's first loss scale beside the one that the probe measures.
+
+python -m integration.bench.first_scale
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from fp16_patch.mismatch.record import load_run
+from fp16_patch.probe.examining import ProbeRequest, examine
+from integration.cpu.arms import ARMS, record_of
+from integration.cpu.launch import LaunchConfig, run
+from integration.demo.run import prepare
+from integration.demo.side_by_side import STEPS
+
+RESPONSES = 32
+
+
+def measure(out: Path, seed: int, steps: int = STEPS) -> dict[str, Any]:
+    """`stock` and `probed` → first scale, steps attempted and skipped in a run of so many steps."""
+    config = prepare(out, steps, Console(quiet=True))
+    result = examine(
+        ProbeRequest(
+            config.model, prompts=config.train_files, sampler="hf", dtypes=("fp32",), count=RESPONSES, seed=seed
+        )
+    )
+    result.write(out / "probe.json")
+    probed = {"FP16_PATCH_PROBE": str((out / "probe.json").resolve())}
+    return {
+        "stock": _run(config, out / "stock"),
+        "probed": _run(replace(config, env={**config.env, **probed}), out / "probed"),
+        "largest_scale": None if result.gradients is None else result.gradients["largest_scale"],
+    }
+
+
+def _run(config: LaunchConfig, out: Path) -> dict[str, Any]:
+    ended = run(ARMS["fp16_patch"].applied_to(config, out))
+    if not ended.ok:
+        raise RuntimeError(f"{out}: {ended.reason or ended.returncode}\n{ended.tail()}")
+    record = load_run(record_of(out))
+    return {
+        "init_scale": record.plan["init_scale"],
+        "skipped": record.summary()["skipped"],
+        "loss_scale": list(record.series("fp16/loss_scale").values()),
+    }
+
+
+def show(measured: dict[str, Any], console: Console) -> None:
+    table = Table("first scale", "", "optimizer steps skipped", "loss scale, step by step")
+    for name in ("stock", "probed"):
+        found = measured[name]
+        scales = ", ".join(f"{scale:g}" for scale in found["loss_scale"])
+        table.add_row(name, f"{found['init_scale']:g}", str(found["skipped"]), scales)
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out")
+    arguments = parser.parse_args()
+    out: Path = arguments.out.resolve() / "first_scale"
+    measured = measure(out, arguments.seed)
+    (out / "first_scale.json").write_text(json.dumps(measured, indent=1) + "\n")
+    show(measured, Console())
+
+
+if __name__ == "__main__":
+    main()

@@ -110,7 +110,7 @@ def probe(json_path: Path | None, html: Path | None, dtypes: str, device: str | 
     MODEL is the directory of a causal language model. Responses are sampled once in each dtype and scored in each;
     activations and gradients are looked at in FP32, module by module. A run takes the result by
     FP16_PATCH_PROBE=probe.json: its starting scale, and a refusal of what was judged unsafe. Exit code 0: fp16,
-    1: bf16, or fp16 only with modules in fp32.
+    1: bf16, or fp16 only with modules in fp32, 2: it could not be probed.
 
     \b
     Examples:
@@ -134,9 +134,9 @@ def probe(json_path: Path | None, html: Path | None, dtypes: str, device: str | 
         with on_terminal(console) as phases:
             result = examine(request, phases)
     except ImportError as missing:
-        raise click.ClickException(f"probe needs torch and transformers: {missing}") from missing
+        raise click.UsageError(f"probe needs torch and transformers: {missing}") from missing
     except Fp16PatchError as problem:
-        raise click.ClickException(str(problem)) from problem
+        raise click.UsageError(str(problem)) from problem
     print_result(result, console)
     if json_path == Path("-"):
         click.echo(json.dumps(result.as_dict(), indent=1))

@@ -125,7 +125,8 @@ def _scored(model: nn.Module, sequences: Sequence[Sampled], dtype: str) -> Any:
 def show(measured: dict[str, dict[str, float]], console: Console) -> None:
     names = ("precision_error", "importance_effect", "sampling_noise")
     table = Table("dtype", *(name.replace("_", " ") for name in names), title="shares of the gradient's norm")
-    for dtype, found in measured.items():
+    for dtype in DTYPES:
+        found = measured[dtype]
         table.add_row(dtype, *(f"{found[name]:.2%}" for name in names))
     console.print(table)
 

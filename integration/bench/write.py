@@ -27,6 +27,13 @@ HEAD = (
     "|---|---|---|---|---|---|",
 )
 
+GRADIENT_HEAD = ("| share of the policy gradient's norm, first model | bf16 | fp16 |", "|---|---|---|")
+SHARES = {
+    "precision_error": "error of rounding",
+    "importance_effect": "effect of exact importance weights of sequences: what mismatch distorts",
+    "sampling_noise": "noise of a batch of 64 responses",
+}
+
 
 def written() -> str:
     """The README as it has to be."""
@@ -36,7 +43,7 @@ def written() -> str:
 
 def table(results: dict[str, Any]) -> str:
     """Markdown: mean |d| by learner/sampler of every kind of model that was measured, then the other sections."""
-    rows = [_row(name, found) for kind, name in KINDS.items() if (found := results["offline"].get(kind))]
+    rows = [_row(name, found) for kind, name in KINDS.items() if (found := results.get("offline", {}).get(kind))]
     return "\n".join([*HEAD, *rows, "", *_sentences(results)]) + "\n"
 
 
@@ -49,12 +56,7 @@ def _row(name: str, found: dict[str, Any]) -> str:
 
 def _sentences(results: dict[str, Any]) -> Iterator[str]:
     if gradient := results.get("gradient"):
-        shares = "; ".join(
-            f"{dtype}: rounding {gradient[dtype]['precision_error']:.2%}, importance weights "
-            f"{gradient[dtype]['importance_effect']:.2%}, sampling noise {gradient[dtype]['sampling_noise']:.0%}"
-            for dtype in ("bf16", "fp16")
-        )
-        yield f"Of the policy gradient's norm on the first of them: {shares}."
+        yield from (*GRADIENT_HEAD, *(_gradient_row(gradient, *named) for named in SHARES.items()), "")
     if probe := results.get("probe"):
         yield (
             f"The probe locates {probe['unsafe_located']} of {probe['unsafe_total']} models made to leave FP16's range "
@@ -67,6 +69,10 @@ def _sentences(results: dict[str, Any]) -> Iterator[str]:
             f"{scale['stock']['skipped']} skipped optimizer steps, the probe's {scale['probed']['init_scale']:g} costs "
             f"{scale['probed']['skipped']}."
         )
+
+
+def _gradient_row(gradient: dict[str, Any], key: str, name: str) -> str:
+    return f"| {name} | {' | '.join(f'{gradient[dtype][key]:.1%}' for dtype in ('bf16', 'fp16'))} |"
 
 
 def with_table(text: str, table: str) -> str:

@@ -152,7 +152,7 @@ def test_an_unsafe_model_ends_it_with_1(written: Callable[[str], Path]) -> None:
 )
 def test_bad_input_is_named(written: Callable[[str], Path], arguments: tuple[str, ...], said: str) -> None:
     result = run(*(str(written("llama")) if argument == "MODEL" else argument for argument in arguments))
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert said in result.output
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,7 @@ from fp16_patch.probe.watching import Site
 GIB_OF_CACHE_ON_A_CPU = "1"
 GPU_SHARE = 0.8
 REPORTED_LINES = 6
+_ERROR = re.compile(r"\b[\w.]*(?:Error|Exception): \S.*")
 
 
 class SamplerRefused(Fp16PatchError):
@@ -62,7 +64,7 @@ def sample(
         command = [sys.executable, "-m", __spec__.name, str(asked), str(answered)]
         process = subprocess.run(command, env=_environment(), capture_output=True, text=True, check=False)
         if process.returncode or not answered.is_file():
-            raise SamplerRefused(_last_words(process.stderr or process.stdout))
+            raise SamplerRefused(_what_it_says(process.stderr or process.stdout))
         answer = json.loads(answered.read_text(encoding="utf-8"))
     pairs = zip(prompts, answer["responses"], answer["log_probs"], strict=True)
     sampled = [Sampled(tuple(prompt), tuple(tokens), tuple(values)) for prompt, tokens, values in pairs]
@@ -75,10 +77,10 @@ def _environment() -> dict[str, str]:
     return {"VLLM_CPU_KVCACHE_SPACE": GIB_OF_CACHE_ON_A_CPU, "VLLM_LOGGING_LEVEL": "ERROR", **kept}
 
 
-def _last_words(output: str) -> str:
-    lines = [line for line in output.splitlines() if line.strip()]
-    telling = [line for line in lines if "Error" in line]
-    return "\n".join((telling or lines)[-REPORTED_LINES:]) or "vLLM ended without a message"
+def _what_it_says(output: str) -> str:
+    """The first error of vLLM's processes; those after it only say that there was one."""
+    errors = _ERROR.findall(output)
+    return errors[0] if errors else "\n".join(output.splitlines()[-REPORTED_LINES:]) or "vLLM ended without a message"
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from integration.cpu.tiny_model import character_tokenizer
 
-HIDDEN, INNER, LAYERS, HEADS = 64, 128, 3, 4
+# 32 dimensions a head: vLLM's CPU build has no attention for fewer.
+HIDDEN, INNER, LAYERS, HEADS = 64, 128, 3, 2
 STD = 0.05
 
 _COMMON = {
@@ -21,19 +22,19 @@ _COMMON = {
     "intermediate_size": INNER,
     "num_hidden_layers": LAYERS,
     "num_attention_heads": HEADS,
-    "num_key_value_heads": 2,
+    "num_key_value_heads": 1,
     "max_position_embeddings": 512,
 }
 _EXPERTS = {"num_experts_per_tok": 2, "num_local_experts": 4, "num_experts": 4, "moe_intermediate_size": INNER}
 # model_type → what its configuration has besides the common sizes.
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2": {},
-    "qwen3": {"head_dim": 16},
+    "qwen3": {"head_dim": 32},
     "llama": {},
-    "mistral": {"head_dim": 16},
-    "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 16},
-    "gemma3_text": {"head_dim": 16, "query_pre_attn_scalar": 16},
-    "qwen3_moe": {"head_dim": 16, "decoder_sparse_step": 1, **_EXPERTS},
+    "mistral": {"head_dim": 32},
+    "gemma2": {"head_dim": 32, "query_pre_attn_scalar": 32},
+    "gemma3_text": {"head_dim": 32, "query_pre_attn_scalar": 32},
+    "qwen3_moe": {"head_dim": 32, "decoder_sparse_step": 1, **_EXPERTS},
     "mixtral": _EXPERTS,
     "gpt_neox": {},
     "phi": {},

@@ -128,3 +128,16 @@ def test_json_of_a_result_says_how_it_was_made(result: ProbeResult) -> None:
     assert settings["sampler"] == "transformers"
     assert settings["seed"] == 0
     assert set(settings["releases"]) == {"fp16_patch", "torch", "transformers"}
+
+
+def test_the_reason_is_vllms_first_error() -> None:
+    from fp16_patch.probe.vllm_sampler import _what_it_says
+
+    log = (
+        "(Worker pid=7) ERROR 11-24 [multiproc_executor.py:1] RuntimeError: no attention for head_dim=16\n"
+        "(EngineCore pid=6) ERROR 11-24 [core.py:9] RuntimeError: Worker failed\n"
+        "vllm.v1.engine.exceptions.EngineDeadError: EngineCore encountered an issue."
+    )
+    assert _what_it_says(log) == "RuntimeError: no attention for head_dim=16"
+    assert _what_it_says("one\ntwo\n") == "one\ntwo"
+    assert _what_it_says("") == "vLLM ended without a message"

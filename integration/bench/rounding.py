@@ -2,70 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 FP32_MANTISSA_BITS = 23
-# Overload → which of its arguments are the operands; a bias is not one of them.
-PRODUCTS: dict[Any, tuple[int, int]] = {
-    torch.ops.aten.mm.default: (0, 1),
-    torch.ops.aten.bmm.default: (0, 1),
-    torch.ops.aten.addmm.default: (1, 2),
-}
 
 
 @dataclass(frozen=True)
 class Precision:
     """``bits`` stored mantissa bits (BF16 has 7, FP16 10), exponents of FP32, ``phase``: where the grid's points lie.
 
-    An operand x becomes ``R(phase · x) / phase``. Every phase has the same relative spacing and the same exponents, so
-    two phases are equally precise; between powers of two they round the same operand to different values.
+    An operand x becomes ``R(phase · x) / phase``. Every phase has the same number of points between x and 2x, so two
+    phases are equally precise; unless one is a power of two times the other, they round x to different values.
     """
 
     bits: int
     phase: float = 1.0
 
-    def rounded(self, operand: Tensor) -> Tensor:
+    def rounded(self, values: Tensor) -> Tensor:
         if self.phase == 1.0:
-            return round_mantissa(operand, self.bits)
-        return round_mantissa(operand * self.phase, self.bits) / self.phase
+            return round_mantissa(values, self.bits)
+        return round_mantissa(values * self.phase, self.bits) / self.phase
 
 
-class Rounded(TorchDispatchMode):
-    """While entered, every matrix product, of a forward or a backward, takes its operands in ``precision``.
+def operand(values: Tensor, precision: Precision | None) -> Tensor:
+    """``values`` as ``product`` takes them; their gradient passes unchanged. ``None`` is FP32 as it is."""
+    return values if precision is None else _Operand.apply(values, precision)
 
-    Sums are FP32, as in a tensor core; so is all that is no matrix product. ``None`` leaves everything as it is.
+
+def product(left: Tensor, right: Tensor, precision: Precision | None) -> Tensor:
+    """``left @ right``, summed in FP32; both are operands already, (…, m, k) and (…, k, n).
+
+    The backward's products, ``R(g) rightᵀ`` and ``leftᵀ R(g)``, take their operands in ``precision`` too.
     """
+    return left @ right if precision is None else _Product.apply(left, right, precision)
 
-    def __init__(self, precision: Precision | None) -> None:
-        super().__init__()
-        self.precision = precision
 
-    def __torch_dispatch__(
-        self,
-        func: Callable[..., Any],
-        types: tuple[type, ...],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        if self.precision is not None and func in PRODUCTS:
-            args = self._with_rounded_operands(args, *PRODUCTS[func])
-        return func(*args, **(kwargs or {}))
+class _Operand(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, precision: Precision) -> Tensor:
+        return precision.rounded(values)
 
-    def _with_rounded_operands(self, args: tuple[Any, ...], left: int, right: int) -> tuple[Any, ...]:
-        assert self.precision is not None
-        # One term, so no sum: RoPE's angles, position · frequency, which frameworks keep in FP32.
-        if args[left].shape[-1] == 1:
-            return args
-        rounded = list(args)
-        rounded[left] = self.precision.rounded(args[left])
-        rounded[right] = self.precision.rounded(args[right])
-        return tuple(rounded)
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, left: Tensor, right: Tensor, precision: Precision) -> Tensor:
+        ctx.save_for_backward(left, right)
+        ctx.precision = precision
+        return left @ right
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        left, right = ctx.saved_tensors
+        gradient = ctx.precision.rounded(gradient)
+        return gradient @ right.mT, left.mT @ gradient, None
 
 
 def round_mantissa(values: Tensor, bits: int) -> Tensor:

@@ -64,7 +64,7 @@ class RoundedPolicy:
     def _attended(
         self, layer: int, stream: Tensor, rotation: tuple[Tensor, Tensor], hidden: Tensor, cache: Cache
     ) -> Tensor:
-        """(sequences, tokens, heads · head size); ``hidden``, (tokens, tokens seen), is −∞ where a token comes later."""
+        """(sequences, tokens, heads · head size); ``hidden``, (tokens, tokens seen), is −∞ for later ones."""
         name = f"layers.{layer}"
         inputs = operand(self._norm(f"{name}.input_layernorm", stream), self.precision)
         size = self._matrices[f"{name}.self_attn.q_proj.weight"].shape[0] // self._heads

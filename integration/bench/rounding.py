@@ -30,7 +30,10 @@ class Precision:
 
 def operand(values: Tensor, precision: Precision | None) -> Tensor:
     """``values`` as ``product`` takes them; their gradient passes unchanged. ``None`` is FP32 as it is."""
-    return values if precision is None else _Operand.apply(values, precision)
+    if precision is None:
+        return values
+    # For a small operand of a sampler, `apply` would cost as much as the rounding.
+    return _Operand.apply(values, precision) if torch.is_grad_enabled() else precision.rounded(values)
 
 
 def product(left: Tensor, right: Tensor, precision: Precision | None) -> Tensor:
@@ -38,7 +41,9 @@ def product(left: Tensor, right: Tensor, precision: Precision | None) -> Tensor:
 
     The backward's products, ``R(g) rightᵀ`` and ``leftᵀ R(g)``, take their operands in ``precision`` too.
     """
-    return left @ right if precision is None else _Product.apply(left, right, precision)
+    if precision is None or not torch.is_grad_enabled():
+        return left @ right
+    return _Product.apply(left, right, precision)
 
 
 class _Operand(torch.autograd.Function):

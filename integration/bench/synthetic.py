@@ -13,6 +13,7 @@ under `out/synthetic/`, of the same settings, is not repeated.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import random
@@ -21,6 +22,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,13 +102,12 @@ def measure(out: Path, seeds: Sequence[int] = SEEDS, settings: Settings | None =
         models = {seed: _model_folder(folder, settings, seed) for seed in seeds}
         curves: dict[str, dict[str, Any]] = {name: {} for name in arms(settings.bits)}
         with _progress() as progress:
-            for seed in seeds:
-                for name, arm in arms(settings.bits).items():
-                    advance = _advance(progress, f"seed {seed}, {name}", settings)
-                    result = folder / f"{settings.bits}-bit {name} {seed}.json".replace(" ", "-")
-                    curves[name][str(seed)] = _kept(
-                        result, settings, lambda: run(models[seed], arm, settings, seed, advance)
-                    )
+            for seed, (name, arm) in itertools.product(seeds, arms(settings.bits).items()):
+                result = folder / f"{settings.bits}-bit {name} {seed}.json".replace(" ", "-")
+                advance = _advance(progress, f"seed {seed}, {name}", settings)
+                curves[name][str(seed)] = _kept(
+                    result, settings, partial(run, models[seed], arm, settings, seed, advance)
+                )
     return {
         "label": "synthetic",
         "settings": asdict(settings),
@@ -216,12 +217,13 @@ def summarize(curves: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def show(measured: dict[str, Any], console: Console) -> None:
+    """Rewards with their least and greatest over the seeds below; of the mismatch the mean alone."""
     seeds = ", ".join(map(str, measured["seeds"]))
-    title = f"synthetic: {measured['settings']['bits']} mantissa bits, seeds {seeds}; mean (least … greatest)"
-    table = Table("arm", "start", "peak", "final", "learner alone", "mean |d|", "mean |Σd|", "k3", title=title)
+    title = f"synthetic: {measured['settings']['bits']} mantissa bits, seeds {seeds}"
+    table = Table("arm", "start", "peak", "final", "learner alone", "mean |d|", "mean |Σd|", title=title)
     for name, figures in measured["summary"].items():
-        rewards = ("{mean:.3f} ({min:.3f} … {max:.3f})".format(**figures[figure]) for figure in REWARDS)
-        table.add_row(name, *rewards, *(f"{figures[figure]['mean']:.2e}" for figure in MISMATCH))
+        rewards = ("{mean:.2f}\n{min:.2f}…{max:.2f}".format(**figures[figure]) for figure in REWARDS)
+        table.add_row(name, *rewards, *(f"{figures[figure]['mean']:.1e}" for figure in ("mean_abs", "seq_mean_abs")))
     console.print(table)
 
 
@@ -298,7 +300,6 @@ def main() -> None:
     arguments = parser.parse_args()
     out: Path = arguments.out.resolve()
     measured = measure(out, arguments.seeds, Settings(bits=arguments.bits))
-    measured["command"] = "python -m integration.bench.synthetic"
     (out / "synthetic.json").write_text(json.dumps(measured, indent=1) + "\n")
     show(measured, Console())
 

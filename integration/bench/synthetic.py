@@ -55,7 +55,8 @@ class Settings:
     bits: int = 1
     steps: int = 200
     window: int = 25
-    learning_rate: float = 5e-4
+    # At twice this rate the precision alone undoes a run: with no mismatch, seed 1 fell from 0.16 to 0.09.
+    learning_rate: float = 2.5e-4
     max_grad_norm: float = 1.0
     problems: int = 32
     problems_a_step: int = 8
@@ -158,7 +159,9 @@ def sample(
     prompts = torch.tensor(tokenizer([problem.prompt for problem in asked])["input_ids"])
     cache, last = Cache(), prompts
     ended = torch.zeros(len(asked), dtype=torch.bool)
-    tokens, log_probs, masks = [], [], []
+    tokens: list[Tensor] = []
+    log_probs: list[Tensor] = []
+    masks: list[Tensor] = []
     while len(tokens) < settings.max_response and not ended.all():
         predicted = policy.logits(last, cache)[:, -1].log_softmax(-1)
         last = torch.multinomial(predicted.exp(), 1, generator=generator)
@@ -262,9 +265,10 @@ def _model_folder(folder: Path, settings: Settings, seed: int) -> Path:
 def _kept(result: Path, settings: Settings, measure_it: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What is in ``result`` if it was measured with these settings, else ``measure_it()``, written there."""
     if result.is_file():
-        kept = json.loads(result.read_text())
+        kept: dict[str, Any] = json.loads(result.read_text())
         if kept["settings"] == asdict(settings):
-            return kept["run"]
+            known: dict[str, Any] = kept["run"]
+            return known
     measured = measure_it()
     result.write_text(json.dumps({"settings": asdict(settings), "run": measured}) + "\n")
     return measured

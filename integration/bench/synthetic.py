@@ -32,6 +32,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from fp16_patch.mismatch.stats import MismatchStats
 from integration.bench.rounded_policy import Cache, RoundedPolicy
@@ -254,21 +255,21 @@ def _repeated(asked: Sequence[Problem], settings: Settings) -> list[Problem]:
 def _model_folder(folder: Path, settings: Settings, seed: int) -> Path:
     """The model that every arm of the seed starts from, trained on worked examples where it is not there yet."""
     model_folder = folder / f"model-{settings.hidden_size}x{settings.layers}-{seed}"
-    if not (model_folder / "config.json").is_file():
+    if not model_folder.is_dir():
         tokenizer = character_tokenizer()
         model = character_model(tokenizer, hidden_size=settings.hidden_size, layers=settings.layers, seed=seed)
         make_model.train(model, tokenizer, seed)
-        model.save_pretrained(model_folder)
+        # Written under another name first: an interrupted write must not pass for the model.
+        unfinished = folder / "model-unfinished"
+        model.save_pretrained(unfinished)
+        unfinished.rename(model_folder)
     return model_folder
 
 
 def _kept(result: Path, settings: Settings, measure_it: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What is in ``result`` if it was measured with these settings, else ``measure_it()``, written there."""
-    if result.is_file():
-        kept: dict[str, Any] = json.loads(result.read_text())
-        if kept["settings"] == asdict(settings):
-            known: dict[str, Any] = kept["run"]
-            return known
+    if result.is_file() and (kept := json.loads(result.read_text()))["settings"] == asdict(settings):
+        return dict(kept["run"])
     measured = measure_it()
     result.write_text(json.dumps({"settings": asdict(settings), "run": measured}) + "\n")
     return measured
@@ -303,6 +304,8 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=Settings.bits, help="mantissa bits of the rounded operands")
     arguments = parser.parse_args()
     out: Path = arguments.out.resolve()
+    # Its bars would break ours.
+    disable_progress_bar()
     measured = measure(out, arguments.seeds, Settings(bits=arguments.bits))
     (out / "synthetic.json").write_text(json.dumps(measured, indent=1) + "\n")
     show(measured, Console())

@@ -22,7 +22,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +46,7 @@ SEEDS = (0, 1, 2)
 OTHER_PHASE = math.sqrt(2)
 MISMATCH = ("mean_abs", "seq_mean_abs", "k3")
 REWARDS = ("start_reward", "peak_reward", "final_reward", "learner_reward")
+FIGURES = (*REWARDS, "fall", *MISMATCH)
 
 
 @dataclass(frozen=True)
@@ -106,10 +106,11 @@ def measure(out: Path, seeds: Sequence[int] = SEEDS, settings: Settings | None =
         with _progress() as progress:
             for seed, (name, arm) in itertools.product(seeds, arms(settings.bits).items()):
                 result = folder / f"{settings.bits}-bit {name} {seed}.json".replace(" ", "-")
-                advance = _advance(progress, f"seed {seed}, {name}", settings)
-                curves[name][str(seed)] = _kept(
-                    result, settings, partial(run, models[seed], arm, settings, seed, advance)
-                )
+                known = _kept(result, settings)
+                if known is None:
+                    known = run(models[seed], arm, settings, seed, _advance(progress, f"seed {seed}, {name}", settings))
+                    result.write_text(json.dumps({"settings": asdict(settings), "run": known}) + "\n")
+                curves[name][str(seed)] = known | figures(known["curves"], settings.window)
     return {
         "label": "synthetic",
         "settings": asdict(settings),
@@ -122,7 +123,7 @@ def measure(out: Path, seeds: Sequence[int] = SEEDS, settings: Settings | None =
 def run(
     model_folder: Path, arm: Arm, settings: Settings, seed: int, advance: Callable[[float], None]
 ) -> dict[str, Any]:
-    """One training: by step the reward and the mismatch, and what they come to.
+    """One training: its curves, by step the reward and the mismatch.
 
     ``learner_reward`` is that of the trained weights when the learner itself samples, in its own precision.
     """
@@ -141,7 +142,6 @@ def run(
         advance(curves["reward"][-1])
     after = sample(RoundedPolicy(model, arm.learner), tokenizer, _repeated(pool, settings), settings, generator)
     return {
-        **_figures(curves, settings.window),
         "learner_reward": float(after.rewards.mean()),
         "cpu_seconds": round(time.process_time() - started, 1),
         "curves": curves,
@@ -205,16 +205,22 @@ def learner_log_probs(policy: RoundedPolicy, rollouts: Rollouts) -> Tensor:
     return logits.log_softmax(-1).gather(-1, rollouts.tokens[..., None]).squeeze(-1)
 
 
+def figures(curves: dict[str, list[float]], window: int) -> dict[str, float]:
+    """Rewards are means over ``window`` steps: the first, the best, the last; the mismatch is over all steps."""
+    reward = torch.tensor(curves["reward"], dtype=torch.float64).unfold(0, window, 1).mean(1)
+    start, peak, final = float(reward[0]), float(reward.max()), float(reward[-1])
+    rewards = {"start_reward": start, "peak_reward": peak, "final_reward": final, "fall": peak - final}
+    return rewards | {name: statistics.fmean(curves[name]) for name in MISMATCH}
+
+
 def summarize(curves: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """By arm the mean, least and greatest over seeds of each figure of ``run``.
+    """By arm the mean, least and greatest over seeds of each of their figures.
 
     ``final_below_same`` is the final reward of the arm "same rounding" less this arm's, seed by seed.
     """
-    figures = ("start_reward", "peak_reward", "final_reward", "fall", "learner_reward", *MISMATCH)
-    summary = {}
+    summary, same = {}, curves["same rounding"]
     for name, runs in curves.items():
-        summary[name] = {figure: _spread([result[figure] for result in runs.values()]) for figure in figures}
-        same = curves["same rounding"]
+        summary[name] = {figure: _spread([result[figure] for result in runs.values()]) for figure in FIGURES}
         below = [same[seed]["final_reward"] - result["final_reward"] for seed, result in runs.items()]
         summary[name]["final_below_same"] = _spread(below)
     return summary
@@ -224,24 +230,20 @@ def show(measured: dict[str, Any], console: Console) -> None:
     """Rewards with their least and greatest over the seeds below; of the mismatch the mean alone."""
     seeds = ", ".join(map(str, measured["seeds"]))
     title = f"synthetic: {measured['settings']['bits']} mantissa bits, seeds {seeds}"
-    table = Table("arm", "start", "peak", "final", "learner alone", "mean |d|", "mean |Σd|", title=title)
-    for name, figures in measured["summary"].items():
-        rewards = ("{mean:.2f}\n{min:.2f}…{max:.2f}".format(**figures[figure]) for figure in REWARDS)
-        table.add_row(name, *rewards, *(f"{figures[figure]['mean']:.1e}" for figure in ("mean_abs", "seq_mean_abs")))
+    table = Table("arm", title=title)
+    for reward in ("start", "peak", "final", "learner alone"):
+        table.add_column(reward, min_width=len("0.00…0.00"))
+    table.add_column("mean |d|")
+    table.add_column("mean |Σd|")
+    for name, summary in measured["summary"].items():
+        rewards = ("{mean:.2f}\n{min:.2f}…{max:.2f}".format(**summary[figure]) for figure in REWARDS)
+        table.add_row(name, *rewards, *(f"{summary[figure]['mean']:.1e}" for figure in ("mean_abs", "seq_mean_abs")))
     console.print(table)
 
 
 def _measured(rollouts: Rollouts, learner: Tensor) -> dict[str, float]:
     mismatch = MismatchStats.from_log_probs(rollouts.log_probs, learner, rollouts.mask).metrics("")
     return {"reward": float(rollouts.rewards.mean())} | {name: float(f"{mismatch[name]:.4g}") for name in MISMATCH}
-
-
-def _figures(curves: dict[str, list[float]], window: int) -> dict[str, float]:
-    """Rewards are means over ``window`` steps: the first, the best, the last; the mismatch is over all steps."""
-    reward = torch.tensor(curves["reward"]).unfold(0, window, 1).mean(1)
-    start, peak, final = float(reward[0]), float(reward.max()), float(reward[-1])
-    rewards = {"start_reward": start, "peak_reward": peak, "final_reward": final, "fall": peak - final}
-    return rewards | {name: statistics.fmean(curves[name]) for name in MISMATCH}
 
 
 def _spread(values: Sequence[float]) -> dict[str, float]:
@@ -266,13 +268,12 @@ def _model_folder(folder: Path, settings: Settings, seed: int) -> Path:
     return model_folder
 
 
-def _kept(result: Path, settings: Settings, measure_it: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What is in ``result`` if it was measured with these settings, else ``measure_it()``, written there."""
-    if result.is_file() and (kept := json.loads(result.read_text()))["settings"] == asdict(settings):
-        return dict(kept["run"])
-    measured = measure_it()
-    result.write_text(json.dumps({"settings": asdict(settings), "run": measured}) + "\n")
-    return measured
+def _kept(result: Path, settings: Settings) -> dict[str, Any] | None:
+    """The run in ``result``, if there is one and it was measured with these settings."""
+    if not result.is_file():
+        return None
+    kept = json.loads(result.read_text())
+    return dict(kept["run"]) if kept["settings"] == asdict(settings) else None
 
 
 @contextmanager

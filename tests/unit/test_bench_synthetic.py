@@ -175,13 +175,13 @@ def test_the_summary_is_over_seeds():
     def curves(reward, d):
         return {"reward": reward, "mean_abs": d, "seq_mean_abs": d, "k3": d}
 
-    rising = synthetic._figures(curves([0.0, 0.2, 0.4, 0.8], [0.0] * 4), window=2)
-    falling = synthetic._figures(curves([0.2, 0.4, 0.6, 0.0], [1.0, 2.0, 3.0, 4.0]), window=2)
+    rising = synthetic.figures(curves([0.0, 0.2, 0.4, 0.8], [0.0] * 4), window=2)
+    falling = synthetic.figures(curves([0.2, 0.4, 0.6, 0.0], [1.0, 2.0, 3.0, 4.0]), window=2)
     assert rising["start_reward"] == pytest.approx(0.1)
     assert rising["peak_reward"] == rising["final_reward"] == pytest.approx(0.6)
     assert falling["fall"] == pytest.approx(0.2)
     assert falling["mean_abs"] == 2.5
-    runs = [{**figures, "learner_reward": 0.5} for figures in (rising, falling)]
+    runs = [figures | {"learner_reward": 0.5} for figures in (rising, falling)]
     summary = synthetic.summarize({"same rounding": {"0": runs[0], "1": runs[0]}, "x": {"0": runs[0], "1": runs[1]}})
     assert summary["x"]["final_reward"] == pytest.approx({"mean": 0.45, "min": 0.3, "max": 0.6})
     assert summary["x"]["final_below_same"] == pytest.approx({"mean": 0.15, "min": 0.0, "max": 0.3})

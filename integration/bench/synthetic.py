@@ -233,8 +233,8 @@ def show(measured: dict[str, Any], console: Console) -> None:
     table = Table("arm", title=title)
     for reward in ("start", "peak", "final", "learner alone"):
         table.add_column(reward, min_width=len("0.00…0.00"))
-    table.add_column("mean |d|")
-    table.add_column("mean |Σd|")
+    table.add_column("mean\n|d|")
+    table.add_column("mean\n|Σd|")
     for name, summary in measured["summary"].items():
         rewards = ("{mean:.2f}\n{min:.2f}…{max:.2f}".format(**summary[figure]) for figure in REWARDS)
         table.add_row(name, *rewards, *(f"{summary[figure]['mean']:.1e}" for figure in ("mean_abs", "seq_mean_abs")))

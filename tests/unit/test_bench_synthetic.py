@@ -73,6 +73,7 @@ def test_nan_stays_nan_whatever_its_bits():
 @pytest.mark.parametrize(("bits", "dtype"), [(7, torch.bfloat16), (10, torch.float16)])
 def test_it_is_the_rounding_of_the_real_dtypes(bits, dtype):
     values = torch.cat([torch.randn(10_000), torch.linspace(0.5, 4, 4097)])
+    values = values[values.abs() > 1e-3]  # below, FP16 is subnormal
     assert torch.equal(round_mantissa(values, bits), values.to(dtype).float())
 
 

@@ -230,7 +230,7 @@ def show(measured: dict[str, Any], console: Console) -> None:
     """Rewards with their least and greatest over the seeds below; of the mismatch the mean alone."""
     seeds = ", ".join(map(str, measured["seeds"]))
     title = f"synthetic: {measured['settings']['bits']} mantissa bits, seeds {seeds}"
-    table = Table("arm", title=title)
+    table = Table("arm", title=title, pad_edge=False)
     for reward in ("start", "peak", "final", "learner alone"):
         table.add_column(reward, min_width=len("0.00…0.00"))
     table.add_column("mean\n|d|")

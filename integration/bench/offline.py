@@ -31,6 +31,8 @@ from integration.cpu.tiny_model import character_tokenizer
 from integration.demo import make_model, task
 
 PROBLEMS, RESPONSES, MAX_RESPONSE = 32, 8, make_model.MAX_RESPONSE
+# A token for which rounding sends a router to another expert is rare and its d is large: more of them to average over.
+EXPERT_RESPONSES = 32
 PROMPT_SEED = 5
 ADAPTER_STD = 0.02
 EXPERT_STEPS = 200
@@ -44,6 +46,7 @@ class Subject:
 
     sampled: Path
     learned: LearnerModel
+    responses: int = RESPONSES
 
 
 def dense(out: Path, seed: int) -> Subject:
@@ -67,7 +70,7 @@ def moe(out: Path, seed: int) -> Subject:
         make_model.train(model, tokenizer, seed, steps=EXPERT_STEPS)
         model.save_pretrained(path)
         tokenizer.save_pretrained(path)
-    return Subject(path, LearnerModel(path))
+    return Subject(path, LearnerModel(path), EXPERT_RESPONSES)
 
 
 KINDS: dict[str, Callable[[Path, int], Subject]] = {"dense": dense, "lora": lora_32, "lora_rank1": lora_1, "moe": moe}
@@ -99,14 +102,14 @@ def _lora(out: Path, seed: int, rank: int, alpha: int) -> Subject:
     return Subject(merged, LearnerModel(base, adapter, rank, alpha))
 
 
-def prompts() -> list[task.Problem]:
+def prompts(responses: int = RESPONSES) -> list[task.Problem]:
     """Each problem as often as it is answered, next to each other."""
-    return [problem for problem in task.problems(PROBLEMS, PROMPT_SEED) for _ in range(RESPONSES)]
+    return [problem for problem in task.problems(PROBLEMS, PROMPT_SEED) for _ in range(responses)]
 
 
-def sample(path: Path, dtype: str, seed: int) -> list[Sampled]:
+def sample(path: Path, dtype: str, seed: int, responses: int = RESPONSES) -> list[Sampled]:
     tokenizer = character_tokenizer()
-    asked = [tokenizer(problem.prompt)["input_ids"] for problem in prompts()]
+    asked = [tokenizer(problem.prompt)["input_ids"] for problem in prompts(responses)]
     stop = frozenset([tokenizer.eos_token_id])
     sampling = Sampling(max_new_tokens=MAX_RESPONSE, stop=stop, seed=seed)
     return vllm_sampler.sample(path, asked, dtype, sampling, watch=False)[0]
@@ -115,7 +118,7 @@ def sample(path: Path, dtype: str, seed: int) -> list[Sampled]:
 def measure(kind: str, out: Path, seed: int) -> dict[str, Any]:
     """`learner/sampler` → figures, and the ratio of bf16 to fp16; see `fp16_patch.probe.comparing`."""
     subject = KINDS[kind](out / "models", seed)
-    sampled = {dtype: sample(subject.sampled, dtype, seed) for dtype in DTYPES}
+    sampled = {dtype: sample(subject.sampled, dtype, seed, subject.responses) for dtype in DTYPES}
     pairs: dict[str, Pair] = {}
     for learner in DTYPES:
         # One start of the engine scores what all samplers drew.

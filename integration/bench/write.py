@@ -8,7 +8,7 @@ A test says whether it is up to date.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,13 @@ SHARES = {
     "importance_effect": "effect of exact importance weights of sequences: what mismatch distorts",
     "sampling_noise": "noise of a batch of 64 responses",
 }
+
+
+MODES = ("fp32", "fp16", "bf16")
+SANITY_HEAD = (
+    "| algorithm, by verl's own settings | mean \\|d\\| bf16 | fp16 | bf16 ÷ fp16 | reward at the end bf16 | fp16 |",
+    "|---|---|---|---|---|---|",
+)
 
 
 def written() -> str:
@@ -69,6 +76,67 @@ def _sentences(results: dict[str, Any]) -> Iterator[str]:
             f"{scale['stock']['skipped']} skipped optimizer steps, the probe's {scale['probed']['init_scale']:g} costs "
             f"{scale['probed']['skipped']}."
         )
+    if sanity := results.get("sanity"):
+        yield from ("", *_sanity(sanity))
+    if ablation := results.get("ablation"):
+        yield from ("", *_ablation(ablation))
+
+
+def _sanity(found: dict[str, Any]) -> Iterator[str]:
+    rows = (_sanity_row(name, summary) for name, summary in found["summary"].items())
+    yield from (f"{sanity_setting(found)} (`make bench-full`):", "", *SANITY_HEAD, *rows, "", sanity_verdict(found))
+
+
+def sanity_setting(found: Mapping[str, Any]) -> str:
+    problems = found["problems"]
+    return (
+        f"Real verl, {found['settings']['steps']} steps on the {problems['kept']} of {problems['drawn']} problems that "
+        f"the model solves {problems['low']:.0%} to {problems['high']:.0%} of the time before; between BF16 and FP16 "
+        "nothing differs but the precision"
+    )
+
+
+def sanity_verdict(found: Mapping[str, Any]) -> str:
+    """What the rewards say and what the mismatch says."""
+    repeated = {name: s for name, s in found["summary"].items() if s["reward_separates"] is not None}
+    sentences = [_rewards_of(name, summary) for name, summary in repeated.items()]
+    others = [abs(s["reward_difference"]) for name, s in found["summary"].items() if name not in repeated]
+    if others:
+        sentences.append(f"Of the algorithms of one seed the rewards differ by {max(others):.2f} at most.")
+    return " ".join(sentences)
+
+
+def _rewards_of(name: str, summary: Mapping[str, Any]) -> str:
+    ranges = " and ".join(
+        f"{arm.upper()} {summary[arm]['reward']['min']:.2f} to {summary[arm]['reward']['max']:.2f}"
+        for arm in ("bf16", "fp16")
+    )
+    verdict = "separates" if summary["reward_separates"] else "does not separate"
+    seeds, ratio = len(summary["bf16 ÷ fp16"]), summary["ratio"]
+    return (
+        f"The reward {verdict} the two at this size ({name}, {seeds} seeds, {ranges}); the mismatch does, "
+        f"by {ratio['min']:.1f} to {ratio['max']:.1f} times."
+    )
+
+
+def _sanity_row(name: str, summary: dict[str, Any]) -> str:
+    gaps, rewards = (
+        [format(summary[arm][figure]["mean"], code) for arm in ("bf16", "fp16")]
+        for figure, code in (("mean_abs", ".1e"), ("reward", ".2f"))
+    )
+    ratios = ", ".join(f"**{ratio:.1f}**" for ratio in summary["bf16 ÷ fp16"].values())
+    return f"| {name} | {' | '.join([*gaps, ratios, *rewards])} |"
+
+
+def _ablation(found: dict[str, Any]) -> Iterator[str]:
+    """Rows are learners, columns samplers; a pair that was not run is a dash."""
+    pairs = found["pairs"]
+    yield f"| mean \\|d\\| in training, learner by sampler | {' | '.join(f'{name} sampler' for name in MODES)} |"
+    yield f"|{'---|' * (len(MODES) + 1)}"
+    for learner in MODES:
+        known = (pairs.get(f"{learner}/{sampler}") for sampler in MODES)
+        cells = ("–" if run is None else f"{run['mean_abs']:.1e}" for run in known)
+        yield f"| {learner} learner | {' | '.join(cells)} |"
 
 
 def _gradient_row(gradient: dict[str, Any], key: str, name: str) -> str:

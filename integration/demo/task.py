@@ -9,7 +9,7 @@ needs to show.
 import json
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,8 +54,13 @@ def write_dataset(out: Path, *, train: int = 512, val: int = 64, seed: int = 0) 
     drawn = problems(train + val, seed)
     paths = (out / "train.parquet", out / "val.parquet")
     for path, part in zip(paths, (drawn[:train], drawn[train:]), strict=True):
-        pd.DataFrame([_row(problem, index) for index, problem in enumerate(part)]).to_parquet(path)
+        write_problems(path, part)
     return paths
+
+
+def write_problems(path: Path, chosen: Sequence[Problem]) -> None:
+    """Write a parquet file in verl's layout."""
+    pd.DataFrame([_row(problem, index) for index, problem in enumerate(chosen)]).to_parquet(path)
 
 
 def write_prompts(out: Path, *, count: int = 512, seed: int = 0) -> Path:

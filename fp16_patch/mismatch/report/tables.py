@@ -29,7 +29,7 @@ LEDGER_KEY = "▲ differs from the plan; float32 is by design in " + ", ".join(
 )
 
 
-def _table(head: Iterable[str], rows: Iterable[str], caption: str = "", css_class: str = "") -> str:
+def html_table(head: Iterable[str], rows: Iterable[str], caption: str = "", css_class: str = "") -> str:
     """``rows`` and ``caption`` are HTML, ``head`` is text."""
     cells = "".join(f"<th>{escape(text)}</th>" for text in head)
     shown = f"<caption>{caption}</caption>" if caption else ""
@@ -43,13 +43,13 @@ def _class(name: str) -> str:
     return f' class="{name}"' if name else ""
 
 
-def _row(first: str, cells: Sequence[str], css_class: str = "") -> str:
+def html_row(first: str, cells: Sequence[str], css_class: str = "") -> str:
     shown = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
     return f"<tr{_class(css_class)}><th>{escape(first)}</th>{shown}</tr>"
 
 
 def comparison_table(runs: Runs) -> str:
-    return _table(["", *runs], (_row(label, cells) for label, cells in comparison_rows(runs)))
+    return html_table(["", *runs], (html_row(label, cells) for label, cells in comparison_rows(runs)))
 
 
 def alerts_table(name: str, run: RunRecord) -> str:
@@ -58,7 +58,7 @@ def alerts_table(name: str, run: RunRecord) -> str:
     if not episodes:
         return ""
     head = ("alert", "since step", "until", "value there", "threshold")
-    return _table(head, map(_alert_row, episodes), f"<b>{escape(name)}</b>▲ stands at the last step")
+    return html_table(head, map(_alert_row, episodes), f"<b>{escape(name)}</b>▲ stands at the last step")
 
 
 def _alert_row(episode: Episode) -> str:
@@ -66,7 +66,7 @@ def _alert_row(episode: Episode) -> str:
     until = "now" if episode.standing else number_text(episode.until)
     cells = (number_text(alert.since), until, number_text(alert.value), number_text(alert.threshold))
     first = f"▲ {alert.name}" if episode.standing else alert.name
-    return _row(first, cells, "standing" if episode.standing else "")
+    return html_row(first, cells, "standing" if episode.standing else "")
 
 
 def worst_tokens_table(name: str, run: RunRecord, text_of: TextOf | None, note: str) -> str:
@@ -75,7 +75,7 @@ def worst_tokens_table(name: str, run: RunRecord, text_of: TextOf | None, note: 
         return ""
     head = ("step", "sequence", "position", "token id", "token", "p sampler", "p learner", "d")
     rows = (_worst_row(step, token, text_of) for step, token in run.worst)
-    return _table(head, rows, f"<b>{escape(name)}</b>{escape(note)}", "tight")
+    return html_table(head, rows, f"<b>{escape(name)}</b>{escape(note)}", "tight")
 
 
 def _worst_row(step: int, token: WorstToken, text_of: TextOf | None) -> str:
@@ -104,7 +104,7 @@ def ledger_table(name: str, run: RunRecord) -> str:
     )
     planned = run.planned_dtype() or "no dtype"
     caption = f"<b>{escape(name)}</b>planned {escape(planned)}; {run.processes} processes. {LEDGER_KEY}"
-    return _table(["role", *quantities], rows, caption)
+    return html_table(["role", *quantities], rows, caption)
 
 
 def _ledger_cell(run: RunRecord, row: dict[str, list[str]], quantity: str) -> str:

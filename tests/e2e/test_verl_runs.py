@@ -81,6 +81,13 @@ def broken_sampler(start_verl: Callable[..., RunResult]) -> RunResult:
     return start_verl("fp16_patch", env={"PYTHONPATH": str(Path(__file__).parent / "broken_sampler")})
 
 
+@pytest.fixture(scope="session")
+def mixed_pair(start_verl: Callable[..., RunResult]) -> RunResult:
+    """The one flag, in a fork that starts its sampler in bfloat16 all the same."""
+    modules = {"VERL_USE_EXTERNAL_MODULES": "verl_on_cpu,mixed_sampler"}
+    return start_verl("fp16_patch", env={"PYTHONPATH": str(Path(__file__).parent / "mixed_sampler"), **modules})
+
+
 @pytest.mark.timeout(TIMEOUT_S)
 def test_one_flag_puts_every_role_into_float16(one_flag: RunResult) -> None:
     roles = ledger(one_flag)["roles"]
@@ -221,3 +228,14 @@ def test_a_plugin_that_fails_in_one_process_stops_the_run_before_the_first_step(
     named = [line for line in log.splitlines() if "sampler_worker" in line and "no attestation" in line]
     assert named
     assert all("live, mode fp16" in line for line in named)
+
+
+@pytest.mark.timeout(TIMEOUT_S)
+def test_a_mixed_pair_is_refused_before_the_first_step(mixed_pair: RunResult) -> None:
+    assert mixed_pair.returncode not in (0, None)
+    assert mixed_pair.steps == []
+    log = mixed_pair.log.read_text()
+    assert "fp16_patch.errors.PrecisionError: training stopped" in log
+    named = [line for line in log.splitlines() if "engine_weight" in line and "bfloat16" in line]
+    assert named
+    assert all("rollout" in line for line in named)

@@ -2,6 +2,7 @@
 # the machine is touched.
 #   make demo            real verl, three precisions, side by side
 #   make demo-openrlhf   the same with real OpenRLHF
+#   make bench           the evidence of the README; make bench-full trains for it, too
 #   make test            all tests, real end-to-end runs included
 #   make matrix          every release that is supported, at every level it is tested at
 

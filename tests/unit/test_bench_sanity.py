@@ -181,3 +181,10 @@ def test_a_run_that_failed_is_not_kept(tmp_path: Path, launched: list[str], monk
             sanity.measure(tmp_path, [0], ["grpo"], Settings(1), QUIET)
     sanity.measure(tmp_path, [0], ["grpo"], Settings(1), QUIET)
     assert launched == ["grpo-bf16-0", "grpo-fp16-0"]
+
+
+def test_sections_of_many_runs_are_measured_when_asked_for() -> None:
+    from integration.bench import evidence
+
+    assert set(evidence.sections(full=True)) - set(evidence.sections(full=False)) == set(evidence.FULL)
+    assert evidence.SHOWN.keys() == evidence.SECTIONS.keys() == set(evidence.sections(full=True))

@@ -241,11 +241,11 @@ def resume(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 # With a mean over few tokens, gradients are finite a few halvings below it.
-TOO_HIGH = 2.0**24
+TOO_HIGH = 2.0**21
 # Makes gradients overflow at 65536 and at the scale after it.
 STEEP = 2.0**6
 # The first scale that fits gradients so steep with the margin.
-FITTING = 512.0
+FITTING = 128.0
 DROPOUT = 0.2
 
 
@@ -282,7 +282,7 @@ def dropout_run(arguments: argparse.Namespace, start: float, factor: float = 1.0
         "state": digest(learner.state()),
         "random": digest(torch.get_rng_state()),
         "losses": [step["loss"] for step in steps],
-        "norms": [step["grad_norm"] for step in steps],
+        "norms": [step.get("grad_norm") for step in steps],
         "metrics": [plain(step) for step in steps],
         "scales": scales,
         "lr": lr,

@@ -19,8 +19,6 @@ from fp16_patch.activation import current_plan
 if TYPE_CHECKING:
     from fp16_patch.stepping import Overflow
 
-logger = logging.getLogger(__name__)
-
 T = TypeVar("T")
 _UPDATE = "_fp16_patch_update"
 
@@ -84,6 +82,12 @@ def updating(engine: Any) -> Iterator[Update]:
 def wanted() -> bool:
     plan = current_plan()
     return plan.scales_loss and plan.on_overflow == "retry" and plan.max_retries > 0
+
+
+def say_no_retries(log: logging.Logger, role: str) -> None:
+    """Of a learner that computes its mini-batches in the middle of a function, where none can be computed again."""
+    if torch.distributed.get_rank() == 0:
+        log.info("%s: on_overflow=retry is not possible with this learner; a mini-batch that overflows is skipped", role)
 
 
 def until_taken(engine: Any, attempt: Callable[[bool], T], forward_was_finite: Callable[[T], bool]) -> T:

@@ -30,8 +30,8 @@ ARMS: Mapping[str, tuple[list[str], tuple[str, ...], Mapping[str, str]]] = {
     "stock": ([], ON_A_CPU, {}),
     "stock-with-scaler": (["--working-scaler"], WITH_A_SCALER, {}),
     "plan": ([], (*ALL, "lost"), UNDER_A_PLAN),
-    "retry": ([], ("retried", "first_scale", "lost", "infinite_loss", "endless_overflow", "overflow_on_one_rank"), RETRY),
-    "measured": ([], ("first_scale", "retried"), MEASURED),
+    "retry": ([], ("retried", "first_scale", "lost", "infinite_loss"), RETRY),
+    "measured": ([], ("first_scale",), MEASURED),
 }
 
 

@@ -262,7 +262,7 @@ def resume(arguments: argparse.Namespace) -> dict[str, Any]:
 TOO_HIGH = 2.0**20
 DROPOUT = 0.2
 # One update's advantages on the last rank, whose gradients need another few halvings.
-HUGE = 2.0**8
+HUGE = 2.0**11
 
 
 class Trainer:

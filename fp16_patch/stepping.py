@@ -184,8 +184,8 @@ class Overflow:
             return
         calibrates = " This is calibration and expected." if self.step.history.calibrating else ""
         logger.warning(
-            "%s: gradients overflowed at loss scale %g; optimizer step %d is tried again with the same mini-batch at %g, "
-            "so nothing is lost.%s",
+            "%s: gradients overflowed at loss scale %g; optimizer step %d is tried again with the same mini-batch at "
+            "%g, so nothing is lost.%s",
             self.step.role,
             self.scale,
             self.step.history.attempted + 1,

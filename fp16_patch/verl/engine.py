@@ -71,7 +71,7 @@ def lr_scheduler_step(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> floa
 
 
 def train_batch(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
-    """`BaseEngine.train_batch`: tried again on an overflow; its outcome goes into the metrics, a skipped norm does not."""
+    """`BaseEngine.train_batch`: tried again on an overflow; its outcome joins the metrics, a skipped norm does not."""
     outputs = _taken(engine, lambda: wrapped(*args, **kwargs))
     history = history_of(engine)
     if history.last is None or not engine.is_mp_src_rank_with_outputs():
@@ -111,8 +111,9 @@ def _no_step() -> float:
 
 def _can_repeat(engine: Any) -> bool:
     """Whether all that an update does is in `train_batch`, and its scaler is the one made here."""
-    ours = current_plan().scales_loss and engine.engine_config.strategy in ("fsdp", "fsdp2")
-    return ours and scale_of(scaler_of(engine)) is not None
+    if not current_plan().scales_loss or scale_of(scaler_of(engine)) is None:
+        return False
+    return engine.engine_config.strategy in ("fsdp", "fsdp2")
 
 
 def wire_metrics(history: StepHistory) -> dict[str, float]:

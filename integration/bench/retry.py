@@ -2,9 +2,10 @@
 
     python -m integration.bench.retry
 
-The same 200 updates of one model on the same tokens, ten of which have advantages 16 times as large, so that their gradients
-overflow at the scale that the others bear. Before each of the ten the scale is put back to that level, where growing would
-have taken it in a longer run. And whether a step tried again is the step of a run that started at its scale, to the last bit.
+The same 200 updates of one model on the same tokens, ten of which have advantages 16 times as large, so that their
+gradients overflow at the scale that the others bear. Before each of the ten the scale is put back to that level, where
+growing would have taken it in a longer run. And whether a step tried again is the step of a run that started at its scale,
+to the last bit.
 """
 
 from __future__ import annotations
@@ -33,9 +34,9 @@ RETRIES = {"FP16_PATCH_INIT_SCALE": "65536"}
 
 
 def measure(out: Path, seed: int) -> dict[str, Any]:
-    """`lost_stock`, `lost_ours`: mini-batches of 200 that nobody trained on after the first step; `calibration_skips_*`: before.
+    """`lost_*`: mini-batches of 200 that nobody trained on after the first step; `calibration_skips_*`: before it.
 
-    `stock` is verl's own scaler with its own start, on this machine's device.
+    `stock` drops a mini-batch and starts at torch's 65536, as verl's own scaler does; `ours` are the defaults.
     """
     model = make_random_model(out / "model")
     whole = {"updates": UPDATES, "planted": list(PLANTED), "model": str(model), "seed": seed}
@@ -55,7 +56,7 @@ def measure(out: Path, seed: int) -> dict[str, Any]:
 
 
 def _is_bitwise(whole: dict[str, Any], ranks: int) -> bool:
-    """Whether retries leave no trace: six updates from 65536, two of them planted, beside the same at the scales they took."""
+    """Whether retries leave no trace: six updates from 65536, two of them planted, beside the same without a retry."""
     short = {**whole, "updates": 6, "planted": [2, 4]}
     found = _ran(short, RETRIES, ranks)
     clean = _ran({**short, "scales": found["scales"]}, RETRIES, ranks)

@@ -295,7 +295,9 @@ class Trainer:
     def state(self) -> torch.Tensor:
         """This rank's masters and their moments."""
         optimizer = self.learner.engine.optimizer.optimizer
-        moments = [value.flatten() for state in optimizer.state.values() for value in map(torch.as_tensor, state.values())]
+        moments = [
+            value.flatten() for state in optimizer.state.values() for value in map(torch.as_tensor, state.values())
+        ]
         return torch.cat([self.learner.masters(), *(moment.float().cpu() for moment in moments)])
 
     def _count(self, *_: Any) -> None:

@@ -45,8 +45,8 @@ def test_settings_come_from_the_environment() -> None:
 
 def test_the_first_scale_is_measured_unless_one_is_given() -> None:
     assert Plan.from_environment({"FP16_PATCH": "1"}).first_scale == "measured"
-    for asked in ({"FP16_PATCH_INIT_SCALE": "1024"}, {"FP16_PATCH_INIT_SCALE": "65536"}, {"FP16_PATCH_FIRST_SCALE": "fixed"}):
-        assert Plan.from_environment({"FP16_PATCH": "1", **asked}).first_scale == "fixed"
+    for name, value in (("INIT_SCALE", "1024"), ("INIT_SCALE", "65536"), ("FIRST_SCALE", "fixed")):
+        assert Plan.from_environment({"FP16_PATCH": "1", f"FP16_PATCH_{name}": value}).first_scale == "fixed"
     base = Plan.from_environment({"FP16_PATCH": "1", "FP16_PATCH_INIT_SCALE": "65536"})
     assert Plan.from_settings({"min_scale": 2}, "fp16_patch", base=base).first_scale == "fixed"
     assert Plan(init_scale=1024.0).first_scale == "fixed"
@@ -107,5 +107,7 @@ def test_all_wrong_settings_are_named_at_once() -> None:
 def test_the_readme_lists_every_setting() -> None:
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     table = readme.partition("| setting | default | |")[2].partition("\n\n")[0]
-    listed = {name for row in table.splitlines() for name in re.findall(r"`(\w+)`", row.split("|")[1] if "|" in row else "")}
+    listed = {
+        name for row in table.splitlines() for name in re.findall(r"`(\w+)`", row.split("|")[1] if "|" in row else "")
+    }
     assert listed == {field.name for field in fields(Plan)} - {"mode"}

@@ -86,10 +86,8 @@ def wanted() -> bool:
 
 def say_no_retries(log: logging.Logger, role: str) -> None:
     """Of a learner that computes its mini-batches in the middle of a function, where none can be computed again."""
-    if torch.distributed.get_rank() == 0:
-        log.info(
-            "%s: on_overflow=retry is not possible with this learner; a mini-batch that overflows is skipped", role
-        )
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        log.info("%s: this learner cannot compute a mini-batch again; one that overflows is skipped", role)
 
 
 def until_taken(engine: Any, attempt: Callable[[bool], T], forward_was_finite: Callable[[T], bool]) -> T:

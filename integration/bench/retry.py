@@ -4,8 +4,8 @@
 
 The same 200 updates of one model on the same tokens, ten of which have advantages 16 times as large, so that their
 gradients overflow at the scale that the others bear. Before each of the ten the scale is put back to that level, where
-growing would have taken it in a longer run. And whether a step tried again is the step of a run that started at its scale,
-to the last bit.
+growing would have taken it in a longer run. And whether a step tried again is, to the last bit, the step of a run that
+started at its scale.
 """
 
 from __future__ import annotations

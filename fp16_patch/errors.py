@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 class Fp16PatchError(Exception):
@@ -89,20 +90,28 @@ class LossScaleCollapse(Fp16PatchError):
         step: optimizer steps this engine has attempted, counted from 1.
         reason: which limit was reached.
         culprits: rank → names of the first parameters whose gradient on that rank is not finite.
+        suspects: rank → where its last overflow that was looked into began.
     """
 
-    def __init__(self, role: str, step: int, reason: str, culprits: dict[int, list[str]]) -> None:
+    def __init__(
+        self, role: str, step: int, reason: str, culprits: dict[int, list[str]], suspects: dict[int, str] | None = None
+    ) -> None:
         self.role, self.step, self.reason, self.culprits = role, step, reason, culprits
+        self.suspects = suspects or {}
         where = "; ".join(f"rank {rank}: {', '.join(names)}" for rank, names in sorted(culprits.items()) if names)
         super().__init__(
             f"{role}: loss scale collapsed at optimizer step {step}: {reason}. "
-            f"Non-finite gradients in {where or 'no parameter by the time of the check'}. "
+            f"Non-finite gradients in {where or 'no parameter by the time of the check'}. {self._beginning()}"
             "Look at the loss and the inputs of that step first; if the model needs a wider range than FP16 has, "
             "run with FP16_PATCH=bf16."
         )
 
-    def __reduce__(self) -> tuple[type[LossScaleCollapse], tuple[str, int, str, dict[int, list[str]]]]:
-        return type(self), (self.role, self.step, self.reason, self.culprits)
+    def __reduce__(self) -> tuple[type[LossScaleCollapse], tuple[Any, ...]]:
+        return type(self), (self.role, self.step, self.reason, self.culprits, self.suspects)
+
+    def _beginning(self) -> str:
+        places = "; ".join(f"rank {rank}: {place}" for rank, place in sorted(self.suspects.items()))
+        return f"The overflow began in {places}. " if places else ""
 
 
 class MismatchAlert(Fp16PatchError):

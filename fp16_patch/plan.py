@@ -20,6 +20,7 @@ MODE_ENV = "FP16_PATCH"
 PLAN_ENV = "FP16_PATCH_PLAN"
 
 _DTYPE_OF_MODE = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "observe": None, "off": None}
+_FIRST_SCALE = 65536.0
 _MODE_ALIASES = {"1": "fp16", "true": "fp16", "on": "fp16", "0": "off", "false": "off", "": "off"}
 
 
@@ -30,12 +31,17 @@ class Plan:
     Attributes:
         mode: `fp16`, or the other arms of a comparison `bf16` and `fp32`; `observe` measures a run and changes
             nothing; `off` does nothing at all.
-        init_scale: first loss scale of a run (torch's and DeepSpeed's default is 2**16).
+        init_scale: first loss scale of a run (torch's and DeepSpeed's default is 2**16); where `first_scale` is
+            `measured`, the one to start at if it cannot be.
+        first_scale: `measured` on the first mini-batch's gradients, where the learner lets itself be measured, or
+            `fixed` to `init_scale`, as it is once that is given by anybody.
         growth_interval: optimizer steps without overflow before the scale doubles.
         growth_factor: what the scale is multiplied by then.
         backoff_factor: what the scale is multiplied by after an overflow.
         hysteresis: overflows before DeepSpeed's scaler lowers the scale; torch's always lowers it at the first.
         min_scale: floor of the scale; an overflow there is a collapse.
+        on_overflow: `retry` computes the same mini-batch again at the lowered scale, `skip` drops it.
+        max_retries: this many times for one optimizer step; then it is skipped.
         max_consecutive_skips: this many skipped steps in a row are a collapse.
         strict: refuse framework code we do not know. When false that is one warning and the ledger still decides.
         ledger_every: the driver reads every process's ledger before the first two updates, then each so many steps.
@@ -59,12 +65,15 @@ class Plan:
     """
 
     mode: str = "fp16"
-    init_scale: float = 65536.0
+    init_scale: float = _FIRST_SCALE
+    first_scale: str = "measured"
     growth_interval: int = 400
     growth_factor: float = 2.0
     backoff_factor: float = 0.5
     hysteresis: int = 1
     min_scale: float = 1.0
+    on_overflow: str = "retry"
+    max_retries: int = 8
     max_consecutive_skips: int = 20
     strict: bool = True
     ledger_every: int = 50
@@ -84,6 +93,8 @@ class Plan:
     alert_after: int = 2
 
     def __post_init__(self) -> None:
+        if self.init_scale != _FIRST_SCALE and self.first_scale == "measured":
+            object.__setattr__(self, "first_scale", "fixed")
         conflicts = [conflict for check in _CHECKS if (conflict := check(self)) is not None]
         if conflicts:
             raise PlanError(conflicts)
@@ -135,6 +146,8 @@ class Plan:
             PlanError: an unknown setting, a value that does not parse, or a probe that speaks against the plan.
         """
         parsed = _parsed(settings, source)
+        if "init_scale" in parsed:
+            parsed["first_scale"] = "fixed"  # also where it is the default's value that is asked for
         plan = replace(base or cls(), **parsed)
         applied_before = base is not None and base.scales_loss and "probe" not in parsed
         if plan.probe is None or not plan.scales_loss or applied_before:
@@ -218,10 +231,14 @@ def _check_mode(plan: Plan) -> Conflict | None:
     return Conflict("fp16_patch.mode", plan.mode, "no such mode", f"use one of {', '.join(_DTYPE_OF_MODE)} (1 = fp16)")
 
 
-def _check_on_alert(plan: Plan) -> Conflict | None:
-    if plan.on_alert in ("log", "stop"):
-        return None
-    return Conflict("fp16_patch.on_alert", plan.on_alert, "no such action", "use log or stop")
+def _choice_check(name: str, *choices: str, what: str) -> Callable[[Plan], Conflict | None]:
+    def check(plan: Plan) -> Conflict | None:
+        value = getattr(plan, name)
+        if value in choices:
+            return None
+        return Conflict(f"fp16_patch.{name}", value, f"no such {what}", f"use {' or '.join(choices)}")
+
+    return check
 
 
 def _range_check(name: str, good: Callable[[Any], bool], wanted: str) -> Callable[[Plan], Conflict | None]:
@@ -258,13 +275,16 @@ _CHECKS: tuple[Callable[[Plan], Conflict | None], ...] = (
     _range_check("growth_factor", lambda value: math.isfinite(value) and value > 1, "a factor above 1"),
     _range_check("backoff_factor", lambda value: 0 < value < 1, "a factor between 0 and 1"),
     _range_check("hysteresis", lambda value: value >= 1, "at least 1 overflow, 1 by default"),
+    _choice_check("first_scale", "measured", "fixed", what="start"),
+    _choice_check("on_overflow", "retry", "skip", what="action"),
+    _range_check("max_retries", lambda value: value >= 0, "a number of retries, 8 by default, 0 for none"),
     _range_check("max_consecutive_skips", lambda value: value >= 1, "at least 1 step, 20 by default"),
     _range_check("ledger_every", lambda value: value >= 1, "at least 1 step, 50 by default"),
     _check_floor,
     _range_check("monitor_timeout_s", _positive, "a finite number of seconds above 0, 2 by default"),
     _range_check("noise_floor_every", lambda value: value >= 0, "a number of steps, 10 by default, 0 for never"),
     _range_check("noise_floor_share", lambda value: 0 < value <= 1, "a share of the sequences, above 0 and at most 1"),
-    _check_on_alert,
+    _choice_check("on_alert", "log", "stop", what="action"),
     *(_range_check(name, _not_negative, "a threshold of 0 (no such alert) or above") for name in _ALERT_THRESHOLDS),
     _range_check("alert_after", lambda value: value >= 1, "at least 1 step, 2 by default"),
 )

@@ -28,7 +28,7 @@ def settings_of(path: str) -> dict[str, Any]:
         modules = ", ".join(advice["fp32_modules"])
         reason = f"{modules} would have to stay in FP32 in learner and sampler, which fp16_patch cannot do in vLLM"
         raise PlanError([Conflict(KEY, path, reason, RUN_ANYWAY)])
-    return {"init_scale": float(advice["init_scale"])}
+    return {"init_scale": float(advice["init_scale"]), "first_scale": "fixed"}
 
 
 def conflict_with(path: str | None, key: str, model: object) -> Conflict | None:

@@ -6,6 +6,7 @@ happened, and state to save.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,21 @@ if TYPE_CHECKING:
     from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
 MAX_CULPRITS = 3
+
+LARGEST_SCALE = 65536.0
+"""torch's and DeepSpeed's first scale. A run that has room for more finds it by growing."""
+
+GRADIENT_MARGIN = 8.0
+"""The first updates' largest gradient may be so many times the one that was seen: advantages go up to about 4."""
+
+
+def fitting_scale(headroom: float) -> float:
+    """The first loss scale for gradients that, unscaled, fit so many times into FP16's range: a power of two.
+
+    At most `LARGEST_SCALE`, with room for gradients `GRADIENT_MARGIN` times as large, at least 1.
+    """
+    fits = min(LARGEST_SCALE, headroom / GRADIENT_MARGIN)
+    return 2.0 ** math.floor(math.log2(fits)) if fits >= 1 else 1.0
 
 
 def sharded_scaler(plan: Plan, device: str) -> ShardedGradScaler:
@@ -64,12 +80,17 @@ class StepHistory:
         skipped_total: steps not taken.
         consecutive_skips: steps not taken since the last one taken.
         taken_since_lr: whether the LR scheduler may advance.
+        retries_since_lr: attempts that overflowed and were repeated at a lower scale, since the schedule was last asked
+            to advance: those of an update.
+        retries_total: all of them. A repeated attempt is neither attempted nor skipped.
     """
 
     attempted: int = 0
     skipped_total: int = 0
     consecutive_skips: int = 0
     taken_since_lr: bool = False
+    retries_since_lr: int = 0
+    retries_total: int = 0
     last: StepOutcome | None = None
 
     @property
@@ -87,16 +108,26 @@ class StepHistory:
             self.consecutive_skips = 0
             self.taken_since_lr = True
 
+    def add_retry(self) -> None:
+        self.retries_since_lr += 1
+        self.retries_total += 1
+
     def metrics(self) -> dict[str, float]:
-        """`fp16/*` of the last step; `loss_scale` only with a scaler, `step_skipped` 0 or 1."""
+        """`fp16/*` of the last step; `step_skipped` 0 or 1, `loss_scale` and `retries` only with a scaler."""
         if self.last is None:
             return {}
-        scale = {} if self.last.loss_scale is None else {"fp16/loss_scale": self.last.loss_scale}
         return {
-            **scale,
+            **({} if self.last.loss_scale is None else self._of_the_scale(self.last.loss_scale)),
             "fp16/step_skipped": float(self.last.skipped),
             "fp16/skipped_total": float(self.skipped_total),
             "fp16/consecutive_skips": float(self.consecutive_skips),
+        }
+
+    def _of_the_scale(self, scale: float) -> dict[str, float]:
+        return {
+            "fp16/loss_scale": scale,
+            "fp16/retries": float(self.retries_since_lr),
+            "fp16/retries_total": float(self.retries_total),
         }
 
     def state_dict(self) -> dict[str, Any]:

@@ -7,18 +7,27 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from fp16_patch import census
 from fp16_patch.activation import current_plan
 from fp16_patch.errors import LossScaleCollapse
+from fp16_patch.extent import Extent, first_nonfinite
+from fp16_patch.retrying import update_of
 from fp16_patch.scaling import StepHistory, StepOutcome, collapse_reason
 
 logger = logging.getLogger(__name__)
 
 _HISTORY = "_fp16_patch_history"
+_LOOKED = "_fp16_patch_looked"
+# Each look computes an update once more.
+_LOOKS = 3
 
 
 def history_of(engine: Any) -> StepHistory:
@@ -61,8 +70,19 @@ class WatchedEngine(ABC):
     def nonfinite(self) -> list[str]:
         """The first parameters with non-finite gradients on this rank, asked before the step."""
 
+    def set_loss_scale(self, scale: float) -> None:
+        """Compute the next attempt at this scale. Only of engines whose updates can be computed again."""
+        raise NotImplementedError
+
+    def module(self) -> nn.Module:
+        """The model that is trained. Only of engines whose updates can be computed again."""
+        raise NotImplementedError
+
+    def uncount(self) -> None:  # noqa: B027, most frameworks count nothing
+        """Take back what the framework has counted for an attempt that will be repeated."""
+
     def step(self) -> StepOutcome:
-        """Take the step if the driver allows it.
+        """Take the step if the driver allows it. One that overflowed is settled only once it is not tried again.
 
         Raises:
             PrecisionError: the driver never judged the job.
@@ -75,28 +95,49 @@ class WatchedEngine(ABC):
         grad_norm = self.take()
         after = self.loss_scale()
         outcome = StepOutcome(after, self.was_skipped(scale, after, grad_norm), grad_norm)
+        update = update_of(self.engine)
+        if outcome.skipped and update is not None and update.may_repeat(scale):
+            self.uncount()
+            update.overflow = Overflow(self, outcome, scale, culprits)
+        else:
+            self.settle(outcome, scale, culprits, update.retries if update is not None else 0)
+        return outcome
+
+    def settle(self, outcome: StepOutcome, scale: float | None, culprits: list[str], retries: int = 0) -> None:
+        """Record what became of a step.
+
+        Args:
+            scale: the loss scale it was computed with.
+            culprits: parameters of this rank.
+            retries: how often it has been tried again before.
+
+        Raises:
+            LossScaleCollapse: skips do not end; on every rank.
+        """
         self.history.add(outcome)
         if outcome.skipped and current_plan().changes:
-            self._announce_skip(scale)
+            self._announce_skip(scale, retries)
             self._raise_on_collapse(scale, culprits)
-        return outcome
 
     def _may_collapse(self, scale: float | None) -> bool:
         plan = current_plan()
         last_chance = self.history.consecutive_skips + 1 >= plan.max_consecutive_skips
         return plan.changes and (last_chance or (scale is not None and scale <= plan.min_scale))
 
-    def _announce_skip(self, scale: float | None) -> None:
+    def _announce_skip(self, scale: float | None, retries: int) -> None:
         if torch.distributed.get_rank() != 0:
             return
+        tried = f" after {retries} retries" if retries else ""
         if scale is None or not self.history.calibrating:
-            logger.warning("%s: optimizer step %d skipped, loss scale %s", self.role, self.history.attempted, scale)
+            step = self.history.attempted
+            logger.warning("%s: optimizer step %d skipped%s, loss scale %s", self.role, step, tried, scale)
         elif self.history.attempted == 1:
             logger.warning(
-                "%s: gradients overflowed at loss scale %g; the scale now looks for its level, so the first "
+                "%s: gradients overflowed at loss scale %g%s; the scale now looks for its level, so the first "
                 "steps may be skipped. This is calibration and expected.",
                 self.role,
                 scale,
+                tried,
             )
 
     def _raise_on_collapse(self, scale: float | None, culprits: list[str]) -> None:
@@ -104,6 +145,85 @@ class WatchedEngine(ABC):
         if reason is None:
             return
         # Every rank skipped the same step, so every rank comes here.
-        of_ranks: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
-        torch.distributed.all_gather_object(of_ranks, culprits)
-        raise LossScaleCollapse(self.role, self.history.attempted, reason, dict(enumerate(of_ranks)))
+        of_ranks = _of_every_rank(culprits)
+        suspects = getattr(self.engine, _LOOKED, _Looks()).suspects
+        raise LossScaleCollapse(self.role, self.history.attempted, reason, dict(enumerate(of_ranks)), suspects)
+
+
+@dataclass
+class _Looks:
+    """How often an engine's overflows were looked into, and what the last look found: rank → place."""
+
+    taken: int = 0
+    suspects: dict[int, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Overflow:
+    """A step whose gradients overflowed, before it is decided whether its update is tried again.
+
+    Attributes:
+        step: the step, which has lowered the scale.
+        scale: the loss scale it was computed with.
+        culprits: parameters of this rank, where they have been looked for.
+    """
+
+    step: WatchedEngine
+    outcome: StepOutcome
+    scale: float | None
+    culprits: list[str]
+
+    def give_up(self) -> None:
+        """It is a skipped step."""
+        self.step.settle(self.outcome, self.scale, self.culprits)
+
+    def announce_retry(self, number: int) -> None:
+        """Count a retry of this update, and say so at its first."""
+        self.step.history.add_retry()
+        if number > 1 or torch.distributed.get_rank() != 0:
+            return
+        calibrates = " This is calibration and expected." if self.step.history.calibrating else ""
+        logger.warning(
+            "%s: gradients overflowed at loss scale %g; optimizer step %d is tried again with the same mini-batch at "
+            "%g, so nothing is lost.%s",
+            self.step.role,
+            self.scale,
+            self.step.history.attempted + 1,
+            self.outcome.loss_scale,
+            calibrates,
+        )
+
+    def wants_suspects(self, first: bool, last: bool) -> bool:
+        """Whether to look where it came from, which is done a few times a run.
+
+        Args:
+            first: whether it is the first of its update; while the scale looks for its level, that says nothing.
+            last: whether only one more attempt can follow.
+        """
+        return (last or (first and not self.step.history.calibrating)) and self._looks().taken < _LOOKS
+
+    @contextmanager
+    def suspecting(self) -> Iterator[None]:
+        """Computed again in this block, at the same scale, the attempt shows which module overflowed first."""
+        assert self.scale is not None
+        self.step.set_loss_scale(self.scale)
+        with Extent(self.step.module()) as extent:
+            yield
+        place = first_nonfinite(extent.largest())
+        found = {rank: str(where) for rank, where in enumerate(_of_every_rank(place)) if where is not None}
+        looks = self._looks()
+        looks.taken, looks.suspects = looks.taken + 1, found
+        if found and torch.distributed.get_rank() == 0:
+            where = "; ".join(f"rank {rank}: {place}" for rank, place in found.items())
+            logger.warning("%s: the overflow at loss scale %g began in %s", self.step.role, self.scale, where)
+
+    def _looks(self) -> _Looks:
+        if not hasattr(self.step.engine, _LOOKED):
+            setattr(self.step.engine, _LOOKED, _Looks())
+        return getattr(self.step.engine, _LOOKED)  # type: ignore[no-any-return]
+
+
+def _of_every_rank(own: Any) -> list[Any]:
+    of_ranks: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(of_ranks, own)
+    return of_ranks

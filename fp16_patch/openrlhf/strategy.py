@@ -26,6 +26,8 @@ logger = logging.getLogger(__name__)
 _ROLE = "_fp16_patch_role"
 _NORMS = "_fp16_patch_norms"
 _GROWN = "_fp16_patch_grown"
+# Steps that DeepSpeed has counted, taken or not.
+_COUNTED = ("global_steps", "global_samples", "skipped_steps")
 # Where DeepSpeed's optimizers keep FP32 masters: ZeRO 1 and 2, ZeRO 3, without ZeRO.
 _MASTERS = ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups_flat", "fp32_groups")
 
@@ -266,6 +268,7 @@ class _DeepSpeedStep(WatchedEngine):
         super().__init__(engine, role_of(engine))
         self._take = take
         self._skipped_before = engine.skipped_steps
+        self._counted = {name: getattr(engine, name) for name in _COUNTED if hasattr(engine, name)}
         self._at_floor = False
 
     def loss_scale(self) -> float | None:
@@ -294,10 +297,24 @@ class _DeepSpeedStep(WatchedEngine):
     def nonfinite(self) -> list[str]:
         return nonfinite_parameters(_local_gradients(self.engine))
 
+    def set_loss_scale(self, scale: float) -> None:
+        self.engine.optimizer.loss_scaler.cur_scale = scale
 
-def history_since(engine: Any, attempted: int, skipped: int) -> dict[str, float]:
+    def module(self) -> nn.Module:
+        module: nn.Module = self.engine.module
+        return module
+
+    def uncount(self) -> None:
+        for name, value in self._counted.items():
+            setattr(self.engine, name, value)
+
+
+def history_since(engine: Any, attempted: int, skipped: int, retries: int) -> dict[str, float]:
     """`fp16/*` of an engine's optimizer steps since these counts; `step_skipped` is the share of them skipped."""
-    history = history_of(engine)
+    metrics, history = history_of(engine).metrics(), history_of(engine)
     steps = history.attempted - attempted
-    share = (history.skipped_total - skipped) / steps if steps else 0.0
-    return {**history.metrics(), **({"fp16/step_skipped": share} if history.last else {})}
+    since = {
+        "fp16/step_skipped": (history.skipped_total - skipped) / steps if steps else 0.0,
+        "fp16/retries": float(history.retries_total - retries),
+    }
+    return {**metrics, **{name: value for name, value in since.items() if name in metrics}}

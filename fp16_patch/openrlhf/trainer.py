@@ -167,7 +167,7 @@ def _drop_copies(actor_class: Any) -> None:
 
 def _reported(role: str, prefix: str, engine: Any, train: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     history, norms = history_of(engine), norms_of(engine)
-    before = history.attempted, history.skipped_total
+    before = history.attempted, history.skipped_total, history.retries_total
     norms.clear()
     status = train()
     outcome = history_since(engine, *before)

@@ -11,12 +11,7 @@ from torch import nn
 
 from fp16_patch.probe.extremes import FP16_MAX, FP16_SMALLEST, FP16_SMALLEST_NORMAL, Range
 from fp16_patch.probe.watching import BACKWARD, Site
-
-LARGEST_SCALE = 65536.0
-"""torch's and DeepSpeed's first scale. A run that has room for more finds it by growing."""
-
-GRADIENT_MARGIN = 8.0
-"""The first updates' largest gradient may be so many times the one that was seen: advantages go up to about 4."""
+from fp16_patch.scaling import fitting_scale
 
 Ranges = Mapping[Site, Range]
 
@@ -49,7 +44,7 @@ class GradientFit:
     Attributes:
         largest_scale: 65504 ÷ the largest |gradient|: with more, it overflows. Infinite where all are 0.
         tightest: where that gradient is; None where all are 0.
-        init_scale: a power of two, at most `LARGEST_SCALE`, with room for gradients `GRADIENT_MARGIN` times as large.
+        init_scale: a power of two, with the room that `fitting_scale` leaves.
         subnormal_share: at that scale, the share of the parameters' non-zero gradients below FP16's smallest normal
             number, where it has fewer than its 11 bits.
         lost_share: the share of them that becomes 0.
@@ -71,7 +66,7 @@ def gradient_fit(ranges: Ranges) -> GradientFit:
     gradients = {site: seen for site, seen in ranges.items() if site.phase == BACKWARD}
     tightest = min(gradients, key=lambda site: gradients[site].headroom(), default=None)
     largest = gradients[tightest].headroom() if tightest else math.inf
-    scale = _power_of_two_below(min(LARGEST_SCALE, largest / GRADIENT_MARGIN))
+    scale = fitting_scale(largest)
     of_parameters = _together(seen for site, seen in gradients.items() if site.tensor.startswith("parameter"))
     return GradientFit(
         largest_scale=largest,
@@ -80,10 +75,6 @@ def gradient_fit(ranges: Ranges) -> GradientFit:
         subnormal_share=of_parameters.share_below(FP16_SMALLEST_NORMAL, scale),
         lost_share=of_parameters.share_below(FP16_SMALLEST / 2, scale),
     )
-
-
-def _power_of_two_below(value: float) -> float:
-    return 2.0 ** math.floor(math.log2(value)) if value >= 1 else 1.0
 
 
 def _together(ranges: Iterable[Range]) -> Range:

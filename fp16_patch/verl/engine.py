@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from fp16_patch import first_scale, retrying
 from fp16_patch.activation import current_plan, ledger
 from fp16_patch.compute import watch_compute
+from fp16_patch.retrying import RandomState, until_taken
 from fp16_patch.scaling import StepHistory, nonfinite_parameters, sharded_scaler
 from fp16_patch.stepping import WatchedEngine, history_of
 
@@ -49,6 +51,8 @@ def gradient_sync_context(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> 
 
 def optimizer_step(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> float:
     """`FSDPEngine.optimizer_step`: no step before the driver allows it, its outcome recorded, collapse raised."""
+    if first_scale.measuring(engine):
+        return 0.0
     note_gradients(engine.module, role_of(engine))
     outcome = _FSDPStep(engine, lambda: wrapped(*args, **kwargs)).step()
     if outcome.skipped and current_plan().changes:
@@ -59,6 +63,7 @@ def optimizer_step(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> float:
 def lr_scheduler_step(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> float:
     """`FSDPEngine.lr_scheduler_step`: the schedule counts updates, so it waits for one that was taken."""
     history = history_of(engine)
+    history.retries_since_lr = 0
     if current_plan().changes and history.attempted and not history.taken_since_lr:
         return engine.lr_scheduler.get_last_lr()[0]  # type: ignore[no-any-return]
     history.taken_since_lr = False
@@ -66,8 +71,8 @@ def lr_scheduler_step(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> floa
 
 
 def train_batch(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
-    """`BaseEngine.train_batch`: the outcome of the step goes into verl's metrics, a skipped step's norm does not."""
-    outputs = wrapped(*args, **kwargs)
+    """`BaseEngine.train_batch`: tried again on an overflow; its outcome joins the metrics, a skipped norm does not."""
+    outputs = _taken(engine, lambda: wrapped(*args, **kwargs))
     history = history_of(engine)
     if history.last is None or not engine.is_mp_src_rank_with_outputs():
         return outputs
@@ -78,10 +83,44 @@ def train_batch(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
     return outputs
 
 
+def _taken(engine: Any, compute: Callable[[], Any]) -> Any:
+    if not _can_repeat(engine):
+        return compute()
+    random = RandomState(device_type())
+    if current_plan().first_scale == "measured" and not history_of(engine).attempted:
+        first_scale.measure(_FSDPStep(engine, _no_step), random, compute, _loss_is_finite)
+        engine.optimizer_zero_grad()
+    if not retrying.wanted():
+        return compute()
+
+    def attempt(again: bool) -> Any:
+        if again:
+            random.restore()
+        return compute()
+
+    return until_taken(engine, attempt, _loss_is_finite)
+
+
+def _loss_is_finite(outputs: Any) -> bool:
+    return all(map(math.isfinite, outputs["loss"]))
+
+
+def _no_step() -> float:
+    raise RuntimeError("no step is taken while the first loss scale is measured")
+
+
+def _can_repeat(engine: Any) -> bool:
+    """Whether all that an update does is in `train_batch`, and its scaler is the one made here."""
+    if not current_plan().scales_loss or scale_of(scaler_of(engine)) is None:
+        return False
+    return engine.engine_config.strategy in ("fsdp", "fsdp2")
+
+
 def wire_metrics(history: StepHistory) -> dict[str, float]:
     """The outcome of the last step under names that verl reduces in the right way."""
     # verl reduces over mini-batches by name: a mean, unless the name says min or max.
-    reduction = {"fp16/loss_scale": "/min", "fp16/skipped_total": "/max", "fp16/consecutive_skips": "/max"}
+    largest = ("skipped_total", "consecutive_skips", "retries", "retries_total")
+    reduction = {"fp16/loss_scale": "/min", **{f"fp16/{name}": "/max" for name in largest}}
     return {name + reduction.get(name, ""): value for name, value in history.metrics().items()}
 
 
@@ -116,6 +155,18 @@ class _FSDPStep(WatchedEngine):
 
     def nonfinite(self) -> list[str]:
         return nonfinite_parameters(local_gradients(self.engine.module))
+
+    def set_loss_scale(self, scale: float) -> None:
+        set_scale(scaler_of(self.engine), scale)
+
+    def module(self) -> nn.Module:
+        module: nn.Module = self.engine.module
+        return module
+
+
+def set_scale(scaler: Any, scale: float) -> None:
+    """Go on at this scale, also before the scaler has scaled anything."""
+    scaler.load_state_dict({**scaler.state_dict(), "scale": float(scale)})
 
 
 def hold_floor(scaler: Any) -> None:

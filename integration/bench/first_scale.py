@@ -33,9 +33,10 @@ def measure(out: Path, seed: int, steps: int = STEPS) -> dict[str, Any]:
         )
     )
     result.write(out / "probe.json")
-    probed = {"FP16_PATCH_PROBE": str((out / "probe.json").resolve())}
+    stock = {"FP16_PATCH_INIT_SCALE": "65536", "FP16_PATCH_ON_OVERFLOW": "skip"}
+    probed = {"FP16_PATCH_PROBE": str((out / "probe.json").resolve()), "FP16_PATCH_ON_OVERFLOW": "skip"}
     return {
-        "stock": _run(config, out / "stock"),
+        "stock": _run(replace(config, env={**config.env, **stock}), out / "stock"),
         "probed": _run(replace(config, env={**config.env, **probed}), out / "probed"),
         "largest_scale": None if result.gradients is None else result.gradients["largest_scale"],
     }

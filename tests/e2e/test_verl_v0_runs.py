@@ -49,7 +49,7 @@ def test_the_v0_trainers_steps_are_measured_and_logged_too(v0: RunResult) -> Non
     run = load_run(record(v0))
     for step in v0.steps:
         for prefix in ("fp16/", "fp16/critic/"):
-            assert step[f"{prefix}loss_scale"] == 65536.0
+            assert step[f"{prefix}loss_scale"] == v0.steps[0][f"{prefix}loss_scale"] <= 65536.0
             assert step[f"{prefix}skipped_total"] == 0.0
         assert step["mismatch/mean_abs"] < 1.2e-3
         assert step["mismatch/prob_mean_abs"] == pytest.approx(step["training/rollout_probs_diff_mean"], rel=1e-3)

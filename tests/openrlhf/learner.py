@@ -7,6 +7,8 @@ from stock OpenRLHF and from OpenRLHF under a plan.
 from __future__ import annotations
 
 import argparse
+import copy
+import hashlib
 import inspect
 import json
 import os
@@ -256,6 +258,163 @@ def resume(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+# With gradients that overflow a few halvings below it.
+TOO_HIGH = 2.0**20
+DROPOUT = 0.2
+# One update's advantages on the last rank, whose gradients need another few halvings.
+HUGE = 2.0**11
+
+
+class Trainer:
+    """OpenRLHF's own PPO trainer of a policy or a critic, with dropout, made without what only Ray needs."""
+
+    def __init__(self, arguments: argparse.Namespace, role: str, start: float) -> None:
+        self.learner, self.role = Learner(arguments, role), role
+        self.learner.engine.optimizer.loss_scaler.cur_scale = start
+        for module in self.learner.engine.module.modules():
+            if hasattr(module, "attention_dropout"):
+                module.attention_dropout = DROPOUT
+        self.trainer = self._actor(arguments) if role == "actor" else self._critic()
+        self.forwards = 0
+        self.learner.engine.module.register_forward_hook(self._count)
+
+    def update(self, factor: float = 1.0) -> list[dict[str, Any]]:
+        statuses = []
+        for number in range(ACCUMULATED):
+            arguments = (experience_of(number, factor), 0.0, number)
+            status = self.trainer.training_step(*(arguments if self.role == "actor" else (arguments[0], number)))
+            statuses.append({name: float(value) for name, value in plain_status(status).items()})
+            # Between micro-batches others draw random numbers, too.
+            torch.rand(3)
+        return statuses
+
+    def averages(self) -> torch.Tensor | None:
+        weights = getattr(self.trainer, "ema_model", None)
+        return None if weights is None else torch.cat([value.detach().flatten() for value in weights.parameters()])
+
+    def state(self) -> torch.Tensor:
+        """This rank's masters and their moments."""
+        optimizer = self.learner.engine.optimizer.optimizer
+        moments = [
+            value.flatten() for state in optimizer.state.values() for value in map(torch.as_tensor, state.values())
+        ]
+        return torch.cat([self.learner.masters(), *(moment.float().cpu() for moment in moments)])
+
+    def _count(self, *_: Any) -> None:
+        self.forwards += 1
+
+    def _actor(self, arguments: argparse.Namespace) -> Any:
+        from openrlhf.models import PolicyLoss
+        from openrlhf.trainer.ray.ppo_actor import ActorPPOTrainer
+
+        trainer = self._bare(ActorPPOTrainer, "actor")
+        trainer.ema_model, trainer.ema_beta = None, 0.5
+        if arguments.zero_stage < 3:
+            trainer.ema_model = copy.deepcopy(self.learner.engine.module).float()
+        # The device it names is the one that the average is computed on.
+        strategy, average = self.learner.strategy, type(self.learner.strategy).moving_average
+        type(strategy).moving_average = lambda own, model, ema, beta, _device: average(own, model, ema, beta, "cpu")
+        trainer.actor_loss_fn = PolicyLoss()
+        return trainer
+
+    def _critic(self) -> Any:
+        from openrlhf.models import ValueLoss
+        from openrlhf.trainer.ray.ppo_critic import CriticPPOTrainer
+
+        trainer = self._bare(CriticPPOTrainer, "critic")
+        trainer.critic_loss_fn = ValueLoss(None)
+        return trainer
+
+    def _bare(self, kind: type, role: str) -> Any:
+        trainer: Any = object.__new__(kind)
+        trainer.strategy, trainer.args = self.learner.strategy, self.learner.strategy.args
+        trainer.args.actor.entropy_coef, trainer.args.actor.aux_loss_coef = None, 0.0
+        trainer.args.algo = argparse.Namespace(kl=argparse.Namespace(use_loss=False))
+        trainer.replay_buffer, trainer.aux_loss = None, False
+        setattr(trainer, role, self.learner.model)
+        setattr(trainer, f"{role}_optim", self.learner.optimizer)
+        setattr(trainer, f"{role}_scheduler", self.learner.scheduler)
+        return trainer
+
+
+def experience_of(number: int, factor: float) -> Any:
+    from openrlhf.trainer.ppo_utils.experience import Experience
+
+    generator = torch.Generator().manual_seed(10 * number + dist.get_rank())
+    sequences = torch.randint(3, 90, (SEQUENCES, TOKENS), generator=generator)
+    actions = torch.ones(SEQUENCES, TOKENS - 1, dtype=torch.bool)
+    values = {name: torch.randn(actions.shape, generator=generator) for name in ("advantages", "returns", "values")}
+    if dist.get_rank() == dist.get_world_size() - 1:
+        values["advantages"] *= factor
+        values["returns"] *= factor
+    log_probs = torch.full(actions.shape, -4.5)
+    return Experience(
+        sequences=sequences,
+        attention_mask=torch.ones_like(sequences),
+        action_mask=actions,
+        action_log_probs=log_probs,
+        rollout_log_probs=log_probs,
+        **values,
+    )
+
+
+def plain_status(status: dict[str, Any]) -> dict[str, Any]:
+    wanted = ("policy_loss", "actor_lr", "actor_grad_norm", "critic_loss", "critic_lr", "critic_grad_norm")
+    return {name: value for name, value in status.get("metrics", status).items() if name in wanted}
+
+
+def retried(arguments: argparse.Namespace) -> dict[str, Any]:
+    """PPO from far too high a scale and from the one that was found; empty where its trainer takes other arguments."""
+    if hierarchize is None:
+        return {}
+    return {role: retried_role(arguments, role) for role in ("actor", "critic")}
+
+
+def retried_role(arguments: argparse.Namespace, role: str) -> dict[str, Any]:
+    found = ppo_run(arguments, role, TOO_HIGH)
+    clean = ppo_run(arguments, role, found["scales"][0])
+    other = ppo_run(arguments, role, found["scales"][0], seed=12)
+    same = {name: everywhere(found[name] == clean[name]) for name in found if name != "forwards"}
+    return {"same": same, "dropout_matters": other["state"] != clean["state"], "found": found, "clean": clean}
+
+
+def lost(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Six updates, every other one with huge advantages on the last rank: how many the optimizer took."""
+    if hierarchize is None:
+        return {}
+    trainer = Trainer(arguments, "actor", 65536.0)
+    for number in range(6):
+        trainer.learner.engine.optimizer.loss_scaler.cur_scale = 4096.0
+        trainer.update(HUGE if number % 2 else 1.0)
+    engine = trainer.learner.engine
+    return {"taken": engine.global_steps - engine.skipped_steps, "attempted": engine.global_steps}
+
+
+def ppo_run(arguments: argparse.Namespace, role: str, start: float, seed: int = 11) -> dict[str, Any]:
+    """What three updates leave behind."""
+    trainer = Trainer(arguments, role, start)
+    torch.manual_seed(seed + dist.get_rank())
+    statuses, scales = [], []
+    for _ in range(3):
+        statuses.append(trainer.update())
+        scales.append(trainer.learner.scale())
+    averages, engine = trainer.averages(), trainer.learner.engine
+    return {
+        "state": digest(trainer.state()),
+        "averages": None if averages is None else digest(averages),
+        "random": digest(torch.get_rng_state()),
+        "statuses": statuses,
+        "scales": scales,
+        "steps": [engine.global_steps, engine.global_samples, engine.skipped_steps],
+        "average_clock": trainer.learner.strategy.time_steps["ema"],
+        "forwards": trainer.forwards,
+    }
+
+
+def digest(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
+
+
 COUNTERS = ("attempted", "skipped_total", "consecutive_skips")
 
 
@@ -327,6 +486,8 @@ SCENARIOS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
         endless_overflow,
         growing_scale,
         resume,
+        retried,
+        lost,
     )
 }
 

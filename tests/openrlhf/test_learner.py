@@ -23,13 +23,14 @@ LEARNER = Path(__file__).parent / "learner.py"
 FP16_PATCH = str(Path(sys.executable).with_name("fp16-patch"))
 # A floor above 1, so that it is not DeepSpeed's default that is met.
 FLOOR = 4
-PLAN = {"FP16_PATCH_MIN_SCALE": str(FLOOR), "FP16_PATCH_GROWTH_INTERVAL": "300"}
+RETRY = {"FP16_PATCH_MIN_SCALE": str(FLOOR), "FP16_PATCH_GROWTH_INTERVAL": "300"}
+PLAN = {**RETRY, "FP16_PATCH_ON_OVERFLOW": "skip"}
 SCENARIOS = ("configuration", "frozen", "overflow_on_one_rank", "endless_overflow", "growing_scale", "resume")
 SHORT = SCENARIOS[:2]
 # Where OpenRLHF has no float16, what DeepSpeed does in it is seen with DeepSpeed's configuration completed by hand.
 STOCK = "by hand" if verdict_on("actor-dtype").status is Status.APPLIES else "stock"
 ROLES = ("actor", "critic")
-ARMS = {"plan": [], "stock": ["--param-dtype", "fp16"], "by hand": ["--param-dtype", "fp16", "--by-hand"]}
+ARMS = {"plan": [], "retry": [], "stock": ["--param-dtype", "fp16"], "by hand": ["--param-dtype", "fp16", "--by-hand"]}
 
 
 @pytest.fixture(scope="session")
@@ -41,15 +42,24 @@ def learner(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
         if (arm, stage, ranks) not in known:
             out = tmp_path_factory.mktemp(f"{arm.replace(' ', '_')}_zero{stage}_{ranks}")
             where = ["--model", str(tiny_model), "--out", str(out), "--zero-stage", str(stage)]
-            arguments = [*where, *ARMS[arm], *(SCENARIOS if arm in ("plan", STOCK) else SHORT)]
+            arguments = [*where, *ARMS[arm], *_scenarios(arm)]
             known[arm, stage, ranks] = {"out": out, **_run(arm, ranks, arguments, out)}
         return known[arm, stage, ranks]
 
     return run
 
 
+def _scenarios(arm: str) -> tuple[str, ...]:
+    if arm == "retry":
+        return ("retried", "lost")
+    if arm == "plan":
+        return (*SCENARIOS, "lost")
+    return SCENARIOS if arm == STOCK else SHORT
+
+
 def _run(arm: str, ranks: int, arguments: list[str], out: Path) -> Facts:
-    prefix, env = ([FP16_PATCH, "run", "--"], PLAN) if arm == "plan" else ([], {})
+    settings = {"plan": PLAN, "retry": RETRY}.get(arm)
+    prefix, env = ([], {}) if settings is None else ([FP16_PATCH, "run", "--"], settings)
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", str(LEARNER)]
     with (out / "log.txt").open("w") as log:
         process = subprocess.run(
@@ -139,6 +149,43 @@ def test_an_overflow_on_one_rank_changes_no_weight_and_holds_the_schedule(
     assert facts["lr_moves_again"]
     assert facts["trains_again"]
     assert facts["skipped_of_attempted"] == [1, 4]
+
+
+@pytest.fixture(params=ROLES)
+def ppo(request: pytest.FixtureRequest, learner: Callable[..., Facts], stage: int, ranks: int) -> Facts:
+    """What OpenRLHF's own PPO trainer did from too high a scale, and from the one it found."""
+    facts = learner("retry", stage, ranks)["retried"]
+    if not facts:
+        pytest.skip("this release's trainer is not driven here")
+    role: Facts = facts[request.param]
+    return role
+
+
+@pytest.fixture(params=(1, 2), ids=("one-rank", "two-ranks"))
+def ranks(request: pytest.FixtureRequest) -> int:
+    return int(request.param)
+
+
+def test_an_update_tried_again_is_bit_for_bit_the_one_from_the_scale_it_ends_at(ppo: Facts) -> None:
+    assert ppo["dropout_matters"]
+    assert ppo["found"]["forwards"] > ppo["clean"]["forwards"] == 6  # three updates of two micro-batches
+    assert ppo["same"] == dict.fromkeys(ppo["same"], True)
+    assert {"state", "averages", "random"} <= set(ppo["same"])
+
+
+def test_what_is_tried_again_counts_once(ppo: Facts) -> None:
+    steps, _, skipped = ppo["found"]["steps"]
+    assert (steps, skipped) == (3, 0)
+    assert ppo["found"]["statuses"] == ppo["clean"]["statuses"]
+    assert ppo["found"]["average_clock"] in (0, 6)  # no averages of a critic, or under ZeRO 3
+
+
+@pytest.mark.parametrize(("arm", "taken"), [("plan", 3), ("retry", 6)])
+def test_no_update_is_lost_to_huge_advantages(learner: Callable[..., Facts], stage: int, arm: str, taken: int) -> None:
+    facts = learner(arm, stage)["lost"]
+    if not facts:
+        pytest.skip("this release's trainer is not driven here")
+    assert facts == {"taken": taken, "attempted": 6}
 
 
 def test_stock_ends_without_saying_where(learner: Callable[..., Facts]) -> None:

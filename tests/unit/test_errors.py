@@ -19,6 +19,7 @@ ERRORS = [
     PatchError("changed"),
     PrecisionError([Finding("host", 7, "actor", "autocast", "bfloat16", "float16")]),
     LossScaleCollapse("actor", 3, "too many", {0: [], 1: ["layers.0.weight"]}),
+    LossScaleCollapse("actor", 3, "too many", {0: [], 1: []}, {1: "lm_head (gradient of the output)"}),
 ]
 
 
@@ -42,3 +43,8 @@ def test_collapse_names_rank_step_and_parameters() -> None:
     assert "optimizer step 3" in text
     assert "rank 1: layers.0.weight" in text
     assert "rank 0" not in text
+
+
+def test_collapse_names_where_the_overflow_began() -> None:
+    assert "The overflow began in rank 1: lm_head (gradient of the output). Look at" in str(ERRORS[4])
+    assert "began" not in str(ERRORS[3])

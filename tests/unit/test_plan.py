@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import re
+from dataclasses import fields
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -39,6 +43,15 @@ def test_settings_come_from_the_environment() -> None:
     assert plan == Plan(init_scale=1024.0, strict=False)
 
 
+def test_the_first_scale_is_measured_unless_one_is_given() -> None:
+    assert Plan.from_environment({"FP16_PATCH": "1"}).first_scale == "measured"
+    for name, value in (("INIT_SCALE", "1024"), ("INIT_SCALE", "65536"), ("FIRST_SCALE", "fixed")):
+        assert Plan.from_environment({"FP16_PATCH": "1", f"FP16_PATCH_{name}": value}).first_scale == "fixed"
+    base = Plan.from_environment({"FP16_PATCH": "1", "FP16_PATCH_INIT_SCALE": "65536"})
+    assert Plan.from_settings({"min_scale": 2}, "fp16_patch", base=base).first_scale == "fixed"
+    assert Plan(init_scale=1024.0).first_scale == "fixed"
+
+
 @given(
     st.builds(
         Plan,
@@ -46,6 +59,9 @@ def test_settings_come_from_the_environment() -> None:
         init_scale=st.floats(1, 2**24),
         growth_interval=st.integers(1, 10_000),
         max_consecutive_skips=st.integers(1, 100),
+        first_scale=st.sampled_from(["measured", "fixed"]),
+        on_overflow=st.sampled_from(["retry", "skip"]),
+        max_retries=st.integers(0, 20),
         strict=st.booleans(),
         out_dir=st.none() | st.text(min_size=1),
     )
@@ -71,6 +87,9 @@ def test_an_unknown_setting_is_named_with_the_nearest_known_one() -> None:
         ({"growth_interval": 1.5}, r"growth_interval=1.5: the value cannot be read"),
         ({"backoff_factor": 1}, r"backoff_factor=1.0: out of range"),
         ({"max_consecutive_skips": 0}, r"max_consecutive_skips=0: out of range"),
+        ({"on_overflow": "again"}, r"on_overflow=again: no such action\. Fix: use retry or skip"),
+        ({"first_scale": "guessed"}, r"first_scale=guessed: no such start\. Fix: use measured or fixed"),
+        ({"max_retries": -1}, r"max_retries=-1: out of range"),
         ({"min_scale": 8, "init_scale": 4}, r"min_scale=8.0: above init_scale"),
     ],
 )
@@ -83,3 +102,12 @@ def test_all_wrong_settings_are_named_at_once() -> None:
     with pytest.raises(PlanError) as caught:
         Plan.from_settings({"init_scal": 8, "strict": "perhaps"}, source="fp16_patch")
     assert len(caught.value.conflicts) == 2
+
+
+def test_the_readme_lists_every_setting() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    table = readme.partition("| setting | default | |")[2].partition("\n\n")[0]
+    listed = {
+        name for row in table.splitlines() for name in re.findall(r"`(\w+)`", row.split("|")[1] if "|" in row else "")
+    }
+    assert listed == {field.name for field in fields(Plan)} - {"mode"}

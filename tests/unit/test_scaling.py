@@ -9,7 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fp16_patch.plan import Plan
-from fp16_patch.scaling import StepHistory, StepOutcome, collapse_reason, nonfinite_parameters, sharded_scaler
+from fp16_patch.scaling import (
+    GRADIENT_MARGIN,
+    LARGEST_SCALE,
+    StepHistory,
+    StepOutcome,
+    collapse_reason,
+    fitting_scale,
+    nonfinite_parameters,
+    sharded_scaler,
+)
 
 torch = pytest.importorskip("torch")
 
@@ -39,6 +48,35 @@ def test_a_restored_history_goes_on_where_it_was(skips: list[bool]) -> None:
     before.add(outcome)
     after.add(outcome)
     assert before == after
+
+
+def test_a_state_saved_before_there_were_retries_loads() -> None:
+    steps = StepHistory()
+    steps.load_state_dict({"attempted": 3, "skipped_total": 1, "consecutive_skips": 0, "taken_since_lr": True})
+    assert (steps.attempted, steps.retries_total) == (3, 0)
+
+
+def test_a_retry_is_neither_attempted_nor_skipped() -> None:
+    steps = history(False)
+    steps.add_retry()
+    steps.add_retry()
+    steps.add(StepOutcome(8.0, False, 1.0))
+    assert (steps.attempted, steps.skipped_total, steps.calibrating) == (2, 0, False)
+    assert steps.metrics()["fp16/retries"] == steps.metrics()["fp16/retries_total"] == 2.0
+    assert steps.metrics()["fp16/step_skipped"] == 0.0
+
+
+@given(st.floats(1e-3, 1e12))
+def test_the_first_scale_is_a_power_of_two_with_room(headroom: float) -> None:
+    scale = fitting_scale(headroom)
+    assert math.log2(scale).is_integer()
+    assert 1 <= scale <= LARGEST_SCALE
+    assert scale == 1 or headroom / scale >= GRADIENT_MARGIN
+    assert scale == LARGEST_SCALE or headroom / scale < 2 * GRADIENT_MARGIN
+
+
+def test_gradients_that_are_all_zero_get_the_largest_scale() -> None:
+    assert fitting_scale(math.inf) == LARGEST_SCALE
 
 
 def test_there_is_no_loss_scale_to_report_without_a_scaler() -> None:

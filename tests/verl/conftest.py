@@ -23,11 +23,15 @@ ON_A_CPU = ("compute_dtypes", "overflow_on_one_rank", "wire", "merged_lora_wire"
 WITH_A_SCALER = ("overflow_on_one_rank", "averaged_norm", "resume", "exports", "endless_overflow")
 ALL = (*ON_A_CPU, *WITH_A_SCALER[1:], "resume_from_stock", "oracle")
 # As `fp16-patch run` does: verl knows plugins since 0.9 only.
-UNDER_A_PLAN = {"FP16_PATCH": "1", "VERL_USE_EXTERNAL_MODULES": "verl_on_cpu,fp16_patch.autoload"}
+MEASURED = {"FP16_PATCH": "1", "VERL_USE_EXTERNAL_MODULES": "verl_on_cpu,fp16_patch.autoload"}
+RETRY = {**MEASURED, "FP16_PATCH_INIT_SCALE": "65536"}
+UNDER_A_PLAN = {**RETRY, "FP16_PATCH_ON_OVERFLOW": "skip"}
 ARMS: Mapping[str, tuple[list[str], tuple[str, ...], Mapping[str, str]]] = {
     "stock": ([], ON_A_CPU, {}),
     "stock-with-scaler": (["--working-scaler"], WITH_A_SCALER, {}),
-    "plan": ([], ALL, UNDER_A_PLAN),
+    "plan": ([], (*ALL, "lost"), UNDER_A_PLAN),
+    "retry": ([], ("retried", "first_scale", "lost", "infinite_loss"), RETRY),
+    "measured": ([], ("first_scale",), MEASURED),
 }
 
 

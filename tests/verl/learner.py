@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import math
 import sys
@@ -41,6 +42,8 @@ class Learner:
 
     def __init__(self, arguments: argparse.Namespace, **settings: Any) -> None:
         self.poisoned_ranks: set[int] = set()
+        self.factor = 1.0
+        self.computed = 0
         self.worker = TrainingWorker(worker_config(arguments, **settings))
         self.worker.reset()
         self.worker.set_loss_fn(self.loss)
@@ -49,7 +52,8 @@ class Learner:
     def loss(self, model_output: dict[str, Any], data: TensorDict, dp_group: Any) -> tuple[torch.Tensor, dict]:
         output = model_output["log_probs"] if "log_probs" in model_output else model_output["values"]
         factor = OVERFLOWING if dist.get_rank() in self.poisoned_ranks else 1.0
-        return -output.values().float().mean() * factor, {}
+        self.computed += 1
+        return -output.values().float().mean() * factor * self.factor, {}
 
     def step(self, poisoned: set[int] = frozenset(), data: TensorDict | None = None) -> dict[str, Any]:  # type: ignore[assignment]
         """One optimizer step and the metrics the driver gets from it."""
@@ -76,6 +80,15 @@ class Learner:
         self.worker.train_batch = inner
         return {name: float(value) for name, value in reduce_metrics(dict(metrics)).items()}
 
+    def state(self) -> torch.Tensor:
+        """Parameters and optimizer state, one after the other."""
+        moments = [
+            local(value).detach().float().flatten().clone()
+            for parameter in self.engine.optimizer.param_groups[0]["params"]
+            for _, value in sorted(self.engine.optimizer.state[parameter].items())
+        ]
+        return torch.cat([self.parameters(), *moments])
+
     def parameters(self) -> torch.Tensor:
         """All local parameters, one after the other."""
         return torch.cat([local(parameter).detach().flatten().clone() for parameter in self.engine.module.parameters()])
@@ -91,12 +104,13 @@ def worker_config(
     lora_rank: int = 0,
     forward_only: bool = False,
     engine: dict[str, Any] | None = None,
+    dropout: float = 0.0,
 ) -> TrainingWorkerConfig:
     model = HFModelConfig(
         path=arguments.model,
         use_remove_padding=False,
         enable_gradient_checkpointing=False,
-        override_config={"attn_implementation": "sdpa"},
+        override_config={"attn_implementation": "sdpa", **({"attention_dropout": dropout} if dropout else {})},
         lora_rank=lora_rank,
         lora_alpha=2 * lora_rank,
         lora={"merge": True} if lora_rank else {},
@@ -224,6 +238,88 @@ def resume(arguments: argparse.Namespace) -> dict[str, Any]:
     resumed = scaler_facts(fresh)
     fresh.step()
     return {"saved": saved, "resumed": resumed, "next": scaler_facts(fresh), "path": path}
+
+
+# With a mean over few tokens, gradients are finite a few halvings below it.
+TOO_HIGH = 2.0**21
+# Makes gradients overflow at 65536 and at the scale after it.
+STEEP = 2.0**6
+# The first scale that fits gradients so steep with the margin.
+FITTING = 128.0
+DROPOUT = 0.2
+
+
+def retried(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Three updates from far too high a scale, with dropout; the same from the scale that was found.
+
+    Each is of two micro-batches. The second run has nothing to retry, so it says what the first should have come to.
+    """
+    found = dropout_run(arguments, TOO_HIGH)
+    clean = dropout_run(arguments, found["scales"][0])
+    other = dropout_run(arguments, found["scales"][0], seed=12)
+    same = {name: on_every_rank(found[name] == clean[name]) for name in ("state", "random", "losses", "norms", "lr")}
+    return {"same": same, "dropout_matters": other["state"] != clean["state"], "found": found, "clean": clean}
+
+
+def first_scale(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Three updates of gradients that overflow at 65536, from too high a scale and from the one that fits."""
+    runs = {"too_high": TOO_HIGH, "fitting": FITTING}
+    return {name: dropout_run(arguments, start, factor=STEEP) for name, start in runs.items()}
+
+
+def dropout_run(arguments: argparse.Namespace, start: float, factor: float = 1.0, seed: int = 11) -> dict[str, Any]:
+    """What three updates leave behind: digests of parameters and optimizer state, and of the generators."""
+    learner = Learner(arguments, dropout=DROPOUT)
+    learner.factor = factor
+    start_at(learner, start)
+    torch.manual_seed(seed + dist.get_rank())
+    steps, scales, lr = [], [], []
+    for _ in range(3):
+        steps.append(learner.step())
+        scales.append(scale(learner))
+        lr.append(learner.lr())
+    return {
+        "state": digest(learner.state()),
+        "random": digest(torch.get_rng_state()),
+        "losses": [step["loss"] for step in steps],
+        "norms": [step.get("grad_norm") for step in steps],
+        "metrics": [plain(step) for step in steps],
+        "scales": scales,
+        "lr": lr,
+        "computed": learner.computed,
+    }
+
+
+def start_at(learner: Learner, start: float) -> None:
+    learner.engine.scaler.load_state_dict({**learner.engine.scaler.state_dict(), "scale": start})
+
+
+def digest(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
+
+
+def lost(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Six mini-batches, every other one with steep gradients on the last rank only: how many the optimizer took."""
+    learner = Learner(arguments)
+    steps = []
+    for number in range(6):
+        start_at(learner, 65536.0)
+        # As one huge advantage does.
+        steep = number % 2 == 1 and dist.get_rank() == dist.get_world_size() - 1
+        learner.factor = STEEP if steep else 1.0
+        steps.append(learner.step())
+    [state, *_] = learner.engine.optimizer.state.values()
+    return {"taken": int(state["step"]), "metrics": [plain(step) for step in steps]}
+
+
+def infinite_loss(arguments: argparse.Namespace) -> dict[str, Any]:
+    """An update whose loss is infinite on one rank: no lower scale helps."""
+    learner = Learner(arguments)
+    learner.step()
+    computed, before = learner.computed, scale(learner)
+    learner.factor = math.inf if dist.get_rank() == 0 else 1.0
+    metrics = learner.step()
+    return {"metrics": plain(metrics), "computed": learner.computed - computed, "halved": before / scale(learner)}
 
 
 def resume_from_stock(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -445,6 +541,10 @@ SCENARIOS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
         merged_lora_wire,
         accumulation,
         temperature,
+        retried,
+        first_scale,
+        lost,
+        infinite_loss,
     )
 }
 

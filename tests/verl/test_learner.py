@@ -17,6 +17,8 @@ pytestmark = [pytest.mark.verl, pytest.mark.e2e]
 pytest.importorskip("verl")
 
 STRATEGIES = ("fsdp", "fsdp2")
+# As in `learner.py`.
+TOO_HIGH, FITTING = 2.0**21, 128.0
 
 
 @pytest.fixture(params=STRATEGIES)
@@ -90,6 +92,77 @@ def test_a_skip_is_in_the_metrics_of_every_rank(learner: Callable[..., Facts], s
     assert seen("clean_metrics") == [{65536.0}, {0.0}, {0.0}, {0.0}]
     assert seen("overflow_metrics") == [{32768.0}, {1.0}, {1.0}, {1.0}]
     assert seen("last_metrics") == [{32768.0}, {0.0}, {1.0}, {0.0}]
+
+
+def test_an_update_tried_again_is_bit_for_bit_the_one_from_the_scale_it_ends_at(
+    learner: Callable[..., Facts], strategy: str, ranks: int
+) -> None:
+    facts = learner("retry", strategy, ranks)["retried"]
+    assert facts["dropout_matters"]
+    # Three updates of two micro-batches, the first of them with five halvings.
+    assert (facts["found"]["computed"], facts["clean"]["computed"]) == (16, 6)
+    assert facts["found"]["scales"] == [TOO_HIGH / 2**5] * 3
+    assert facts["same"] == dict.fromkeys(("state", "random", "losses", "norms", "lr"), True)
+
+
+def test_a_retry_is_in_the_metrics_and_is_no_skip(learner: Callable[..., Facts], strategy: str, ranks: int) -> None:
+    first, second, _ = learner("retry", strategy, ranks)["retried"]["found"]["metrics"]
+
+    def seen(metrics: Facts) -> list[set[float]]:
+        names = ("retries/max", "retries_total/max", "step_skipped", "skipped_total/max")
+        return [{value for [value] in metrics[f"fp16/{name}"]} for name in names]
+
+    assert seen(first) == [{5.0}, {5.0}, {0.0}, {0.0}]
+    assert seen(second) == [{0.0}, {5.0}, {0.0}, {0.0}]
+
+
+@pytest.mark.parametrize(("arm", "taken"), [("plan", 3), ("retry", 6)])
+def test_no_mini_batch_is_lost_to_one_steep_one(
+    learner: Callable[..., Facts], strategy: str, ranks: int, arm: str, taken: int
+) -> None:
+    facts = learner(arm, strategy, ranks)["lost"]
+    assert facts["taken"] == taken
+    assert facts["metrics"][-1]["fp16/skipped_total/max"] == [[6.0 - taken]] * ranks
+
+
+def test_an_infinite_loss_is_skipped_and_not_tried_again(
+    learner: Callable[..., Facts], strategy: str, ranks: int
+) -> None:
+    facts = learner("retry", strategy, ranks)["infinite_loss"]
+    assert facts["halved"] == 2.0
+    # The second pass over its two micro-batches looks for the module.
+    assert facts["computed"] == 4
+    assert facts["metrics"]["fp16/step_skipped"] == [[1.0]] * ranks
+
+
+def test_the_log_names_the_module_and_the_rank_where_an_overflow_began(
+    learner: Callable[..., Facts], strategy: str, ranks: int
+) -> None:
+    log = (learner("retry", strategy, ranks)["out"] / "log.txt").read_text()
+    assert f"actor: the overflow at loss scale 65536 began in rank {ranks - 1}: lm_head (gradient of the output)" in log
+    assert "is tried again with the same mini-batch at 32768, so nothing is lost" in log
+
+
+def test_a_measured_first_scale_leaves_nothing_to_look_for(
+    learner: Callable[..., Facts], strategy: str, ranks: int
+) -> None:
+    measured = learner("measured", strategy, ranks)["first_scale"]["too_high"]
+    assert measured["scales"] == [FITTING] * 3
+    last = measured["metrics"][-1]
+    assert (last["fp16/retries_total/max"], last["fp16/skipped_total/max"]) == ([[0.0]] * ranks, [[0.0]] * ranks)
+    # Where it starts at 65536 or above, the same gradients cost a mini-batch or are tried again.
+    unmeasured = learner("retry", strategy, ranks)["first_scale"]["too_high"]["metrics"][-1]
+    assert unmeasured["fp16/retries_total/max"] > [[0.0]] * ranks
+
+
+def test_measuring_the_first_scale_leaves_no_trace(learner: Callable[..., Facts], strategy: str, ranks: int) -> None:
+    measured = learner("measured", strategy, ranks)["first_scale"]["too_high"]
+    fixed = learner("retry", strategy, ranks)["first_scale"]["fitting"]
+    assert measured["computed"] > fixed["computed"] == 6
+    names = ("state", "random", "losses", "norms", "scales", "lr")
+    assert {name: measured[name] for name in names} == {name: fixed[name] for name in names}
+    log = (learner("measured", strategy, ranks)["out"] / "log.txt").read_text()
+    assert f"with room for one 8 times as large, the loss scale starts at {FITTING:g}" in log
 
 
 def test_stock_averages_the_norm_of_a_skipped_step(learner: Callable[..., Facts], strategy: str) -> None:

@@ -79,6 +79,8 @@ DESCRIPTIONS = {
     "fp16/step_skipped": "Share of the step's updates that were skipped, 0 to 1",
     "fp16/skipped_total": "Updates skipped since the run began",
     "fp16/consecutive_skips": "Updates skipped since the last one that was taken",
+    "fp16/retries": "Attempts of the step's updates that were repeated at a lower loss scale",
+    "fp16/retries_total": "Attempts repeated at a lower loss scale since the run began",
 }
 """HELP text by the record's name. ASCII only: Ray raises UnicodeEncodeError for anything else."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fp16_patch.activation import current_plan, ledger
+from fp16_patch.retrying import say_no_retries
 from fp16_patch.scaling import StepOutcome, nonfinite_parameters, sharded_scaler
 from fp16_patch.stepping import WatchedEngine, history_of
 from fp16_patch.verl.engine import (
@@ -23,6 +25,8 @@ from fp16_patch.verl.engine import (
     wire_metrics,
 )
 from fp16_patch.verl.numerics import autocast_upcasts_softmax, is_unit
+
+logger = logging.getLogger(__name__)
 
 _METRICS = "_fp16_patch_metrics"
 _NORM = "grad_norm"
@@ -48,6 +52,8 @@ def new_learner(wrapped: Any, learner: Any, args: Any, kwargs: Any) -> None:
         learner.param_dtype = plan.torch_dtype
         trains = plan.scales_loss and _optimizer_of(learner) is not None
         learner.scaler = sharded_scaler(plan, device_type()) if trains else None
+        if trains and plan.on_overflow == "retry":
+            say_no_retries(logger, role_of(learner))
 
 
 def divide_in_fp32(wrapped: Any, actor: Any, args: Any, kwargs: Any) -> Any:

@@ -28,7 +28,7 @@ from integration.cpu.arms import ARMS
 
 OUT = Path(__file__).parent / "out"
 SEEDS = (0, 1, 2)
-STEPS = 40
+STEPS = 20
 # Name here → in the table of arms.
 COMPARED = {"bf16": "bf16", "fp16": "fp16_patch"}
 LOSS, CORRECTION = "actor_rollout_ref.actor.policy_loss.loss_mode", "algorithm.rollout_correction"

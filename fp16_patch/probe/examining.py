@@ -40,7 +40,13 @@ BATCH_LOGITS = 1 << 27
 FLOOR_BATCH_TOKENS = 1
 """The learner against itself: a sequence at a time."""
 
-FLOOR_SEQUENCES = 8
+FLOOR_SEQUENCES = 4
+
+RANGE_SEQUENCES = 16
+"""Looked at forward and backward; activations of all are looked at while they are sampled."""
+
+MIXED_SEQUENCES = 8
+"""Pairs of two dtypes, which show what mixing costs and are not for training, are scored on the first so many."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +172,7 @@ class _Probe:
         for dtype in self.request.dtypes:
             watch = RangeWatch(model)
             watched = watch.during(GENERATION) if dtype == "fp32" else nullcontext()
-            cast = in_dtype(model, DTYPES[dtype])
+            cast = in_dtype(model, DTYPES[dtype], held_wide=self.request.device == "cpu")
             with self.phases(f"transformers samples in {dtype}", self.sampling.max_new_tokens) as advance:
                 self.sampled[dtype] = decode(
                     cast,
@@ -184,7 +190,7 @@ class _Probe:
     def look_at_ranges(self, model: nn.Module) -> None:
         """Forward and backward in FP32. Attention by its parts: other kernels do not show their scores."""
         watch = RangeWatch(model)
-        sequences = self.sampled[self.widest]
+        sequences = self.sampled[self.widest][:RANGE_SEQUENCES]
         model.requires_grad_(True)
         phase = self.phases("activations and gradients in fp32", len(sequences))
         with _by_its_parts(model), watch.during(FORWARD), phase as advance:
@@ -202,7 +208,8 @@ class _Probe:
     def compare(self, model: nn.Module) -> None:
         for learner in self.request.dtypes:
             cast = in_dtype(model, DTYPES[learner])
-            for sampler, sequences in self.sampled.items():
+            for sampler, sampled in self.sampled.items():
+                sequences = sampled if sampler == learner else sampled[:MIXED_SEQUENCES]
                 scores = self._scores(cast, sequences, learner, self.batch_tokens, f"{learner} learns from {sampler}")
                 self.pairs[f"{learner}/{sampler}"] = Pair.of(sequences, scores)
                 if sampler == self.widest:

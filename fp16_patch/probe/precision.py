@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,24 +20,65 @@ _aten = torch.ops.aten
 _PRODUCTS = {_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default, _aten.linear.default}
 
 
-def in_dtype(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+def in_dtype(model: nn.Module, dtype: torch.dtype, *, held_wide: bool = False) -> nn.Module:
     """A copy of an FP32 model with its parameters rounded to ``dtype``; the model itself for float32.
 
     Buffers stay as they are: frameworks keep RoPE frequencies in FP32.
+
+    Args:
+        held_wide: hold the rounded weights of linear layers in FP32, for a CPU that multiplies in it anyway: where a
+            token follows another, to widen the weights each time takes as long as the product.
     """
     if dtype == torch.float32:
         return model
-    # Parameters that the deep copy finds in its memo are not copied, so that both never stand in FP32.
+    held_wide = held_wide and dtype in HALF
+    wide = _only_looked_up_or_multiplied(model) if held_wide else set()
+    # Parameters that the deep copy finds in its memo are not copied, so that no third copy ever stands.
     memo: dict[int, Any] = {
-        id(parameter): nn.Parameter(_rounded(parameter, dtype), requires_grad=False) for parameter in model.parameters()
+        id(parameter): nn.Parameter(_rounded(parameter, dtype, id(parameter) in wide), requires_grad=False)
+        for parameter in model.parameters()
     }
     copied = copy.deepcopy(model, memo)
     copied.config.dtype = dtype
+    if held_wide:
+        _compute_from_wide(copied, dtype)
     return copied
 
 
-def _rounded(parameter: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return parameter.detach().to(dtype) if parameter.is_floating_point() else parameter.detach()
+def _rounded(parameter: torch.Tensor, dtype: torch.dtype, wide: bool) -> torch.Tensor:
+    if not parameter.is_floating_point():
+        return parameter.detach()
+    rounded = parameter.detach().to(dtype)
+    return rounded.float() if wide else rounded
+
+
+def _only_looked_up_or_multiplied(model: nn.Module) -> set[int]:
+    """Identities of weights that only linear layers and embeddings have; a model's own classes may compute more."""
+    ours: set[int] = set()
+    others: set[int] = set()
+    for module in model.modules():
+        held = ours if type(module) in (nn.Linear, nn.Embedding) else others
+        held |= {id(parameter) for parameter in module.parameters(recurse=False) if parameter.ndim > 1}
+    return ours - others
+
+
+def _compute_from_wide(model: nn.Module, dtype: torch.dtype) -> None:
+    """What these layers give is, to the bit, what they would give from half-precision weights on a GPU."""
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.forward = partial(_linear, module, dtype)
+        elif type(module) is nn.Embedding:
+            module.forward = partial(_looked_up, module, dtype)
+
+
+def _linear(module: nn.Linear, dtype: torch.dtype, operand: torch.Tensor) -> torch.Tensor:
+    bias = None if module.bias is None else module.bias.float()
+    with torch.autocast(operand.device.type, enabled=False):
+        return nn.functional.linear(operand.to(dtype).float(), module.weight, bias).to(dtype)
+
+
+def _looked_up(module: nn.Embedding, dtype: torch.dtype, ids: torch.Tensor) -> torch.Tensor:
+    return nn.Embedding.forward(module, ids).to(dtype)
 
 
 @contextmanager

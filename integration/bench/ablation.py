@@ -26,7 +26,7 @@ from integration.bench.training import Settings, Training, ends, mean, trained
 
 OUT = Path(__file__).parent / "out"
 PLANTS = Path(__file__).with_name("planted")
-STEPS = 10
+STEPS = 6
 MODES = ("fp32", "fp16", "bf16")
 PAIRS = tuple(f"{learner}/{sampler}" for learner in MODES for sampler in MODES)
 # What is in the ledger of each side that only its compute dtype can be in.

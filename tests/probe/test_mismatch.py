@@ -16,6 +16,7 @@ from fp16_patch.probe.precision import DTYPES, ProductsInFloat32, computing_in, 
 from fp16_patch.probe.result import ProbeResult
 from fp16_patch.probe.sampling import Sampling, decode
 from fp16_patch.probe.sequences import Sampled
+from integration.cpu.tiny_families import tiny_family
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +65,25 @@ def test_a_copy_in_half_leaves_the_model_and_its_buffers_alone(tiny_model: Path)
     assert {buffer.dtype for buffer in cast.buffers()} == {torch.float32}
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert cast.lm_head.weight is cast.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("family", ["qwen2", "gemma3_text", "mixtral", "gpt_neox"])
+def test_weights_held_wide_give_the_same_bits(family: str, dtype: torch.dtype) -> None:
+    model = tiny_family(family).requires_grad_(False).eval()
+    sampling = Sampling(max_new_tokens=6)
+    decoded = [
+        decode(
+            in_dtype(model, dtype, held_wide=held_wide),
+            [(5, 6, 7), (8, 9)],
+            dtype,
+            sampling,
+            device="cpu",
+            advance=lambda _: None,
+        )
+        for held_wide in (False, True)
+    ]
+    assert decoded[0] == decoded[1]
 
 
 def test_scores_do_not_depend_on_the_batch_in_fp32(tiny_model: Path) -> None:

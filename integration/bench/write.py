@@ -34,7 +34,13 @@ SHARES = {
     "sampling_noise": "noise of a batch of 64 responses",
 }
 
-
+SYNTHETIC = {
+    "fp32": "FP32 on both sides",
+    "same rounding": "the same coarse rounding on both sides: low precision, no mismatch",
+    "other rounding": "equally coarse roundings that differ: the same precision, mismatch",
+    "fp32 learner": "an FP32 learner, the coarse sampler: more precision, mismatch",
+}
+SYNTHETIC_HEAD = ("| synthetic | mean \\|d\\| | reward at first | at the end, of {seeds} seeds |", "|---|---|---|---|")
 MODES = ("fp32", "fp16", "bf16")
 SANITY_HEAD = (
     "| algorithm, by verl's own settings | mean \\|d\\| bf16 | fp16 | bf16 ÷ fp16 | reward at the end bf16 | fp16 |",
@@ -64,6 +70,8 @@ def _row(name: str, found: dict[str, Any]) -> str:
 def _sentences(results: dict[str, Any]) -> Iterator[str]:
     if gradient := results.get("gradient"):
         yield from (*GRADIENT_HEAD, *(_gradient_row(gradient, *named) for named in SHARES.items()), "")
+        if all(gradient[dtype]["sampling_noise"] > gradient[dtype]["importance_effect"] for dtype in ("bf16", "fp16")):
+            yield from ("At this size the noise of sampling hides both of the others.", "")
     if probe := results.get("probe"):
         yield (
             f"The probe locates {probe['unsafe_located']} of {probe['unsafe_total']} models made to leave FP16's range "
@@ -76,10 +84,29 @@ def _sentences(results: dict[str, Any]) -> Iterator[str]:
             f"{scale['stock']['skipped']} skipped optimizer steps, the probe's {scale['probed']['init_scale']:g} costs "
             f"{scale['probed']['skipped']}."
         )
+    if synthetic := results.get("synthetic"):
+        yield from ("", *_synthetic(synthetic))
     if sanity := results.get("sanity"):
         yield from ("", *_sanity(sanity))
     if ablation := results.get("ablation"):
         yield from ("", *_ablation(ablation))
+
+
+def _synthetic(found: dict[str, Any]) -> Iterator[str]:
+    yield (
+        f"Why it matters, where it can be seen: products with operands of {found['settings']['bits']} mantissa bit, which "
+        f"no hardware has, and plain policy gradient for {found['settings']['steps']} steps. The second row and the "
+        "third differ in the mismatch alone:"
+    )
+    head, rule = SYNTHETIC_HEAD
+    rows = (_synthetic_row(name, found["summary"][arm]) for arm, name in SYNTHETIC.items())
+    yield from ("", head.format(seeds=len(found["seeds"])), rule, *rows)
+
+
+def _synthetic_row(name: str, summary: dict[str, Any]) -> str:
+    end = "**{mean:.2f}** ({min:.2f} – {max:.2f})".format(**summary["final_reward"])
+    gap = summary["mean_abs"]["mean"]
+    return f"| {name} | {f'{gap:.1e}' if gap else '0'} | {summary['start_reward']['mean']:.2f} | {end} |"
 
 
 def _sanity(found: dict[str, Any]) -> Iterator[str]:

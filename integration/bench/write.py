@@ -94,9 +94,9 @@ def _sentences(results: dict[str, Any]) -> Iterator[str]:
 
 def _synthetic(found: dict[str, Any]) -> Iterator[str]:
     yield (
-        f"Why it matters, where it can be seen: products with operands of {found['settings']['bits']} mantissa bit, which "
-        f"no hardware has, and plain policy gradient for {found['settings']['steps']} steps. The second row and the "
-        "third differ in the mismatch alone:"
+        f"Why it matters, where it can be seen: products with operands of {found['settings']['bits']} mantissa bit, "
+        f"which no hardware has, and plain policy gradient for {found['settings']['steps']} steps. The second row and "
+        "the third differ in the mismatch alone:"
     )
     head, rule = SYNTHETIC_HEAD
     rows = (_synthetic_row(name, found["summary"][arm]) for arm, name in SYNTHETIC.items())

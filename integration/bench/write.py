@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from math import comb
 from pathlib import Path
 from typing import Any
 
@@ -127,9 +128,12 @@ def sanity_verdict(found: Mapping[str, Any]) -> str:
     """What the rewards say and what the mismatch says."""
     repeated = {name: s for name, s in found["summary"].items() if s["reward_separates"] is not None}
     sentences = [_rewards_of(name, summary) for name, summary in repeated.items()]
-    others = [abs(s["reward_difference"]) for name, s in found["summary"].items() if name not in repeated]
-    if others:
-        sentences.append(f"Of the algorithms of one seed the rewards differ by {max(others):.2f} at most.")
+    single = [s["reward_difference"] for name, s in found["summary"].items() if name not in repeated]
+    if single:
+        sentences.append(
+            f"Of the algorithms of one seed FP16's reward differs from BF16's by {min(single):+.2f} to "
+            f"{max(single):+.2f}."
+        )
     return " ".join(sentences)
 
 
@@ -138,12 +142,17 @@ def _rewards_of(name: str, summary: Mapping[str, Any]) -> str:
         f"{arm.upper()} {summary[arm]['reward']['min']:.2f} to {summary[arm]['reward']['max']:.2f}"
         for arm in ("bf16", "fp16")
     )
-    verdict = "separates" if summary["reward_separates"] else "does not separate"
     seeds, ratio = len(summary["bf16 ÷ fp16"]), summary["ratio"]
+    overlap = _without_overlap(seeds) if summary["reward_separates"] else "and the ranges overlap"
     return (
-        f"The reward {verdict} the two at this size ({name}, {seeds} seeds, {ranges}); the mismatch does, "
-        f"by {ratio['min']:.1f} to {ratio['max']:.1f} times."
+        f"The reward does not decide between the two at this size ({name}, {seeds} seeds: {ranges}, {overlap}); the "
+        f"mismatch does, by {ratio['min']:.1f} to {ratio['max']:.1f} times."
     )
+
+
+def _without_overlap(seeds: int) -> str:
+    """Two arms of n runs lie apart in 2 of the C(2n, n) orders in which they can come."""
+    return f"without overlap, as happens by chance in {2 / comb(2 * seeds, seeds):.0%} of such comparisons"
 
 
 def _sanity_row(name: str, summary: dict[str, Any]) -> str:

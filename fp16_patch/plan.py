@@ -43,6 +43,8 @@ class Plan:
         on_overflow: `retry` computes the same mini-batch again at the lowered scale, `skip` drops it.
         max_retries: this many times for one optimizer step; then it is skipped.
         max_consecutive_skips: this many skipped steps in a row are a collapse.
+        fused_step: unscale and clip in the kernel of torch's fused Adam and AdamW (verl's FSDP engine); otherwise in
+            passes of their own.
         strict: refuse framework code we do not know. When false that is one warning and the ledger still decides.
         ledger_every: the driver reads every process's ledger before the first two updates, then each so many steps.
         probe: the result of `fp16-patch probe`; in fp16 its starting scale is taken, and an unsafe model refused.
@@ -75,6 +77,7 @@ class Plan:
     on_overflow: str = "retry"
     max_retries: int = 8
     max_consecutive_skips: int = 20
+    fused_step: bool = True
     strict: bool = True
     ledger_every: int = 50
     probe: str | None = None

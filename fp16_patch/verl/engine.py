@@ -16,6 +16,7 @@ from fp16_patch.compute import watch_compute
 from fp16_patch.retrying import RandomState, until_taken
 from fp16_patch.scaling import StepHistory, nonfinite_parameters, sharded_scaler
 from fp16_patch.stepping import WatchedEngine, history_of
+from fp16_patch.verl import folded_step
 
 
 def role_of(engine: Any) -> str:
@@ -54,7 +55,8 @@ def optimizer_step(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> float:
     if first_scale.measuring(engine):
         return 0.0
     note_gradients(engine.module, role_of(engine))
-    outcome = _FSDPStep(engine, lambda: wrapped(*args, **kwargs)).step()
+    folds = folded_step.possible(engine)
+    outcome = _FSDPStep(engine, lambda: folded_step.take(engine) if folds else wrapped(*args, **kwargs)).step()
     if outcome.skipped and current_plan().changes:
         hold_floor(engine.scaler)
     return outcome.grad_norm

@@ -20,7 +20,7 @@ from tests.conftest import verl_environment
 Facts = dict[str, Any]
 LEARNER = Path(__file__).parent / "learner.py"
 ON_A_CPU = ("compute_dtypes", "overflow_on_one_rank", "wire", "merged_lora_wire", "accumulation", "temperature")
-WITH_A_SCALER = ("overflow_on_one_rank", "averaged_norm", "resume", "exports", "endless_overflow")
+WITH_A_SCALER = ("overflow_on_one_rank", "averaged_norm", "resume", "exports", "endless_overflow", "fused_chosen")
 ALL = (*ON_A_CPU, *WITH_A_SCALER[1:], "resume_from_stock", "oracle")
 # As `fp16-patch run` does: verl knows plugins since 0.9 only.
 MEASURED = {"FP16_PATCH": "1", "VERL_USE_EXTERNAL_MODULES": "verl_on_cpu,fp16_patch.autoload"}
@@ -30,7 +30,7 @@ ARMS: Mapping[str, tuple[list[str], tuple[str, ...], Mapping[str, str]]] = {
     "stock": ([], ON_A_CPU, {}),
     "stock-with-scaler": (["--working-scaler"], WITH_A_SCALER, {}),
     "plan": ([], (*ALL, "lost"), UNDER_A_PLAN),
-    "retry": ([], ("retried", "first_scale", "lost", "infinite_loss"), RETRY),
+    "retry": ([], ("retried", "first_scale", "lost", "infinite_loss", "kernels"), RETRY),
     "measured": ([], ("first_scale",), MEASURED),
 }
 

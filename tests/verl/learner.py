@@ -29,6 +29,7 @@ from verl.workers.config.engine import TrainingWorkerConfig
 from verl.workers.engine_workers import TrainingWorker
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
+from integration.bench.passes import GradientPasses
 from tests.verl.folder import folder_facts
 
 # Large enough to overflow FP16 gradients, small enough for a finite FP32 loss.
@@ -105,6 +106,7 @@ def worker_config(
     forward_only: bool = False,
     engine: dict[str, Any] | None = None,
     dropout: float = 0.0,
+    optimizer: dict[str, Any] | None = None,
 ) -> TrainingWorkerConfig:
     model = HFModelConfig(
         path=arguments.model,
@@ -124,7 +126,9 @@ def worker_config(
         infer_micro_batch_size_per_gpu=2,
         **(engine if engine is not None else STOCK_FP16),
     )
-    optimizer = FSDPOptimizerConfig(lr=1e-3, lr_warmup_steps=4, total_training_steps=100, weight_decay=0.0)
+    optimizer_config = FSDPOptimizerConfig(
+        lr=1e-3, lr_warmup_steps=4, total_training_steps=100, weight_decay=0.0, override_optimizer_config=optimizer
+    )
     # FSDP1 on several CPU ranks cannot gather a full state dict: offloading frees the storage it is about to read.
     exportable = arguments.strategy == "fsdp2" or dist.get_world_size() == 1
     checkpoint = CheckpointConfig(save_contents=["model", "optimizer", "extra", *(["hf_model"] if exportable else [])])
@@ -132,7 +136,7 @@ def worker_config(
         model_type=model_type,
         model_config=model,
         engine_config=engine_config,
-        optimizer_config=optimizer,
+        optimizer_config=optimizer_config,
         checkpoint_config=checkpoint,
     )
 
@@ -435,6 +439,39 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor().float() if isinstance(tensor, DTensor) else tensor.float()
 
 
+def kernels(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Two steps with the kernel that the learner takes by itself and with torch's many-tensor one."""
+    chosen = {"default": None, "foreach": {"foreach": True}}
+    found = {name: two_counted_steps(Learner(arguments, optimizer=kernel)) for name, kernel in chosen.items()}
+    apart = (found["default"].pop("parameters") - found["foreach"].pop("parameters")).abs().max()
+    return {**found, "apart": float(apart)}
+
+
+def two_counted_steps(learner: Learner) -> dict[str, Any]:
+    """Passes over the gradients in each optimizer step, norms, and what became of the parameters."""
+    take, counts = learner.engine.optimizer_step, []
+
+    def counted_step() -> float:
+        with GradientPasses(learner.engine.module.parameters()) as counted:
+            norm = take()
+        counts.append(counted.passes)
+        return norm
+
+    learner.engine.optimizer_step = counted_step
+    norms = [learner.step()["grad_norm"] for _ in range(2)]
+    return {"passes": counts, "norms": norms, "parameters": learner.parameters()}
+
+
+def fused_chosen(arguments: argparse.Namespace) -> dict[str, Any]:
+    """A step with the fused kernel that the configuration asks for: the error, if it fails."""
+    learner = Learner(arguments, optimizer={"fused": True})
+    try:
+        learner.step()
+    except RuntimeError as error:
+        return {"error": str(error)}
+    return {"error": None}
+
+
 def exports(arguments: argparse.Namespace) -> dict[str, Any]:
     """The `hf_model` folder of a checkpoint: what its label says and what it holds."""
     folder = Path(arguments.out) / "checkpoint" / "huggingface"
@@ -545,6 +582,8 @@ SCENARIOS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
         first_scale,
         lost,
         infinite_loss,
+        kernels,
+        fused_chosen,
     )
 }
 

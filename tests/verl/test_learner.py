@@ -165,6 +165,30 @@ def test_measuring_the_first_scale_leaves_no_trace(learner: Callable[..., Facts]
     assert f"with room for one 8 times as large, the loss scale starts at {FITTING:g}" in log
 
 
+def test_the_step_reads_gradients_twice_and_verls_own_five_times(
+    learner: Callable[..., Facts], strategy: str, ranks: int
+) -> None:
+    facts = learner("retry", strategy, ranks)["kernels"]
+    # Where the configuration names another kernel verl takes its own step: unscale, norm, clip, two of torch's Adam.
+    assert (facts["default"]["passes"], facts["foreach"]["passes"]) == ([2.0, 2.0], [5.0, 5.0])
+
+
+def test_the_step_in_two_passes_is_the_same(learner: Callable[..., Facts], strategy: str, ranks: int) -> None:
+    facts = learner("retry", strategy, ranks)["kernels"]
+    assert facts["default"]["norms"][0] == facts["foreach"]["norms"][0]
+    # Kernels round differently; a step moves a parameter by up to 2.5e-4 here.
+    assert facts["apart"] < 1e-7
+
+
+def test_stock_fails_on_the_fused_kernel(learner: Callable[..., Facts], strategy: str) -> None:
+    error = learner("stock-with-scaler", strategy, 2)["fused_chosen"]["error"]
+    assert error and "doesn't match the broadcast shape" in error
+
+
+def test_the_fused_kernel_can_be_chosen(learner: Callable[..., Facts], strategy: str, ranks: int) -> None:
+    assert learner("plan", strategy, ranks)["fused_chosen"] == {"error": None}
+
+
 def test_stock_averages_the_norm_of_a_skipped_step(learner: Callable[..., Facts], strategy: str) -> None:
     norm = learner("stock-with-scaler", strategy, 2)["averaged_norm"]["grad_norm"]
     assert norm != norm or norm == float("inf")

@@ -156,10 +156,16 @@ def _merged(engine: Any) -> Weights:
 
 
 def _copy_to_send(name: str, weight: torch.Tensor, rounding: _Rounding, device: Any) -> torch.Tensor:
-    if isinstance(weight, DTensor):
-        shard: Any = rounding.of(name, weight.to(device, non_blocking=True))
-        return shard.full_tensor().detach()
-    return weight.detach().clone()
+    if not isinstance(weight, DTensor):
+        return weight.detach().clone()
+    shard: Any = rounding.of(name, weight.to(device, non_blocking=True))
+    whole: torch.Tensor = shard.full_tensor().detach()
+    # On one rank the whole is the shard itself.
+    return whole.clone() if _same_storage(whole, weight.to_local()) else whole
+
+
+def _same_storage(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return bool(one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr())
 
 
 def new_checkpoint_engine(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:

@@ -51,8 +51,9 @@ _AS_THEY_ARE = _Rounding(torch.float32, {"parameters": [], "buffers": []}, froze
 def per_tensor_param(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
     """`FSDPEngine.get_per_tensor_param`: each weight is sent in the dtype that it has in the sampler.
 
-    The sampler would round it to the same; an FP32 wire is twice as long. Until the driver has told what the samplers
-    keep, and one sync has told what is sent, weights go out as they are.
+    vLLM's loaders copy a weight into its parameter before anything else, and so would round it to the same; an FP32
+    wire is twice as long. Until the driver has told what the samplers keep, and one sync has told what is sent,
+    weights go out as they are.
     """
     weights, adapter = wrapped(*args, **kwargs)
     # Adapters have a dtype of their own in the sampler, and a quantizer makes of the base what it needs.

@@ -248,8 +248,18 @@ def test_weights_are_sent_in_the_samplers_dtype_once_it_is_known(
         assert [before[0]["bytes"] / sync["bytes"] for sync in after] == [2.0] * 2
         # To the last bit what the sampler would have made of the FP32 ones.
         assert len({sync["rounded"] for sync in (*before, *after)}) == 1
-        if ranks > 1:
-            assert [sync["gathered"] for sync in after] == [["float16"]] * 2
+
+
+def test_shards_are_rounded_before_they_are_gathered(learner: Callable[..., Facts], strategy: str) -> None:
+    facts = learner("plan", strategy, 2)["wire_after_clearance"]
+    assert [sync["gathered"] for sync in facts["nothing"]["before"]] == [["float32"]] * 2
+    assert [sync["gathered"] for sync in facts["nothing"]["after"]] == [["float16"]] * 2
+
+
+@sits_in("fsdp-wire", "FSDPEngine._merged_lora_per_tensor_param")
+def test_so_are_those_that_adapters_are_merged_into(learner: Callable[..., Facts], strategy: str) -> None:
+    facts = learner("plan", strategy, 2)["wire_after_clearance"]["merged"]
+    assert [sync["gathered"] for sync in facts["after"]] == [["float16"]] * 2
 
 
 def test_what_the_sampler_keeps_stays_as_it_is(learner: Callable[..., Facts], strategy: str, ranks: int) -> None:

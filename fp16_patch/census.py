@@ -12,11 +12,13 @@ import socket
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from fp16_patch import processes
 from fp16_patch.activation import attestation, current_plan, ledger, owed_patches
 from fp16_patch.errors import Finding, PrecisionError
+from fp16_patch.kept import Kept, kept_by_samplers
 from fp16_patch.ledger import Record, judge, merged, missing_record
 
 logger = logging.getLogger(__name__)
@@ -72,7 +74,7 @@ class Census:
             raise PrecisionError(findings)
         if self._first_step is None:
             if plan.changes:
-                clear(actors)
+                clear(actors, kept_by_samplers(records))
             logger.info("%d processes attest mode %s: %s", len(records), plan.mode, _summary(records))
         self._first_step = step if self._first_step is None else self._first_step
         self._last_step, self._asked_with = step, frozenset(self.updated)
@@ -92,10 +94,10 @@ def answer(actor: Any) -> list[Record]:
     return [record, *children, *missing]
 
 
-def allow_training(actor: Any) -> None:
-    """Let this process take optimizer steps."""
+def allow_training(actor: Any, sampler_keeps: Kept | None) -> None:
+    """Let this process take optimizer steps, and send the samplers' weights in the dtypes that these have there."""
     del actor
-    ledger().cleared = True
+    ledger().cleared, ledger().sampler_keeps = True, sampler_keeps
 
 
 def ask(actors: Sequence[tuple[str, Any]]) -> list[Record]:
@@ -126,11 +128,12 @@ def _call(handle: Any) -> Any:
         return failure
 
 
-def clear(actors: Sequence[tuple[str, Any]]) -> None:
-    """Tell every process that the whole job was judged and may train."""
+def clear(actors: Sequence[tuple[str, Any]], sampler_keeps: Kept | None) -> None:
+    """Tell every process that the whole job was judged and may train, and what its samplers keep."""
     import ray
 
-    ray.get([handle.__ray_call__.remote(allow_training) for _, handle in actors], timeout=ANSWER_TIMEOUT_S)
+    allow = partial(allow_training, sampler_keeps=sampler_keeps)
+    ray.get([handle.__ray_call__.remote(allow) for _, handle in actors], timeout=ANSWER_TIMEOUT_S)
 
 
 def require_clearance() -> None:

@@ -14,6 +14,7 @@ from threading import Lock
 from typing import Any
 
 from fp16_patch.errors import Finding
+from fp16_patch.kept import Kept
 from fp16_patch.plan import Plan
 
 # role → quantity → torch's dtype names, sorted
@@ -35,13 +36,17 @@ class Ledger:
             `task_runner_v0` runs verl's V0 trainer.
         rank: its rank in the learner's process group, if it has one.
         cleared: the driver has judged the whole job and allows optimizer steps.
+        sampler_keeps: what the samplers of this job keep in another dtype than the plan's, as the driver told; None
+            before, or if it does not know.
     """
 
     kind: str = "process"
     rank: int | None = None
     cleared: bool = False
+    sampler_keeps: Kept | None = None
     problem: str | None = None
     _seen: dict[str, dict[str, set[str]]] = field(default_factory=dict)
+    _keeps: dict[str, dict[str, set[str]]] = field(default_factory=dict)
     _lock: Lock = field(default_factory=Lock)
 
     def note(self, role: str, quantity: str, *dtypes: object) -> bool:
@@ -55,10 +60,26 @@ class Ledger:
             seen |= names
         return new
 
+    def note_kept(self, role: str, **ends: set[str]) -> bool:
+        """Record by the ends of their names what a sampler keeps in another dtype than the plan's; True if one is new.
+
+        Args:
+            ends: of `parameters` and of `buffers`; an empty set says that there is none.
+        """
+        with self._lock:
+            kept = self._keeps.setdefault(role, {})
+            new = any(kind not in kept or not names <= kept[kind] for kind, names in ends.items())
+            for kind, names in ends.items():
+                kept.setdefault(kind, set()).update(names)
+        return new
+
     @property
     def roles(self) -> Roles:
+        return self._sorted(self._seen)
+
+    def _sorted(self, noted: Mapping[str, Mapping[str, set[str]]]) -> Roles:
         with self._lock:
-            return {role: {name: sorted(seen) for name, seen in row.items()} for role, row in self._seen.items()}
+            return {role: {name: sorted(values) for name, values in row.items()} for role, row in noted.items()}
 
     def record(self, plan: Plan, patches: Mapping[str, str]) -> Record:
         """This process's attestation and dtypes, as plain data."""
@@ -71,12 +92,14 @@ class Ledger:
             "patches": dict(patches),
             "problem": self.problem,
             "roles": self.roles,
+            "keeps": self._sorted(self._keeps),
         }
 
 
 def missing_record(kind: str, problem: str, host: str = "?", pid: int | None = None) -> Record:
     """What stands in the ledger for a process that left no attestation."""
-    return {"host": host, "pid": pid, "kind": kind, "problem": problem, "roles": {}, "patches": {}, "mode": None}
+    absent: dict[str, Any] = {"roles": {}, "keeps": {}, "patches": {}, "mode": None}
+    return {"host": host, "pid": pid, "kind": kind, "problem": problem, **absent}
 
 
 def merged(records: Iterable[Record]) -> Roles:

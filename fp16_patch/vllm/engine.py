@@ -8,16 +8,38 @@ from typing import Any
 import torch
 
 from fp16_patch import processes
-from fp16_patch.activation import attestation, ledger
+from fp16_patch.activation import attestation, current_plan, ledger
+from fp16_patch.kept import end_of
 
 
 def note_engine(role: str, worker: Any) -> bool:
-    """Note the dtypes of a worker's weights and KV cache as they are now; True if one is new."""
+    """Note the dtypes of a worker's weights and KV cache as they are now, and what it keeps; True if one is new."""
     runner = worker.model_runner
     weights = {parameter.dtype for parameter in runner.model.parameters() if parameter.is_floating_point()}
     new_weight = ledger().note(role, "engine_weight", *weights)
     new_cache = ledger().note(role, "kv_cache", *_attention_cache_dtypes(runner))
-    return new_weight or new_cache
+    new_kept = _note_kept(role, runner)
+    return new_weight or new_cache or new_kept
+
+
+def _note_kept(role: str, runner: Any) -> bool:
+    if not current_plan().changes:
+        return False
+    models = [runner.model, getattr(getattr(runner, "drafter", None), "model", None)]
+    parts = {"parameters": "named_parameters", "buffers": "named_buffers"}
+    return ledger().note_kept(role, **{kind: _kept_in(models, listing) for kind, listing in parts.items()})
+
+
+def _kept_in(models: Iterable[Any], listing: str) -> set[str]:
+    """Ends of the names of all floating weights in another dtype than the plan's."""
+    planned = current_plan().torch_dtype
+    return {
+        end_of(name)
+        for model in models
+        if hasattr(model, listing)
+        for name, weight in getattr(model, listing)()
+        if weight.is_floating_point() and weight.dtype != planned
+    }
 
 
 def watch_hidden_states(role: str, worker: Any) -> None:

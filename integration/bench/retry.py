@@ -94,7 +94,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     import torch
     import torch.distributed as dist
 
-    learner = _Learner(Path(request["model"]))
+    learner = Learner(Path(request["model"]))
     torch.manual_seed(request["seed"] + dist.get_rank())
     scales, metrics = [], []
     level = None
@@ -120,7 +120,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-class _Learner:
+class Learner:
     def __init__(self, model: Path) -> None:
         from verl.trainer.config import CheckpointConfig
         from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig

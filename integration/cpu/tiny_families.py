@@ -39,6 +39,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_neox": {},
     "phi": {},
 }
+# vLLM keeps the router of this one in FP32, whatever the dtype of the rest.
+ROUTED_IN_FP32: dict[str, dict[str, Any]] = {
+    "glm4_moe": {"head_dim": 32, "n_routed_experts": 4, "first_k_dense_replace": 1, "n_shared_experts": 1, **_EXPERTS},
+}
 
 
 def tiny_family(model_type: str, seed: int = 0) -> PreTrainedModel:
@@ -49,7 +53,7 @@ def tiny_family(model_type: str, seed: int = 0) -> PreTrainedModel:
     config = AutoConfig.for_model(
         model_type,
         **_COMMON,
-        **FAMILIES[model_type],
+        **{**FAMILIES, **ROUTED_IN_FP32}[model_type],
         vocab_size=len(tokenizer),
         eos_token_id=ids["eos"],
         pad_token_id=ids["pad"],
@@ -59,6 +63,9 @@ def tiny_family(model_type: str, seed: int = 0) -> PreTrainedModel:
     for parameter in model.parameters():
         if parameter.dim() > 1:
             nn.init.normal_(parameter, std=STD)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            nn.init.normal_(buffer, std=STD)
     return model
 
 

@@ -10,9 +10,11 @@ pytestmark = [pytest.mark.verl, pytest.mark.e2e]
 pytest.importorskip("verl")
 pytest.importorskip("vllm")
 
+from fp16_patch.declarations import Status
 from fp16_patch.mismatch.record import load_run
 from integration.cpu.launch import RunResult
 from tests.e2e.verl_runs import FP16_PATCH, finished, ledger, record
+from tests.releases import verdict_on
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +44,9 @@ def test_the_v0_trainer_judges_every_process_too(v0: RunResult) -> None:
     for role in ("actor", "critic"):
         assert found["roles"][role]["gradient"] == found["roles"][role]["master"] == ["float32"]
     rollout = found["roles"]["rollout"]
-    assert (rollout["engine_weight"], rollout["wire"]) == (["float16"], ["float32"])
+    by_engine = verdict_on("fsdp-wire-dtype").status is Status.APPLIES
+    wire = ["float16", "float32"] if by_engine else ["float32"]
+    assert (rollout["engine_weight"], rollout["wire"]) == (["float16"], wire)
 
 
 def test_the_v0_trainers_steps_are_measured_and_logged_too(v0: RunResult) -> None:

@@ -77,8 +77,16 @@ def test_a_worker_nobody_asked_about_refuses_to_step(planned: Ledger, monkeypatc
     monkeypatch.setattr(census, "inside_ray_actor", lambda: True)
     with pytest.raises(PrecisionError, match="nobody checked this job"):
         census.require_clearance()
-    census.clear([("worker", Actor())])
+    census.clear([("worker", Actor())], None)
     census.require_clearance()
+
+
+def test_leave_to_train_comes_with_what_the_samplers_keep(planned: Ledger) -> None:
+    planned.note("rollout", "engine_weight", "float16")
+    planned.note_kept("rollout", parameters={"gate.weight"}, buffers=set())
+    assert planned.sampler_keeps is None
+    census.Census("verl").take(1, [("worker", Actor())], {}, publish=lambda answers: None)
+    assert planned.sampler_keeps == {"parameters": ["gate.weight"], "buffers": []}
 
 
 def test_outside_ray_there_is_no_driver_to_wait_for(planned: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,15 @@ from tests.conftest import verl_environment
 
 Facts = dict[str, Any]
 LEARNER = Path(__file__).parent / "learner.py"
-ON_A_CPU = ("compute_dtypes", "overflow_on_one_rank", "wire", "merged_lora_wire", "accumulation", "temperature")
+ON_A_CPU = (
+    "compute_dtypes",
+    "overflow_on_one_rank",
+    "wire",
+    "wire_after_clearance",
+    "merged_lora_wire",
+    "accumulation",
+    "temperature",
+)
 WITH_A_SCALER = ("overflow_on_one_rank", "averaged_norm", "resume", "exports", "endless_overflow", "fused_chosen")
 ALL = (*ON_A_CPU, *WITH_A_SCALER[1:], "resume_from_stock", "oracle")
 # As `fp16-patch run` does: verl knows plugins since 0.9 only.

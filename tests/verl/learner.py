@@ -1,7 +1,7 @@
 """verl's own learner on gloo ranks, put through what FP16 training meets; prints nothing, leaves one JSON of facts.
 
-Started by `torch.distributed.run`; see `test_learner.py`. Nothing here looks at fp16_patch: the same facts are taken
-from stock verl and from verl under a plan.
+Started by `torch.distributed.run`; see `test_learner.py`. Nothing here looks at fp16_patch, or tells it more than the
+driver of a run would: the same facts are taken from stock verl and from verl under a plan.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch.distributed as dist
 from tensordict import TensorDict
 from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from verl.trainer.config import CheckpointConfig
 from verl.utils import tensordict_utils as tu
 from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
@@ -376,6 +377,56 @@ def wire(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+# `kept` of a sampler with none, one with a router and one with a weight that comes from nowhere.
+KEEPS = {
+    "nothing": {"parameters": [], "buffers": ["rotary_emb.cos_sin_cache"]},
+    "some": {"parameters": ["input_layernorm.weight"], "buffers": []},
+    "unknown": {"parameters": ["input_layernorm.weight", "mixer.A"], "buffers": []},
+}
+
+
+def wire_after_clearance(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Every sync's weights, for samplers that keep this or that: two before the driver allows training, two after."""
+    from fp16_patch.census import allow_training
+
+    facts: dict[str, Any] = {}
+    for name, lora_rank in (*((name, 0) for name in KEEPS), ("merged", 4)):
+        learner = Learner(arguments, lora_rank=lora_rank)
+        for _ in range(2):  # the learning rate of the first step of a warm-up is 0
+            learner.step()
+        before = [sync(learner) for _ in range(2)]
+        allow_training(None, sampler_keeps=KEEPS.get(name, KEEPS["nothing"]))
+        facts[name] = {"before": before, "after": [sync(learner) for _ in range(2)]}
+        allow_training(None, sampler_keeps=None)
+    return facts
+
+
+def sync(learner: Learner) -> dict[str, Any]:
+    """What one sync sends: dtype by name, bytes, what the all-gathers move, a digest of all of it rounded to FP16."""
+    weights, _ = learner.engine.get_per_tensor_param(layered_summon=False, base_sync_done=True)
+    with Gathers() as gathers:
+        sent = dict(weights)
+    return {
+        "dtypes": {name: dtype_name(weight.dtype) for name, weight in sent.items()},
+        "bytes": sum(weight.nbytes for weight in sent.values()),
+        "gathered": sorted(gathers.dtypes),
+        "rounded": digest(torch.cat([weight.half().flatten() for weight in sent.values()])),
+    }
+
+
+class Gathers(TorchDispatchMode):
+    """The dtypes that all-gathers move."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "all_gather" in str(func):
+            self.dtypes.add(dtype_name(args[0].dtype))
+        return func(*args, **(kwargs or {}))
+
+
 def oracle(arguments: argparse.Namespace) -> dict[str, float]:
     """Two steps from one seed, on policy: norm of the second one's gradient, and how far it took the parameters.
 
@@ -574,6 +625,7 @@ SCENARIOS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
         resume_from_stock,
         endless_overflow,
         wire,
+        wire_after_clearance,
         oracle,
         merged_lora_wire,
         accumulation,

@@ -92,6 +92,68 @@ def test_verls_casting_engines_take_the_argument(module: str) -> None:
     assert "rollout_dtype" in arguments
 
 
+def sent(weights: dict[str, Any], adapter: Any = None, quantizes: bool = False, syncs: int = 2) -> dict[str, str]:
+    """The dtypes of the last of some syncs for a sampler that keeps `gate.weight`, without verl's own part."""
+    from types import SimpleNamespace
+
+    from fp16_patch.census import allow_training
+    from fp16_patch.verl.wire import per_tensor_param
+
+    allow_training(None, sampler_keeps={"parameters": ["gate.weight"], "buffers": []})
+    model, settings = SimpleNamespace(model_type="language_model"), SimpleNamespace(forward_only=False)
+    engine = SimpleNamespace(module=None, model_config=model, engine_config=settings, rank=0, _qat_enabled=quantizes)
+    for _ in range(syncs):
+        iterator, _ = per_tensor_param(lambda: (iter(weights.items()), adapter), engine, (), {})
+        dtypes = {name: str(weight.dtype).removeprefix("torch.") for name, weight in iterator}
+    return dtypes
+
+
+WEIGHTS = {"mlp.gate.weight": torch.ones(2), "mlp.up_proj.weight": torch.ones(2), "odd.bias": torch.ones(3)}
+AS_THEY_ARE = dict.fromkeys(WEIGHTS, "float32")
+
+
+@pytest.mark.parametrize(("mode", "dtype"), [("fp16", "float16"), ("bf16", "bfloat16"), ("fp32", "float32")])
+def test_what_a_sampler_does_not_keep_is_sent_in_the_plans_dtype(
+    activated: Callable[..., Any], mode: str, dtype: str
+) -> None:
+    activated(mode=mode)
+    # An FP32 weight behind three halves would lie askew in the buckets that verl sends.
+    assert sent(WEIGHTS) == {**AS_THEY_ARE, "mlp.up_proj.weight": dtype}
+
+
+def test_before_it_is_known_what_is_sent_weights_go_as_they_are(activated: Callable[..., Any]) -> None:
+    activated()
+    assert sent(WEIGHTS, syncs=1) == AS_THEY_ARE
+
+
+def test_adapters_quantized_weights_and_observed_runs_are_left_alone(activated: Callable[..., Any]) -> None:
+    import fp16_patch
+
+    activated()
+    assert sent(WEIGHTS, adapter={"r": 4}) == sent(WEIGHTS, quantizes=True) == AS_THEY_ARE
+    fp16_patch.deactivate()
+    activated(mode="observe")
+    assert sent(WEIGHTS) == AS_THEY_ARE
+
+
+def test_weights_of_other_dtypes_are_sent_as_they_are(activated: Callable[..., Any]) -> None:
+    activated()
+    others = {"mlp.gate.weight": torch.ones(2), "map": torch.ones(2, dtype=torch.int64), "b": torch.ones(2).bfloat16()}
+    assert sent(others) == {"mlp.gate.weight": "float32", "map": "int64", "b": "bfloat16"}
+
+
+def test_weights_that_samplers_keep_but_nobody_sends_hold_all_back_and_are_named(
+    activated: Callable[..., Any], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import logging
+
+    activated()
+    monkeypatch.setattr(logging.getLogger("fp16_patch"), "propagate", True)
+    with caplog.at_level("INFO"):
+        assert sent({"mlp.up_proj.weight": torch.ones(2)}, syncs=4) == {"mlp.up_proj.weight": "float32"}
+    assert caplog.text.count("in FP32: it keeps gate.weight in another dtype, and no weight is called so") == 1
+
+
 def test_an_exported_weight_outside_the_range_stays_whole_and_is_named(
     activated: Callable[..., Any], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -254,6 +254,57 @@ def test_no_bfloat16_is_on_the_wire(learner: Callable[..., Facts], strategy: str
     assert facts["exact"]
 
 
+@sits_in("fsdp-wire", "FSDPEngine._merged_lora_per_tensor_param")  # where it is, what is not merged goes out in FP32
+def test_stock_sends_twice_the_bytes_whatever_the_driver_says(learner: Callable[..., Facts], strategy: str) -> None:
+    facts = learner("stock", strategy, 2)["wire_after_clearance"]["nothing"]
+    sent = learner("plan", strategy, 2)["wire_after_clearance"]["nothing"]["after"]
+    assert {sync["bytes"] for sync in (*facts["before"], *facts["after"])} == {2 * sync["bytes"] for sync in sent}
+
+
+def test_weights_are_sent_in_the_samplers_dtype_once_it_is_known(
+    learner: Callable[..., Facts], strategy: str, ranks: int
+) -> None:
+    facts = learner("plan", strategy, ranks)["wire_after_clearance"]
+    for name in ("nothing", "merged"):
+        before, after = facts[name]["before"], facts[name]["after"]
+        assert [dtypes_of(sync) for sync in before] == [{"float32"}] * 2
+        assert [dtypes_of(sync) for sync in after] == [{"float16"}] * 2
+        assert [before[0]["bytes"] / sync["bytes"] for sync in after] == [2.0] * 2
+        # To the last bit what the sampler would have made of the FP32 ones.
+        assert len({sync["rounded"] for sync in (*before, *after)}) == 1
+
+
+def test_shards_are_rounded_before_they_are_gathered(learner: Callable[..., Facts], strategy: str) -> None:
+    facts = learner("plan", strategy, 2)["wire_after_clearance"]
+    assert [sync["gathered"] for sync in facts["nothing"]["before"]] == [["float32"]] * 2
+    assert [sync["gathered"] for sync in facts["nothing"]["after"]] == [["float16"]] * 2
+
+
+@sits_in("fsdp-wire", "FSDPEngine._merged_lora_per_tensor_param")
+def test_so_are_those_that_adapters_are_merged_into(learner: Callable[..., Facts], strategy: str) -> None:
+    facts = learner("plan", strategy, 2)["wire_after_clearance"]["merged"]
+    assert [sync["gathered"] for sync in facts["after"]] == [["float16"]] * 2
+
+
+def test_what_the_sampler_keeps_stays_as_it_is(learner: Callable[..., Facts], strategy: str, ranks: int) -> None:
+    for sync in learner("plan", strategy, ranks)["wire_after_clearance"]["some"]["after"]:
+        as_it_is = {name for name, dtype in sync["dtypes"].items() if dtype == "float32"}
+        assert as_it_is == {name for name in sync["dtypes"] if name.endswith("input_layernorm.weight")} != set()
+        assert dtypes_of(sync) == {"float16", "float32"}
+
+
+def test_nothing_is_rounded_for_a_sampler_whose_weights_are_not_all_known(
+    learner: Callable[..., Facts], strategy: str, ranks: int
+) -> None:
+    facts = learner("plan", strategy, ranks)
+    assert [dtypes_of(sync) for sync in facts["wire_after_clearance"]["unknown"]["after"]] == [{"float32"}] * 2
+    assert (facts["out"] / "log.txt").read_text().count("in FP32: it keeps mixer.A in another dtype") == 1
+
+
+def dtypes_of(sync: Facts) -> set[str]:
+    return set(sync["dtypes"].values())
+
+
 def test_stock_rounds_merged_lora_through_bfloat16(learner: Callable[..., Facts], strategy: str) -> None:
     facts = learner("stock", strategy, 2)["merged_lora_wire"]
     assert facts["dtypes"] == ["bfloat16"]

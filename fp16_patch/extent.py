@@ -67,19 +67,19 @@ class Extent:
             if parameter.is_leaf and id(parameter) in self._watched:
                 continue
             self._watched.add(id(parameter))
-            handle = parameter.register_hook(self._look(name, PARAMETER))
+            handle = parameter.register_hook(self._look(name, PARAMETER, module))
             if parameter.is_leaf:
                 self._handles.append(handle)
 
-    def _after(self, name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
+    def _after(self, name: str, module: nn.Module, _inputs: Any, output: Any) -> None:
         for value in _tensors(output):
-            self._look(name, OUTPUT)(value)
+            self._look(name, OUTPUT, module)(value)
             if value.requires_grad:
-                value.register_hook(self._look(name, GRADIENT))
+                value.register_hook(self._look(name, GRADIENT, module))
 
-    def _look(self, name: str, kind: str) -> Callable[[Tensor], None]:
+    def _look(self, name: str, kind: str, module: nn.Module) -> Callable[[Tensor], None]:
         def look(value: Tensor) -> None:
-            local = (value.to_local() if hasattr(value, "to_local") else value).detach()
+            local = local_part(value)
             if local.numel() == 0:
                 return
             place = Place(name, kind, local.dtype)
@@ -90,6 +90,12 @@ class Extent:
             self._largest[place] = reach if known is None else torch.maximum(known, reach)
 
         return look
+
+
+def local_part(value: Tensor) -> Tensor:
+    """What of it is on this rank."""
+    local: Tensor = value.to_local() if hasattr(value, "to_local") else value
+    return local.detach()
 
 
 def first_nonfinite(largest: Mapping[Place, float]) -> Place | None:

@@ -42,6 +42,10 @@ class Plan:
         min_scale: floor of the scale; an overflow there is a collapse.
         on_overflow: `retry` computes the same mini-batch again at the lowered scale, `skip` drops it.
         max_retries: this many times for one optimizer step; then it is skipped.
+        scale_rule: `torch` grows the scale blindly after `growth_interval`; `ahead` does so only where the gradients
+            that were looked at in these steps would bear it. Of verl's FSDP engine.
+        gradient_look_every: optimizer steps between looks at the FP16 gradients, how large and how many of them
+            underflow; 0 for none but those that `ahead` needs. Of verl's FSDP engine.
         max_consecutive_skips: this many skipped steps in a row are a collapse.
         fused_step: unscale and clip in the kernel of torch's fused Adam and AdamW (verl's FSDP engine); otherwise in
             passes of their own.
@@ -76,6 +80,8 @@ class Plan:
     min_scale: float = 1.0
     on_overflow: str = "retry"
     max_retries: int = 8
+    scale_rule: str = "torch"
+    gradient_look_every: int = 25
     max_consecutive_skips: int = 20
     fused_step: bool = True
     strict: bool = True
@@ -281,6 +287,8 @@ _CHECKS: tuple[Callable[[Plan], Conflict | None], ...] = (
     _choice_check("first_scale", "measured", "fixed", what="start"),
     _choice_check("on_overflow", "retry", "skip", what="action"),
     _range_check("max_retries", lambda value: value >= 0, "a number of retries, 8 by default, 0 for none"),
+    _choice_check("scale_rule", "torch", "ahead", what="rule"),
+    _range_check("gradient_look_every", lambda value: value >= 0, "a number of steps, 25 by default, 0 for never"),
     _range_check("max_consecutive_skips", lambda value: value >= 1, "at least 1 step, 20 by default"),
     _range_check("ledger_every", lambda value: value >= 1, "at least 1 step, 50 by default"),
     _check_floor,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fp16_patch import first_scale, retrying
+from fp16_patch import first_scale, growth, looking, retrying
 from fp16_patch.activation import current_plan, ledger
 from fp16_patch.compute import watch_compute
 from fp16_patch.retrying import RandomState, until_taken
@@ -79,7 +79,8 @@ def train_batch(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
     if history.last is None or not engine.is_mp_src_rank_with_outputs():
         return outputs
     # Lists: the worker chains them over ranks and mini-batches.
-    outputs["metrics"].update({name: [value] for name, value in wire_metrics(history).items()})
+    seen = {**wire_metrics(history), **looking.metrics_of(engine)}
+    outputs["metrics"].update({name: [value] for name, value in seen.items()})
     if history.last.skipped and current_plan().changes:
         outputs["metrics"].pop("grad_norm", None)
     return outputs
@@ -92,6 +93,18 @@ def _taken(engine: Any, compute: Callable[[], Any]) -> Any:
     if current_plan().first_scale == "measured" and not history_of(engine).attempted:
         first_scale.measure(_FSDPStep(engine, _no_step), random, compute, _loss_is_finite)
         engine.optimizer_zero_grad()
+    step, scaler = _FSDPStep(engine, _no_step), scaler_of(engine)
+    growth.hold_back(step, scaler)
+    if not growth.wants_look(step, scaler):
+        looking.forget(engine)
+        return _repeated(engine, random, compute)
+    looks = looking.Looking(step)
+    outputs = _repeated(engine, random, looks.through(compute))
+    growth.learn(step, looks.figures())
+    return outputs
+
+
+def _repeated(engine: Any, random: RandomState, compute: Callable[[], Any]) -> Any:
     if not retrying.wanted():
         return compute()
 
@@ -108,7 +121,7 @@ def _loss_is_finite(outputs: Any) -> bool:
 
 
 def _no_step() -> float:
-    raise RuntimeError("no step is taken while the first loss scale is measured")
+    raise RuntimeError("no step is taken while gradients are only looked at")
 
 
 def _can_repeat(engine: Any) -> bool:

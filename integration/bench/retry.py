@@ -25,6 +25,7 @@ from integration.bench.verl_learner import ROOT
 from integration.cpu.launch import ENVIRONMENT
 from integration.cpu.tiny_model import make_random_model
 
+MODULE = "integration.bench.retry"
 UPDATES, PLANTED = 200, range(15, 200, 20)
 SEQUENCES, TOKENS, MICRO_BATCH = 4, 16, 2
 # Makes the gradients of the random model overflow at 65536, and those of a planted update four halvings below.
@@ -40,7 +41,7 @@ def measure(out: Path, seed: int) -> dict[str, Any]:
     """
     model = make_random_model(out / "model")
     whole = {"updates": UPDATES, "planted": list(PLANTED), "model": str(model), "seed": seed}
-    stock, ours = _ran(whole, SKIPS, 1), _ran(whole, {}, 1)
+    stock, ours = ran(MODULE, whole, SKIPS, 1), ran(MODULE, whole, {}, 1)
     return {
         "updates": UPDATES,
         "planted": len(PLANTED),
@@ -58,18 +59,19 @@ def measure(out: Path, seed: int) -> dict[str, Any]:
 def _is_bitwise(whole: dict[str, Any], ranks: int) -> bool:
     """Whether retries leave no trace: six updates from 65536, two of them planted, beside the same without a retry."""
     short = {**whole, "updates": 6, "planted": [2, 4]}
-    found = _ran(short, RETRIES, ranks)
-    clean = _ran({**short, "scales": found["scales"]}, RETRIES, ranks)
+    found = ran(MODULE, short, RETRIES, ranks)
+    clean = ran(MODULE, {**short, "scales": found["scales"]}, RETRIES, ranks)
     if not found["retries"] or clean["retries"] or found["lost"] or found["calibration_skips"]:
         raise RuntimeError(f"nothing to compare on {ranks} ranks: {found}, {clean}")
     return bool(found["state"] == clean["state"])
 
 
-def _ran(request: dict[str, Any], settings: dict[str, str], ranks: int) -> dict[str, Any]:
+def ran(module: str, request: dict[str, Any], settings: dict[str, str], ranks: int) -> dict[str, Any]:
+    """What the `answer` of a module of this folder gives, on so many ranks under a plan with these settings."""
     with tempfile.TemporaryDirectory(prefix="fp16_patch_bench_") as folder:
         asked, answered = Path(folder) / "request.json", Path(folder) / "answer.json"
         asked.write_text(json.dumps(request), encoding="utf-8")
-        launch = ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m", "integration.bench.retry"]
+        launch = ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m", module]
         command = [sys.executable, "-m", *launch, "--answer", str(asked), str(answered)]
         process = subprocess.run(command, env=_environment(settings), capture_output=True, text=True, check=False)
         if process.returncode or not answered.is_file():
@@ -94,7 +96,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     import torch
     import torch.distributed as dist
 
-    learner = Learner(Path(request["model"]))
+    learner = Learner(Path(request["model"]), UPDATES)
     torch.manual_seed(request["seed"] + dist.get_rank())
     scales, metrics = [], []
     level = None
@@ -121,7 +123,14 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
 
 
 class Learner:
-    def __init__(self, model: Path) -> None:
+    """verl's own, on random tokens.
+
+    Args:
+        model: a directory.
+        updates: the steps of its learning-rate schedule.
+    """
+
+    def __init__(self, model: Path, updates: int) -> None:
         from verl.trainer.config import CheckpointConfig
         from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
         from verl.workers.config.engine import TrainingWorkerConfig
@@ -143,13 +152,13 @@ class Learner:
                     micro_batch_size_per_gpu=MICRO_BATCH,
                     infer_micro_batch_size_per_gpu=MICRO_BATCH,
                 ),
-                optimizer_config=FSDPOptimizerConfig(lr=1e-5, total_training_steps=UPDATES),
+                optimizer_config=FSDPOptimizerConfig(lr=1e-5, total_training_steps=updates),
                 checkpoint_config=CheckpointConfig(),
             )
         )
         self.worker.reset()
         self.advantage = 1.0
-        self.worker.set_loss_fn(self._loss)
+        self.worker.set_loss_fn(self.loss)
         self.engine = self.worker.engine
 
     def start_at(self, scale: float) -> None:
@@ -158,19 +167,25 @@ class Learner:
     def update(self, seed: int, advantage: float) -> dict[str, float]:
         import torch
         import torch.distributed as dist
-        from verl.utils import tensordict_utils as tu
 
         self.advantage = advantage
         generator = torch.Generator().manual_seed(1000 * seed + dist.get_rank())
-        rows = [torch.randint(2, 90, (TOKENS,), generator=generator) for _ in range(SEQUENCES)]
+        return self.train([torch.randint(2, 90, (TOKENS,), generator=generator) for _ in range(SEQUENCES)])
+
+    def train(self, rows: list[Any], **more: list[Any]) -> dict[str, float]:
+        """One update on these sequences' tokens, and more of each; what became of it."""
+        import torch
+        from verl.utils import tensordict_utils as tu
+
         nested = {
+            **more,
             "input_ids": rows,
-            "position_ids": [torch.arange(TOKENS) for _ in rows],
-            "loss_mask": [torch.ones(TOKENS, dtype=torch.int64) for _ in rows],
+            "position_ids": [torch.arange(len(row)) for row in rows],
+            "loss_mask": [torch.ones(len(row), dtype=torch.int64) for row in rows],
         }
         tensors = {name: torch.nested.as_nested_tensor(values, layout=torch.jagged) for name, values in nested.items()}
         data = tu.get_tensordict(tensors, non_tensor_dict={"temperature": 1.0})
-        tu.assign_non_tensor(data, update_lr_scheduler=True, global_token_num=[TOKENS] * SEQUENCES)
+        tu.assign_non_tensor(data, update_lr_scheduler=True, global_token_num=[len(row) for row in rows])
         metrics = dict(tu.get(self.worker.train_batch(data), "metrics"))
         names = {"skipped": "fp16/step_skipped", "retries_total": "fp16/retries_total/max"}
         return {short: float(metrics[name][0][0]) for short, name in names.items()}
@@ -188,11 +203,12 @@ class Learner:
         dist.all_gather_object(digests, own.hexdigest())
         return " ".join(digests)
 
-    def _loss(self, model_output: dict[str, Any], data: Any, dp_group: Any) -> tuple[Any, dict[str, Any]]:
+    def loss(self, model_output: dict[str, Any], data: Any, dp_group: Any) -> tuple[Any, dict[str, Any]]:
         return -model_output["log_probs"].values().float().mean() * self.advantage, {}
 
 
-def _answered(asked: Path, answered: Path, work: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+def answered_to(asked: Path, answered: Path, work: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """In a rank's process: the answer to a request, written by the first."""
     import torch.distributed as dist
 
     dist.init_process_group("gloo")
@@ -210,7 +226,7 @@ def main() -> None:
     parser.add_argument("--answer", type=Path, nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.answer:
-        _answered(*arguments.answer, work=answer)
+        answered_to(*arguments.answer, work=answer)
         return
     out: Path = arguments.out.resolve() / "retry"
     out.mkdir(parents=True, exist_ok=True)

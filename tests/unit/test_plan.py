@@ -62,6 +62,8 @@ def test_the_first_scale_is_measured_unless_one_is_given() -> None:
         first_scale=st.sampled_from(["measured", "fixed"]),
         on_overflow=st.sampled_from(["retry", "skip"]),
         max_retries=st.integers(0, 20),
+        scale_rule=st.sampled_from(["torch", "ahead"]),
+        gradient_look_every=st.integers(0, 100),
         strict=st.booleans(),
         out_dir=st.none() | st.text(min_size=1),
     )
@@ -89,6 +91,8 @@ def test_an_unknown_setting_is_named_with_the_nearest_known_one() -> None:
         ({"max_consecutive_skips": 0}, r"max_consecutive_skips=0: out of range"),
         ({"on_overflow": "again"}, r"on_overflow=again: no such action\. Fix: use retry or skip"),
         ({"first_scale": "guessed"}, r"first_scale=guessed: no such start\. Fix: use measured or fixed"),
+        ({"scale_rule": "blind"}, r"scale_rule=blind: no such rule\. Fix: use torch or ahead"),
+        ({"gradient_look_every": -1}, r"gradient_look_every=-1: out of range\. Fix: use a number of steps, 25"),
         ({"max_retries": -1}, r"max_retries=-1: out of range"),
         ({"min_scale": 8, "init_scale": 4}, r"min_scale=8.0: above init_scale"),
     ],

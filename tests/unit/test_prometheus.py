@@ -162,6 +162,7 @@ def test_a_runs_name_may_hold_any_characters(exported: Exported) -> None:
 def test_every_metric_says_what_it_is() -> None:
     assert {name for name in names() if "critic" not in name} <= DESCRIPTIONS.keys()
     assert description("fp16/critic/loss_scale") == "Loss scale, the smallest of the step's updates, of the critic"
+    assert description("fp16/zero_rows/head") == f"{DESCRIPTIONS['fp16/zero_rows']}: head"
     assert description("mismatch/µ") == r"mismatch/\xb5"
     assert all(help.isascii() for help in DESCRIPTIONS.values())
 

@@ -33,12 +33,15 @@ ALL = (*ON_A_CPU, *WITH_A_SCALER[1:], "resume_from_stock", "oracle")
 # As `fp16-patch run` does: verl knows plugins since 0.9 only.
 MEASURED = {"FP16_PATCH": "1", "VERL_USE_EXTERNAL_MODULES": "verl_on_cpu,fp16_patch.autoload"}
 RETRY = {**MEASURED, "FP16_PATCH_INIT_SCALE": "65536"}
+GROWING = {**RETRY, "FP16_PATCH_GROWTH_INTERVAL": "4", "FP16_PATCH_GRADIENT_LOOK_EVERY": "3"}
 UNDER_A_PLAN = {**RETRY, "FP16_PATCH_ON_OVERFLOW": "skip"}
 ARMS: Mapping[str, tuple[list[str], tuple[str, ...], Mapping[str, str]]] = {
     "stock": ([], ON_A_CPU, {}),
     "stock-with-scaler": (["--working-scaler"], WITH_A_SCALER, {}),
     "plan": ([], (*ALL, "lost"), UNDER_A_PLAN),
     "retry": ([], ("retried", "first_scale", "lost", "infinite_loss", "kernels"), RETRY),
+    "torchs-rule": ([], ("grown", "underflow"), {**GROWING, "FP16_PATCH_SCALE_RULE": "torch"}),
+    "ahead": ([], ("grown",), {**GROWING, "FP16_PATCH_SCALE_RULE": "ahead"}),
     "measured": ([], ("first_scale",), MEASURED),
 }
 

@@ -11,9 +11,11 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -315,6 +317,105 @@ def lost(arguments: argparse.Namespace) -> dict[str, Any]:
         steps.append(learner.step())
     [state, *_] = learner.engine.optimizer.state.values()
     return {"taken": int(state["step"]), "metrics": [plain(step) for step in steps]}
+
+
+def grown(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Thirty updates of the same gradients, from three doublings below the largest scale that bears them."""
+    learner = Learner(arguments)
+    start_at(learner, TOO_HIGH)
+    frozen_step(learner)
+    bearable = scale(learner)
+    start_at(learner, bearable / 8)
+    steps = [frozen_step(learner) for _ in range(30)]
+    return {
+        "bearable": bearable,
+        "scale": [of_ranks(step, "fp16/loss_scale/min") for step in steps],
+        "retries": [of_ranks(step, "fp16/retries/max") for step in steps],
+        "headroom": [of_ranks(step, "fp16/gradient_headroom/min") for step in steps],
+        "on_every_rank": on_every_rank(len(set(gathered(scale(learner)))) == 1),
+        "growth": gathered(scaler_facts(learner)["growth"]),
+    }
+
+
+def of_ranks(metrics: dict[str, Any], name: str) -> list[float]:
+    """A metric as every rank gives it; none where it is not there."""
+    return [value for [value] in metrics.get(name, [])]
+
+
+def frozen_step(learner: Learner) -> dict[str, Any]:
+    """A step that leaves the parameters as they are."""
+    for group in learner.engine.optimizer.param_groups:
+        group["lr"] = 0.0
+    return learner.step()
+
+
+def gathered(fact: Any) -> list[Any]:
+    facts = [fact] * dist.get_world_size()
+    dist.all_gather_object(facts, fact)
+    return facts
+
+
+def underflow(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Two updates at a scale at which many gradients underflow, with what can be counted of the first beside it."""
+    learner = Learner(arguments)
+    learner.factor = 1e-2
+    start_at(learner, 1.0)
+    with counting_gradients(learner.engine.module) as counted:
+        first = learner.step()
+    second = learner.step()
+    first, second = (
+        {name: of_ranks(step, name) for name in step if name.startswith("fp16/")} for step in (first, second)
+    )
+    return {"first": first, "second": second, "counted": counted}
+
+
+@contextmanager
+def counting_gradients(module: torch.nn.Module) -> Iterator[dict[str, Any]]:
+    """Of all FP16 gradients of modules without children: zero or subnormal among those in rows that are not all zero.
+
+    By layer, or by name outside the layers; over all ranks.
+    """
+    counted: dict[str, list[int]] = {}
+    largest = [0.0]
+
+    def count(group: str, gradient: torch.Tensor) -> None:
+        rows = local(gradient).detach().reshape(-1, gradient.shape[-1]).float()
+        alive = rows[rows.abs().amax(dim=-1) > 0]
+        known = counted.setdefault(group, [0, 0])
+        known[0] += int((alive.abs() < 2.0**-14).sum())
+        known[1] += alive.numel()
+        largest[0] = max(largest[0], float(rows.abs().max()))
+
+    def before(group: str, layer: torch.nn.Module, _inputs: Any) -> None:
+        for value in [*layer._parameters.values(), *vars(layer).values()]:
+            if not isinstance(value, torch.Tensor) or not value.requires_grad or any(value is one for one in seen):
+                continue
+            if value.is_leaf:
+                seen.append(value)
+            value.register_hook(lambda gradient: count(group, gradient))
+
+    def after(group: str, _layer: torch.nn.Module, _inputs: Any, output: Any) -> None:
+        if isinstance(output, torch.Tensor) and output.requires_grad:
+            output.register_hook(lambda gradient: count(group, gradient))
+
+    # FSDP1 makes views anew for each micro-batch, FSDP2's parameters are the same objects for all.
+    seen: list[torch.Tensor] = []
+    handles = []
+    for name, layer in module.named_modules():
+        if not list(layer.children()):
+            found = re.search(r"layers\.(\d+)\.", name)
+            group = f"layer {found[1]}" if found else "embedding" if "embed_tokens" in name else "head"
+            handles.append(layer.register_forward_pre_hook(partial(before, group)))
+            handles.append(layer.register_forward_hook(partial(after, group)))
+    facts: dict[str, Any] = {}
+    yield facts
+    for handle in handles:
+        handle.remove()
+    of_ranks = gathered((counted, largest[0]))
+    for group in sorted({group for counts, _ in of_ranks for group in counts}):
+        below, elements = (sum(counts[group][place] for counts, _ in of_ranks) for place in (0, 1))
+        facts[group] = {"below": below, "elements": elements}
+    facts["largest"] = max(reach for _, reach in of_ranks)
 
 
 def infinite_loss(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -636,6 +737,8 @@ SCENARIOS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
         infinite_loss,
         kernels,
         fused_chosen,
+        grown,
+        underflow,
     )
 }
 

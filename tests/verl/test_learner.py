@@ -189,6 +189,68 @@ def test_the_fused_kernel_can_be_chosen(learner: Callable[..., Facts], strategy:
     assert learner("plan", strategy, ranks)["fused_chosen"] == {"error": None}
 
 
+def test_torchs_rule_grows_into_an_overflow_and_looking_ahead_does_not(
+    learner: Callable[..., Facts], strategy: str, ranks: int
+) -> None:
+    blind, ahead = (learner(arm, strategy, ranks)["grown"] for arm in ("torchs-rule", "ahead"))
+    bearable = blind["bearable"]
+    assert ahead["bearable"] == bearable
+
+    def retries(facts: Facts) -> float:
+        return sum(max(retried) for retried in facts["retries"])
+
+    assert retries(blind) > 0
+    assert max(max(scales) for scales in blind["scale"]) == 2 * bearable
+    assert retries(ahead) == 0
+    # Gradients twice as large still fit at the scale it stays at.
+    assert {max(scales) for scales in ahead["scale"]} == {bearable / 8, bearable / 4, bearable / 2}
+    assert ahead["scale"][-1] == [bearable / 2] * ranks
+
+
+def test_all_ranks_grow_and_hold_back_together(learner: Callable[..., Facts], strategy: str, ranks: int) -> None:
+    for arm in ("torchs-rule", "ahead"):
+        facts = learner(arm, strategy, ranks)["grown"]
+        assert facts["on_every_rank"]
+        assert facts["growth"] == facts["growth"][:1] * ranks
+
+
+def test_gradients_are_looked_at_as_often_as_told_and_before_growth(
+    learner: Callable[..., Facts], strategy: str, ranks: int
+) -> None:
+    def looked(arm: str) -> list[bool]:
+        return [bool(headroom) for headroom in learner(arm, strategy, ranks)["grown"]["headroom"]]
+
+    # Another update went before.
+    assert looked("torchs-rule") == [(number + 1) % 3 == 0 for number in range(30)]
+    ahead = learner("ahead", strategy, ranks)["grown"]
+    assert sum(looked("ahead")) > sum(looked("torchs-rule"))
+    last = next(headroom for headroom in reversed(ahead["headroom"]) if headroom)
+    assert last == last[:1] * ranks
+    assert 2.0 <= last[0] < 4.0
+
+
+def test_underflow_and_headroom_are_those_of_the_gradients(
+    learner: Callable[..., Facts], strategy: str, ranks: int
+) -> None:
+    facts = learner("torchs-rule", strategy, ranks)["underflow"]
+    counted = facts["counted"]
+
+    def share(*groups: str) -> float:
+        below, elements = (sum(counted[group][name] for group in groups) for name in ("below", "elements"))
+        return below / elements
+
+    # Four layers.
+    layers = {"early_layers": ("layer 0", "layer 1"), "middle_layers": ("layer 2",), "late_layers": ("layer 3",)}
+    for group, parts in {**layers, "embedding": ("embedding",), "head": ("head",)}.items():
+        seen = facts["first"][f"fp16/underflow/{group}"]
+        assert seen == seen[:1] * ranks
+        assert seen[0] == pytest.approx(share(*parts), abs=0.02), group
+        assert facts["first"][f"fp16/zeros/{group}"] <= seen
+    assert share(*layers["early_layers"]) > 0.05
+    assert facts["first"]["fp16/gradient_headroom/min"] == [65504 / counted["largest"]] * ranks
+    assert not [name for name in facts["second"] if "underflow" in name or "headroom" in name]
+
+
 def test_stock_averages_the_norm_of_a_skipped_step(learner: Callable[..., Facts], strategy: str) -> None:
     norm = learner("stock-with-scaler", strategy, 2)["averaged_norm"]["grad_norm"]
     assert norm != norm or norm == float("inf")

@@ -81,8 +81,12 @@ DESCRIPTIONS = {
     "fp16/consecutive_skips": "Updates skipped since the last one that was taken",
     "fp16/retries": "Attempts of the step's updates that were repeated at a lower loss scale",
     "fp16/retries_total": "Attempts repeated at a lower loss scale since the run began",
+    "fp16/gradient_headroom": "65504 over the largest scaled gradient, in steps with an update that was looked at",
+    "fp16/underflow": "Share of gradients that are zero or subnormal, in rows that are not zero throughout, 0 to 1",
+    "fp16/zeros": "Share of gradients that are zero, in rows that are not zero throughout, 0 to 1",
+    "fp16/zero_rows": "Share of the rows of gradients that are zero throughout, 0 to 1",
 }
-"""HELP text by the record's name. ASCII only: Ray raises UnicodeEncodeError for anything else."""
+"""HELP text by the record's name, a group of layers left out. ASCII only: Ray raises UnicodeEncodeError for others."""
 
 
 class Series(NamedTuple):
@@ -184,4 +188,7 @@ def description(name: str) -> str:
     """What the gauge means and its unit, in ASCII; a metric that is not described here says its own name."""
     if name.startswith(CRITIC):
         return f"{description('fp16/' + name.removeprefix(CRITIC))}, of the critic"
+    of_all, _, group = name.rpartition("/")
+    if of_all in DESCRIPTIONS:
+        return f"{DESCRIPTIONS[of_all]}: {group}"
     return DESCRIPTIONS.get(name, name.encode("ascii", "backslashreplace").decode())

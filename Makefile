@@ -25,7 +25,7 @@ unexport PYTHONDONTWRITEBYTECODE
 INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile --no-deps
 TORCH := ^(torch|typing-extensions|sympy|mpmath|networkx|jinja2|markupsafe|fsspec|filelock|setuptools|numpy|wheel)==
 
-.PHONY: demo demo-openrlhf test test-verl test-openrlhf fingerprints test-learners test-releases matrix session unit lint bench bench-full bench-mismatch bench-monitor clean
+.PHONY: demo demo-openrlhf test test-verl test-openrlhf fingerprints test-learners test-releases matrix session unit lint bench bench-full bench-mismatch bench-monitor bench-step clean
 
 demo: $(READY)
 	$(BIN)/python -m integration.demo.run
@@ -83,6 +83,10 @@ bench-mismatch: $(READY)
 
 bench-monitor: $(READY)
 	$(BIN)/python -m integration.bench.monitor
+
+bench-step: $(READY)
+	$(BIN)/python -m integration.bench.step
+	$(BIN)/python -m integration.bench.write
 
 $(READY): integration/verl.lock pyproject.toml
 	@echo "installing real verl, vLLM, Ray and torch into .venv: a few minutes, once"

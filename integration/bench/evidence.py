@@ -61,14 +61,18 @@ def measure(section: str, out: Path, seed: int) -> dict[str, Any]:
     """The section's figures, with seed, releases, machine and command."""
     started = time.monotonic()
     found = SECTIONS[section](out, seed)
-    made_of = {
-        "command": f"python -m integration.bench.evidence {section}",
+    command = f"python -m integration.bench.evidence {section}"
+    return {**found, "made_of": {**made_of(command, seed), "seconds": round(time.monotonic() - started)}}
+
+
+def made_of(command: str, seed: int) -> dict[str, Any]:
+    """What figures were made of: command, seed, releases, machine."""
+    return {
+        "command": command,
         "seed": seed,
-        "seconds": round(time.monotonic() - started),
         "releases": releases(),
         "machine": {"cores": os.cpu_count(), "processor": platform.processor() or platform.machine()},
     }
-    return {**found, "made_of": made_of}
 
 
 def sections(*, full: bool) -> list[str]:

@@ -11,26 +11,23 @@ started at its scale.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import os
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from integration.bench.verl_learner import ROOT
-from integration.cpu.launch import ENVIRONMENT
+from integration.bench.verl_updates import Learner, answered_to, ran
 from integration.cpu.tiny_model import make_random_model
 
 MODULE = "integration.bench.retry"
 UPDATES, PLANTED = 200, range(15, 200, 20)
-SEQUENCES, TOKENS, MICRO_BATCH = 4, 16, 2
 # Makes the gradients of the random model overflow at 65536, and those of a planted update four halvings below.
 ADVANTAGE, HUGE, DROPOUT = 16.0, 16.0, 0.2
-SKIPS = {"FP16_PATCH_ON_OVERFLOW": "skip", "FP16_PATCH_INIT_SCALE": "65536"}
+SKIPS = {
+    "FP16_PATCH_ON_OVERFLOW": "skip",
+    "FP16_PATCH_INIT_SCALE": "65536",
+    "FP16_PATCH_SCALE_RULE": "torch",
+    "FP16_PATCH_FUSED_STEP": "0",
+}
 RETRIES = {"FP16_PATCH_INIT_SCALE": "65536"}
 
 
@@ -66,27 +63,6 @@ def _is_bitwise(whole: dict[str, Any], ranks: int) -> bool:
     return bool(found["state"] == clean["state"])
 
 
-def ran(module: str, request: dict[str, Any], settings: dict[str, str], ranks: int) -> dict[str, Any]:
-    """What the `answer` of a module of this folder gives, on so many ranks under a plan with these settings."""
-    with tempfile.TemporaryDirectory(prefix="fp16_patch_bench_") as folder:
-        asked, answered = Path(folder) / "request.json", Path(folder) / "answer.json"
-        asked.write_text(json.dumps(request), encoding="utf-8")
-        launch = ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m", module]
-        command = [sys.executable, "-m", *launch, "--answer", str(asked), str(answered)]
-        process = subprocess.run(command, env=_environment(settings), capture_output=True, text=True, check=False)
-        if process.returncode or not answered.is_file():
-            raise RuntimeError(f"verl's engine on {ranks} ranks:\n{process.stderr[-3000:]}")
-        answer: dict[str, Any] = json.loads(answered.read_text(encoding="utf-8"))
-    return answer
-
-
-def _environment(settings: dict[str, str]) -> dict[str, str]:
-    path = os.pathsep.join([str(ROOT / "integration" / "cpu"), str(ROOT)])
-    plan = {"FP16_PATCH": "fp16", "VERL_USE_EXTERNAL_MODULES": "verl_on_cpu,fp16_patch.autoload", **settings}
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("FP16_PATCH")}
-    return {**kept, **ENVIRONMENT, **plan, "PYTHONPATH": path}
-
-
 def answer(request: dict[str, Any]) -> dict[str, Any]:
     """In a rank's process: what became of each update.
 
@@ -96,7 +72,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     import torch
     import torch.distributed as dist
 
-    learner = Learner(Path(request["model"]), UPDATES)
+    learner = Learner(Path(request["model"]), UPDATES, dropout=DROPOUT)
     torch.manual_seed(request["seed"] + dist.get_rank())
     scales, metrics = [], []
     level = None
@@ -120,103 +96,6 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         "scales": scales,
         "state": learner.state(),
     }
-
-
-class Learner:
-    """verl's own, on random tokens.
-
-    Args:
-        model: a directory.
-        updates: the steps of its learning-rate schedule.
-    """
-
-    def __init__(self, model: Path, updates: int) -> None:
-        from verl.trainer.config import CheckpointConfig
-        from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
-        from verl.workers.config.engine import TrainingWorkerConfig
-        from verl.workers.engine_workers import TrainingWorker
-
-        self.worker = TrainingWorker(
-            TrainingWorkerConfig(
-                model_type="language_model",
-                model_config=HFModelConfig(
-                    path=str(model),
-                    use_remove_padding=False,
-                    enable_gradient_checkpointing=False,
-                    override_config={"attn_implementation": "sdpa", "attention_dropout": DROPOUT},
-                ),
-                engine_config=FSDPEngineConfig(
-                    strategy="fsdp2",
-                    use_torch_compile=False,
-                    use_dynamic_bsz=False,
-                    micro_batch_size_per_gpu=MICRO_BATCH,
-                    infer_micro_batch_size_per_gpu=MICRO_BATCH,
-                ),
-                optimizer_config=FSDPOptimizerConfig(lr=1e-5, total_training_steps=updates),
-                checkpoint_config=CheckpointConfig(),
-            )
-        )
-        self.worker.reset()
-        self.advantage = 1.0
-        self.worker.set_loss_fn(self.loss)
-        self.engine = self.worker.engine
-
-    def start_at(self, scale: float) -> None:
-        self.engine.scaler.load_state_dict({**self.engine.scaler.state_dict(), "scale": scale})
-
-    def update(self, seed: int, advantage: float) -> dict[str, float]:
-        import torch
-        import torch.distributed as dist
-
-        self.advantage = advantage
-        generator = torch.Generator().manual_seed(1000 * seed + dist.get_rank())
-        return self.train([torch.randint(2, 90, (TOKENS,), generator=generator) for _ in range(SEQUENCES)])
-
-    def train(self, rows: list[Any], **more: list[Any]) -> dict[str, float]:
-        """One update on these sequences' tokens, and more of each; what became of it."""
-        import torch
-        from verl.utils import tensordict_utils as tu
-
-        nested = {
-            **more,
-            "input_ids": rows,
-            "position_ids": [torch.arange(len(row)) for row in rows],
-            "loss_mask": [torch.ones(len(row), dtype=torch.int64) for row in rows],
-        }
-        tensors = {name: torch.nested.as_nested_tensor(values, layout=torch.jagged) for name, values in nested.items()}
-        data = tu.get_tensordict(tensors, non_tensor_dict={"temperature": 1.0})
-        tu.assign_non_tensor(data, update_lr_scheduler=True, global_token_num=[len(row) for row in rows])
-        metrics = dict(tu.get(self.worker.train_batch(data), "metrics"))
-        names = {"skipped": "fp16/step_skipped", "retries_total": "fp16/retries_total/max"}
-        return {short: float(metrics[name][0][0]) for short, name in names.items()}
-
-    def state(self) -> str:
-        """A digest of all ranks' parameters and moments."""
-        import torch.distributed as dist
-
-        own = hashlib.sha256()
-        for parameter in self.engine.optimizer.param_groups[0]["params"]:
-            for _, value in [("", parameter), *sorted(self.engine.optimizer.state[parameter].items())]:
-                local = value.to_local() if hasattr(value, "to_local") else value
-                own.update(local.detach().contiguous().numpy().tobytes())
-        digests: list[str] = [""] * dist.get_world_size()
-        dist.all_gather_object(digests, own.hexdigest())
-        return " ".join(digests)
-
-    def loss(self, model_output: dict[str, Any], data: Any, dp_group: Any) -> tuple[Any, dict[str, Any]]:
-        return -model_output["log_probs"].values().float().mean() * self.advantage, {}
-
-
-def answered_to(asked: Path, answered: Path, work: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    """In a rank's process: the answer to a request, written by the first."""
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo")
-    found = work(json.loads(asked.read_text(encoding="utf-8")))
-    if dist.get_rank() == 0:
-        answered.write_text(json.dumps(found), encoding="utf-8")
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def main() -> None:

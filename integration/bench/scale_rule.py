@@ -20,7 +20,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from integration.bench.retry import ADVANTAGE, HUGE, SEQUENCES, Learner, answered_to, ran
+from integration.bench.retry import ADVANTAGE, DROPOUT, HUGE
+from integration.bench.verl_updates import SEQUENCES, Learner, answered_to, ran
 from integration.cpu.tiny_model import make_random_model
 
 MODULE = "integration.bench.scale_rule"
@@ -117,7 +118,7 @@ class _Looked(Learner):
     """Every pass of its engine is looked at, whatever the plan looks at."""
 
     def __init__(self, model: Path, updates: int) -> None:
-        super().__init__(model, updates)
+        super().__init__(model, updates, dropout=DROPOUT)
         self._compute = self.engine.forward_backward_batch
         self.engine.forward_backward_batch = self._look
         self._passes: list[dict[str, float]] = []

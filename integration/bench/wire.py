@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from fp16_patch.kept import Kept, kept_by_samplers
-from integration.bench.retry import Learner
 from integration.bench.verl_learner import ROOT
+from integration.bench.verl_updates import Learner
 from integration.cpu.launch import ENVIRONMENT
 from integration.cpu.tiny_families import write_family
 from integration.cpu.tiny_model import make_random_model
@@ -93,7 +93,7 @@ def answer_as_learner(request: dict[str, Any]) -> dict[str, Any]:
     """In a rank's process: the weights as stock sends them, then as they are sent once the sampler is known."""
     from fp16_patch.census import allow_training
 
-    learner = Learner(Path(request["model"]))
+    learner = Learner(Path(request["model"]), UPDATES)
     for number in range(request["updates"]):
         learner.update(request["seed"] + number, 1.0)
     sent = _synchronized(learner.engine, Path(request["folder"]) / "stock.pt")

@@ -1,4 +1,4 @@
-"""Write the README's table of evidence from `out/evidence.json`.
+"""Write the README's tables of evidence from `out/evidence.json` and `out/step.json`.
 
     python -m integration.bench.write
 
@@ -13,10 +13,12 @@ from math import comb
 from pathlib import Path
 from typing import Any
 
+from integration.bench import step_table
+
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 EVIDENCE = Path(__file__).parent / "out" / "evidence.json"
-BEGIN, END = "<!-- evidence -->\n", "<!-- /evidence -->\n"
+STEP = EVIDENCE.with_name("step.json")
 KINDS = {
     "dense": "the demo's model, 1.35 M parameters, trained to add",
     "lora": "with adapters of rank 32, alpha 64",
@@ -51,8 +53,10 @@ SANITY_HEAD = (
 
 def written() -> str:
     """The README as it has to be."""
-    results = json.loads(EVIDENCE.read_text(encoding="utf-8"))
-    return with_table(README.read_text(encoding="utf-8"), table(results))
+    page = README.read_text(encoding="utf-8")
+    for place, results, table_of in (("evidence", EVIDENCE, table), ("step", STEP, step_table.table)):
+        page = with_table(page, table_of(json.loads(results.read_text(encoding="utf-8"))), place)
+    return page
 
 
 def table(results: dict[str, Any]) -> str:
@@ -179,13 +183,18 @@ def _gradient_row(gradient: dict[str, Any], key: str, name: str) -> str:
     return f"| {name} | {' | '.join(f'{gradient[dtype][key]:.1%}' for dtype in ('bf16', 'fp16'))} |"
 
 
-def with_table(text: str, table: str) -> str:
-    """A page with the table between its marks."""
-    before, _, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not end:
-        raise ValueError(f"no place for the evidence between {BEGIN.strip()} and {END.strip()}")
-    return before + BEGIN + table + END + after
+def with_table(text: str, table: str, place: str = "evidence") -> str:
+    """The page with the table where `<!-- place -->` … `<!-- /place -->` are.
+
+    Raises:
+        ValueError: the page has no such place.
+    """
+    begin, end = f"<!-- {place} -->\n", f"<!-- /{place} -->\n"
+    before, _, rest = text.partition(begin)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise ValueError(f"no place for the {place} between {begin.strip()} and {end.strip()}")
+    return before + begin + table + end + after
 
 
 def main() -> None:

@@ -76,7 +76,7 @@ def hold_back(step: WatchedEngine, scaler: Any) -> None:
         # So that after this update it is 0, as if the scale had grown.
         count_from(scaler, -1)
         if torch.distributed.get_rank() == 0:
-            logger.info(
+            logger.debug(
                 "%s: the loss scale stays at %g: gradients reach %.3g of %g",
                 step.role,
                 scale,

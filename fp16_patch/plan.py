@@ -42,8 +42,8 @@ class Plan:
         min_scale: floor of the scale; an overflow there is a collapse.
         on_overflow: `retry` computes the same mini-batch again at the lowered scale, `skip` drops it.
         max_retries: this many times for one optimizer step; then it is skipped.
-        scale_rule: `torch` grows the scale blindly after `growth_interval`; `ahead` does so only where the gradients
-            that were looked at in these steps would bear it. Of verl's FSDP engine.
+        scale_rule: `ahead` lets the scale grow after `growth_interval` steps only where the gradients that were looked
+            at in them would bear it, `torch` does so blindly. Of verl's FSDP engine; elsewhere it always grows.
         gradient_look_every: optimizer steps between looks at the FP16 gradients, how large and how many of them
             underflow; 0 for none but those that `ahead` needs. Of verl's FSDP engine.
         max_consecutive_skips: this many skipped steps in a row are a collapse.
@@ -80,7 +80,7 @@ class Plan:
     min_scale: float = 1.0
     on_overflow: str = "retry"
     max_retries: int = 8
-    scale_rule: str = "torch"
+    scale_rule: str = "ahead"
     gradient_look_every: int = 25
     max_consecutive_skips: int = 20
     fused_step: bool = True

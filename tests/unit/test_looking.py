@@ -132,6 +132,24 @@ def test_fp16_gradients_of_outputs_and_parameters_are_counted_once() -> None:
     assert not model.head._forward_hooks
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_with_activation_checkpointing_the_same_is_counted(reentrant: bool) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    def counts(layer_of: Any) -> dict[str, Counts]:
+        torch.manual_seed(0)
+        model = Model().half()
+        with Look(model) as look:
+            hidden = model.embedding(torch.tensor([[0, 1, 2]]))
+            for layer in model.layers:
+                hidden = layer_of(layer, hidden)
+            model.head(model.norm(hidden)).float().square().sum().mul(2.0**-12).backward()
+        return look.counts()
+
+    plain = counts(lambda layer, hidden: layer(hidden))
+    assert counts(lambda layer, hidden: checkpoint(layer, hidden, use_reentrant=reentrant)) == plain
+
+
 def test_gradients_in_another_dtype_are_not_counted() -> None:
     model = Model()
     with Look(model) as look:
@@ -149,6 +167,14 @@ def test_the_metrics_are_the_headroom_and_shares_by_group() -> None:
         "fp16/zero_rows/head": 0.25,
     }
     assert Figures(8.0, 0.0, {}).metrics() == {}
+
+
+def test_verl_averages_shares_over_mini_batches_and_takes_the_least_headroom() -> None:
+    groups = (looking.EMBEDDING, *looking.LAYERS, looking.HEAD)
+    metrics = Figures(1.0, 1.0, {group: Counts(10, 5, 2, 4, 1) for group in groups}).metrics()
+    # It goes by these parts of names.
+    assert [name for name in metrics if "min" in name] == ["fp16/gradient_headroom/min"]
+    assert not [name for name in metrics if "max" in name]
 
 
 class Step:

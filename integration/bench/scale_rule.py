@@ -167,7 +167,7 @@ COLUMNS: dict[str, Callable[[dict[str, float]], str]] = {
     "overflows": lambda found: f"{found['overflows']:g}",
     "skipped updates": lambda found: f"{found['skips']:g}",
     "extra passes": lambda found: f"{found['extra_passes']:.1%}",
-    "underflow": lambda found: f"{found['underflow']:.2%}",
+    "underflow": lambda found: f"{found['underflow']:.1e}",
     "usable scale": lambda found: f"{found['usable']:.0%}",
     "room, median": lambda found: f"{found['room']:.1f}",
 }

@@ -43,6 +43,8 @@ ARMS: Mapping[str, Mapping[str, str]] = {
 SIZES = {"10M": (384, 8), "100M": (1024, 11), "200M": (1280, 14), "500M": (1536, 24), "1500M": (2048, 40)}
 ON_A_CPU = ("10M", "100M", "200M")
 TURNS, WARM_UP = 9, 2
+# A CPU is slow at FP16 products, of which the optimizer phase has none.
+FEW_TOKENS = 2
 _ANSWER = "answer "
 
 
@@ -105,7 +107,7 @@ def _machine() -> tuple[str | None, tuple[str, ...], int]:
     import torch
 
     if not torch.cuda.is_available():
-        return None, ON_A_CPU, 16
+        return None, ON_A_CPU, FEW_TOKENS
     fits = torch.cuda.get_device_properties(0).total_memory / (len(ARMS) * 20)
     sizes = tuple(size for size in SIZES if int(size.removesuffix("M")) * 1e6 < fits)
     return torch.cuda.get_device_name(0), sizes, 2048

@@ -2,13 +2,14 @@
 
 import os
 
-from integration.cpu.launch_openrlhf import ENVIRONMENT
+from integration.cpu.launch_openrlhf import ENVIRONMENT, release_kernels
 
 KERNELS = ("FusedAdamBuilder", "ShareMemCommBuilder")
 
 
 def main() -> None:
     os.environ.update(ENVIRONMENT)
+    release_kernels()  # of a compilation that was broken off
     from deepspeed.accelerator import get_accelerator
 
     for kernel in KERNELS:

@@ -105,7 +105,7 @@ def run(config: OpenRLHFConfig, on_step: Callable[[dict[str, Any]], None] | None
     process.log_file(config.out).unlink(missing_ok=True)
     shutil.rmtree(_tensorboard(config), ignore_errors=True)
     with process.machine(config.out) as ray_directory:
-        _release_kernels()
+        release_kernels()
         job = Job(
             command=command(config),
             environment=environment(config, ray_directory),
@@ -270,7 +270,7 @@ def _ray(config: OpenRLHFConfig, ray_directory: Path) -> dict[str, object]:
     }
 
 
-def _release_kernels() -> None:
+def release_kernels() -> None:
     """Drop the locks of processes that were killed while they loaded a kernel: all others would wait for them for ever.
 
     Torch's lock is the file's existence; whoever is alive and has it keeps the file open.

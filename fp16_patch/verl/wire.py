@@ -55,11 +55,20 @@ def per_tensor_param(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
     wire is twice as long. Until the driver has told what the samplers keep, and one sync has told what is sent,
     weights go out as they are.
     """
+    if current_plan().changes and _loses_adapters(engine):
+        import_module(_FSDP_ENGINE).load_fsdp_model_to_gpu(engine.module)
+        return _sent(engine, _merged(engine), _rounding_of(engine)), None
     weights, adapter = wrapped(*args, **kwargs)
     # Adapters have a dtype of their own in the sampler, and a quantizer makes of the base what it needs.
     if not current_plan().changes or adapter is not None or engine._qat_enabled:
         return weights, adapter
     return _sent(engine, weights, _rounding_of(engine)), adapter
+
+
+def _loses_adapters(engine: Any) -> bool:
+    """Whether verl merges adapters and takes them out again before it reads the weights, as 0.8.0 does."""
+    merges = _is_merging(engine) and engine.model_config.lora.get("merge", False)
+    return merges and not hasattr(engine, "_merged_lora_per_tensor_param")
 
 
 def _sent(engine: Any, weights: Iterable[tuple[str, torch.Tensor]], rounding: _Rounding) -> Weights:

@@ -560,20 +560,24 @@ def on_policy_batch() -> TensorDict:
 def merged_lora_wire(arguments: argparse.Namespace) -> dict[str, Any]:
     """Merged LoRA weights as the sampler gets them, against the FP32 merge."""
     learner = Learner(arguments, lora_rank=4)
-    learner.step()
+    for _ in range(3):  # half of each adapter is 0 at first, and so is the learning rate
+        learner.step()
     sent, _ = learner.engine.get_per_tensor_param(layered_summon=False, base_sync_done=True)
-    worst, dtypes = 0.0, set()
-    exact = fp32_merge(learner)
+    worst, adapted, dtypes = 0.0, 0.0, set()
+    exact, base = fp32_merge(learner, 2.0), fp32_merge(learner, 0.0)  # alpha is twice the rank
     for name, weight in sent:
         dtypes.add(dtype_name(weight.dtype))
         if "q_proj.weight" in name:
-            reference = exact[name]
-            error = (weight.float() - reference).abs() / reference.abs().clamp(min=1e-3)
-            worst = max(worst, error.max().item())
-    return {"dtypes": sorted(dtypes), "largest_relative_error": worst}
+            worst = max(worst, relative_error(weight, exact[name]))
+            adapted = max(adapted, relative_error(base[name], exact[name]))
+    return {"dtypes": sorted(dtypes), "largest_relative_error": worst, "adapted": adapted}
 
 
-def fp32_merge(learner: Learner) -> dict[str, torch.Tensor]:
+def relative_error(weight: torch.Tensor, reference: torch.Tensor) -> float:
+    return float(((weight.float() - reference).abs() / reference.abs().clamp(min=1e-3)).max())
+
+
+def fp32_merge(learner: Learner, scaling: float) -> dict[str, torch.Tensor]:
     """The same merge in FP32, computed here from base and adapter."""
     state = {name: full(value) for name, value in learner.engine.module.state_dict().items()}
     merged = {}
@@ -582,8 +586,7 @@ def fp32_merge(learner: Learner) -> dict[str, torch.Tensor]:
             continue
         stem = name.removesuffix("base_layer.weight")
         a, b = state[f"{stem}lora_A.default.weight"], state[f"{stem}lora_B.default.weight"]
-        # alpha is twice the rank
-        merged[stem.replace("base_model.model.", "") + "weight"] = base + 2.0 * (b @ a)
+        merged[stem.replace("base_model.model.", "") + "weight"] = base + scaling * (b @ a)
     return merged
 
 

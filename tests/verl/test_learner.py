@@ -376,7 +376,8 @@ def test_stock_rounds_merged_lora_through_bfloat16(learner: Callable[..., Facts]
 def test_merged_lora_is_sent_as_it_is(learner: Callable[..., Facts], strategy: str, ranks: int) -> None:
     facts = learner("plan", strategy, ranks)["merged_lora_wire"]
     assert facts["dtypes"] == ["float32"]
-    assert facts["largest_relative_error"] < 1e-5
+    # 0.8.0 takes the adapters out again before it reads the weights of FSDP2.
+    assert facts["largest_relative_error"] < 1e-5 < 1e-3 < facts["adapted"]
 
 
 def test_stock_divides_by_the_temperature_in_float16(learner: Callable[..., Facts], strategy: str) -> None:

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +18,41 @@ from integration.cpu.launch import ENVIRONMENT
 SEQUENCES, TOKENS, MICRO_BATCH = 4, 16, 2
 
 
-def ran(module: str, request: dict[str, Any], settings: dict[str, str], ranks: int) -> dict[str, Any]:
+PLAN = {"FP16_PATCH": "fp16", "VERL_USE_EXTERNAL_MODULES": "verl_on_cpu,fp16_patch.autoload"}
+
+
+def ran(module: str, request: dict[str, Any], settings: Mapping[str, str], ranks: int) -> dict[str, Any]:
     """What the `answer` of a module of this folder gives, on so many ranks under a plan with these settings."""
+    return asked(on_ranks(module, ranks, "--answer"), request, {**PLAN, **settings})
+
+
+def on_ranks(module: str, ranks: int, *options: str) -> list[str]:
+    """The command that runs a module on so many ranks."""
+    launch = ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m", module]
+    return [sys.executable, "-m", *launch, *options]
+
+
+def asked(command: list[str], request: dict[str, Any], environment: Mapping[str, str]) -> dict[str, Any]:
+    """What a command answers, which is given the files of its request and its answer.
+
+    Raises:
+        RuntimeError: it ended without an answer; the end of its log.
+    """
     with tempfile.TemporaryDirectory(prefix="fp16_patch_bench_") as folder:
-        asked, answered = Path(folder) / "request.json", Path(folder) / "answer.json"
-        asked.write_text(json.dumps(request), encoding="utf-8")
-        launch = ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m", module]
-        command = [sys.executable, "-m", *launch, "--answer", str(asked), str(answered)]
-        process = subprocess.run(command, env=_environment(settings), capture_output=True, text=True, check=False)
-        if process.returncode or not answered.is_file():
-            raise RuntimeError(f"verl's engine on {ranks} ranks:\n{process.stderr[-3000:]}")
-        answer: dict[str, Any] = json.loads(answered.read_text(encoding="utf-8"))
+        request_file, answer_file = Path(folder) / "request.json", Path(folder) / "answer.json"
+        request_file.write_text(json.dumps(request), encoding="utf-8")
+        whole = [*command, str(request_file), str(answer_file)]
+        process = subprocess.run(whole, env=_on_a_cpu(environment), capture_output=True, text=True, check=False)
+        if process.returncode or not answer_file.is_file():
+            raise RuntimeError(f"{' '.join(command[1:])}:\n{process.stdout[-3000:]}{process.stderr[-6000:]}")
+        answer: dict[str, Any] = json.loads(answer_file.read_text(encoding="utf-8"))
     return answer
 
 
-def _environment(settings: dict[str, str]) -> dict[str, str]:
+def _on_a_cpu(environment: Mapping[str, str]) -> dict[str, str]:
     path = os.pathsep.join([str(ROOT / "integration" / "cpu"), str(ROOT)])
-    plan = {"FP16_PATCH": "fp16", "VERL_USE_EXTERNAL_MODULES": "verl_on_cpu,fp16_patch.autoload", **settings}
     kept = {name: value for name, value in os.environ.items() if not name.startswith("FP16_PATCH")}
-    return {**kept, **ENVIRONMENT, **plan, "PYTHONPATH": path}
+    return {**kept, **ENVIRONMENT, **environment, "PYTHONPATH": path}
 
 
 class Learner:

@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
@@ -21,15 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from fp16_patch.kept import Kept, kept_by_samplers
-from integration.bench.verl_learner import ROOT
-from integration.bench.verl_updates import Learner
-from integration.cpu.launch import ENVIRONMENT
+from integration.bench.verl_updates import PLAN, Learner, asked, on_ranks
 from integration.cpu.tiny_families import write_family
 from integration.cpu.tiny_model import make_random_model
 
 RANKS, UPDATES = 2, 2
 _EXTENSION = "verl.workers.rollout.vllm_rollout.utils.vLLMColocateWorkerExtension"
-_PLAN = {"FP16_PATCH": "fp16", "VERL_USE_EXTERNAL_MODULES": "verl_on_cpu,fp16_patch.autoload"}
 
 
 def measure(out: Path, seed: int) -> dict[str, Any]:
@@ -54,7 +49,9 @@ def sync_of(model: Path, seed: int) -> dict[str, Any]:
         request = {"model": str(model), "seed": seed, "folder": folder}
         stock = _learned({**request, "updates": 0, "kept": None}, {"VERL_USE_EXTERNAL_MODULES": "verl_on_cpu"})
         command = [sys.executable, "-m", "integration.bench.wire", "--sampler"]
-        loaded = _asked(command, request, {**_PLAN, "FP16_PATCH_KIND": "server"})
+        # As the frameworks set the second: without, vLLM sends no functions to its workers.
+        server = {"FP16_PATCH_KIND": "server", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
+        loaded = asked(command, request, {**PLAN, **server})
     return {
         "bytes_stock": stock["bytes"],
         "bytes_ours": loaded["sent"]["bytes"],
@@ -65,28 +62,8 @@ def sync_of(model: Path, seed: int) -> dict[str, Any]:
     }
 
 
-def _learned(request: dict[str, Any], plan: Mapping[str, str]) -> dict[str, Any]:
-    launch = ["torch.distributed.run", "--standalone", f"--nproc_per_node={RANKS}", "-m", "integration.bench.wire"]
-    return _asked([sys.executable, "-m", *launch, "--learner"], request, plan)
-
-
-def _asked(command: list[str], request: dict[str, Any], plan: Mapping[str, str]) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory(prefix="fp16_patch_bench_") as folder:
-        asked, answered = Path(folder) / "request.json", Path(folder) / "answer.json"
-        asked.write_text(json.dumps(request), encoding="utf-8")
-        whole = [*command, str(asked), str(answered)]
-        process = subprocess.run(whole, env=_environment(plan), capture_output=True, text=True, check=False)
-        if process.returncode or not answered.is_file():
-            raise RuntimeError(f"{' '.join(command[1:])}:\n{process.stdout[-3000:]}{process.stderr[-6000:]}")
-        answer: dict[str, Any] = json.loads(answered.read_text(encoding="utf-8"))
-    return answer
-
-
-def _environment(plan: Mapping[str, str]) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("FP16_PATCH")}
-    path = os.pathsep.join([str(ROOT / "integration" / "cpu"), str(ROOT)])
-    # As the frameworks set it: without, vLLM sends no functions to its workers.
-    return {**kept, **ENVIRONMENT, **plan, "PYTHONPATH": path, "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
+def _learned(request: dict[str, Any], environment: Mapping[str, str]) -> dict[str, Any]:
+    return asked(on_ranks("integration.bench.wire", RANKS, "--learner"), request, environment)
 
 
 def answer_as_learner(request: dict[str, Any]) -> dict[str, Any]:
@@ -122,7 +99,7 @@ def answer_as_sampler(request: dict[str, Any]) -> dict[str, Any]:
 
     llm = LLM(request["model"], dtype="float16", enforce_eager=True, max_model_len=64, worker_extension_cls=_EXTENSION)
     kept: Kept | None = kept_by_samplers(llm.collective_rpc(record_of_worker))
-    sent = _learned({**request, "updates": UPDATES, "kept": kept}, _PLAN)
+    sent = _learned({**request, "updates": UPDATES, "kept": kept}, PLAN)
     (loaded,) = llm.collective_rpc(compared, args=(request["folder"],))
     return {"kept": kept, "sent": sent, **loaded}
 

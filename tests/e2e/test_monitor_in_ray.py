@@ -178,6 +178,8 @@ def test_an_aggregator_whose_creator_died_is_created_by_another_rank(ranks: list
     training = Training(tmp_path, [mortal])
     assert training.step(1)["mismatch/coverage"] == 1.0
     ray.kill(mortal)
+    # A report that the dying one still takes is lost with it, as in the test before.
+    eventually(lambda: not actors.aggregators_of(training.monitor.run))
     training.ranks = ranks
     assert training.step(2)["mismatch/coverage"] == 1.0
     assert training.coverage() == {1: (4, 1, True), 2: (8, 2, True)}

@@ -30,6 +30,8 @@ ON_A_CPU = (
 )
 WITH_A_SCALER = ("overflow_on_one_rank", "averaged_norm", "resume", "exports", "endless_overflow", "fused_chosen")
 ALL = (*ON_A_CPU, *WITH_A_SCALER[1:], "resume_from_stock", "oracle")
+# What an edited tree does to the bit: it has no step in two passes, whose kernel rounds otherwise.
+AS_EDITED = ("oracle", "compute_dtypes", "temperature", "accumulation", "merged_lora_wire", "resume", "exports")
 # As `fp16-patch run` does: verl knows plugins since 0.9 only.
 MEASURED = {"FP16_PATCH": "1", "VERL_USE_EXTERNAL_MODULES": "verl_on_cpu,fp16_patch.autoload"}
 RETRY = {**MEASURED, "FP16_PATCH_INIT_SCALE": "65536"}
@@ -39,6 +41,7 @@ ARMS: Mapping[str, tuple[list[str], tuple[str, ...], Mapping[str, str]]] = {
     "stock": ([], ON_A_CPU, {}),
     "stock-with-scaler": (["--working-scaler"], WITH_A_SCALER, {}),
     "plan": ([], (*ALL, "lost"), UNDER_A_PLAN),
+    "as-edited": ([], AS_EDITED, {**UNDER_A_PLAN, "FP16_PATCH_FUSED_STEP": "0"}),
     "retry": ([], ("retried", "first_scale", "lost", "infinite_loss", "kernels"), RETRY),
     "torchs-rule": ([], ("grown", "underflow"), {**GROWING, "FP16_PATCH_SCALE_RULE": "torch"}),
     "ahead": ([], ("grown",), {**GROWING, "FP16_PATCH_SCALE_RULE": "ahead"}),

@@ -746,6 +746,12 @@ SCENARIOS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
 }
 
 
+def seeded(scenario: Callable[..., dict[str, Any]], arguments: argparse.Namespace) -> dict[str, Any]:
+    """What it finds with the same random numbers whatever ran before it: adapters are drawn from them."""
+    torch.manual_seed(0)
+    return scenario(arguments)
+
+
 def main() -> None:
     dist.init_process_group("gloo")
     parser = argparse.ArgumentParser()
@@ -760,7 +766,7 @@ def main() -> None:
         defaults = ShardedGradScaler.__init__.__defaults__
         ShardedGradScaler.__init__.__defaults__ = ("cpu", *defaults[1:])
     # A rank that fails ends the others through torchrun: nothing here waits for a collective it will not join.
-    facts = {name: SCENARIOS[name](arguments) for name in arguments.scenarios}
+    facts = {name: seeded(SCENARIOS[name], arguments) for name in arguments.scenarios}
     if dist.get_rank() == 0:
         Path(arguments.out, "facts.json").write_text(json.dumps(facts, indent=1))
     dist.barrier()

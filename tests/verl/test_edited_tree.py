@@ -14,15 +14,14 @@ import pytest
 from tests.conftest import verl_environment
 from tests.edited import edited_copy
 from tests.releases import verdict_on
-from tests.verl.conftest import Facts, learner_facts
+from tests.verl.conftest import AS_EDITED, Facts, learner_facts
 
 pytestmark = [pytest.mark.verl, pytest.mark.e2e]
 pytest.importorskip("verl")
 if verdict_on("fsdp-scaler").exemption is not None:
     pytest.skip("the engine of this release is not the learner", allow_module_level=True)
 
-SAME = ("oracle", "compute_dtypes", "temperature", "accumulation", "merged_lora_wire", "resume", "exports")
-ALL = (*SAME, "overflow_on_one_rank", "averaged_norm")
+ALL = (*AS_EDITED, "overflow_on_one_rank", "averaged_norm")
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +56,11 @@ def test_every_role_computes_in_float16_and_those_that_train_have_a_scaler(edite
     assert {role: fact["scaler"] for role, fact in facts.items()} == {"actor": True, "critic": True, "ref": False}
 
 
-@pytest.mark.parametrize("scenario", SAME)
+@pytest.mark.parametrize("scenario", AS_EDITED)
 def test_it_does_what_the_patches_do(
     edited: Facts, learner: Callable[..., Facts], strategy: str, scenario: str
 ) -> None:
-    plan = learner("plan", strategy, 2)
+    plan = learner("as-edited", strategy, 2)
     edited["resume"]["path"] = plan["resume"]["path"]
     assert edited[scenario] == plan[scenario]
 

@@ -70,7 +70,7 @@ def run(mode: str | None, command: tuple[str, ...]) -> None:
 
     plan = _plan("fp16", mode)
     if shutil.which(command[0]) is None:
-        raise click.ClickException(f"{command[0]}: no such program")
+        raise click.ClickException(f"{command[0]}: no such program. Fix: put the training command behind `--`")
     if Path(command[0]).name == "ray":
         order = "ray job submit … -- fp16-patch run -- python …"
         raise click.ClickException(f"the plan would stay with the submitting client; turn it round: {order}")

@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from fp16_patch import rope
 from fp16_patch.activation import ledger
 
 
 def watch_compute(module: nn.Module, role: str) -> None:
-    """Note for `role` what the linear layers of `module` compute in, at each forward."""
+    """Note for `role` what RoPE's frequencies are in, and what the linear layers compute in, at each forward."""
+    ledger().note(role, "rope", *rope.dtypes(module))
     for linear in _first_linear_of_each_tower(module):
         watch_linear(linear, role)
 

@@ -182,5 +182,6 @@ def _loading_conflicts() -> Iterator[Conflict]:
         value = os.environ.get(variable)
         listed = value is None or value.strip().lower() == "auto" or name in value.split(",")
         if not listed:
-            fix = f"add {name} to the list, or unset it"
+            started = ", or start with `fp16-patch run --`" if variable.startswith("VERL") else ""
+            fix = f"add {name} to the list, or unset it{started}"
             yield Conflict(variable, value, "it keeps our plugin from being loaded", fix)

@@ -42,29 +42,22 @@ def measure(
         compute: the update, of which the engine skips the step while `measuring`.
         forward_was_finite: of what that gives. Otherwise the mini-batch says nothing about the scale.
     """
-    scale, reach = current_plan().init_scale, math.nan
     for tried in _TRIED:
         reach, finite = _reach_at(tried, step, compute, forward_was_finite)
         random.restore()
         if not finite:
+            return _start_at(current_plan().init_scale, step, "loss is not finite; without a measurement")
+        if math.isfinite(reach):
             break
-        if math.isfinite(reach) or tried == _TRIED[-1]:
-            scale = max(fitting_scale(torch.finfo(torch.float16).max / reach if reach else math.inf), _floor())
-            break
+    fitting = fitting_scale(torch.finfo(torch.float16).max / reach if reach else math.inf)
+    finding = f"largest gradient is {reach:.3g}; with room for one {GRADIENT_MARGIN:g} times as large"
+    return _start_at(max(fitting, current_plan().min_scale), step, finding)
+
+
+def _start_at(scale: float, step: WatchedEngine, finding: str) -> None:
     step.set_loss_scale(scale)
     if torch.distributed.get_rank() == 0:
-        logger.warning(
-            "%s: the first mini-batch's largest gradient is %.3g; with room for one %g times as large, the loss scale "
-            "starts at %g",
-            step.role,
-            reach,
-            GRADIENT_MARGIN,
-            scale,
-        )
-
-
-def _floor() -> float:
-    return current_plan().min_scale
+        logger.warning("%s: the first mini-batch's %s, the loss scale starts at %g", step.role, finding, scale)
 
 
 def _reach_at(

@@ -1,8 +1,9 @@
 """An optimizer step that reads the gradients twice: once for their norm, once in the optimizer's own kernel.
 
-Torch unscales the gradients, takes their norm, multiplies them by the clipping coefficient and steps: four passes. Here
-the norm is taken of the scaled gradients, which also says whether they are finite, and the fused kernels of torch's
-Adam and AdamW divide by loss scale ÷ clipping coefficient as they read.
+Torch unscales the gradients, takes their norm, multiplies them by the clipping coefficient and steps, which reads them
+twice unless its kernel is fused: five passes. Here the norm is taken of the scaled gradients, which also says whether
+they are finite, and the fused kernels of torch's Adam and AdamW divide by loss scale ÷ clipping coefficient as they
+read.
 
 With a power of two as scale the norm is the same to the last bit, and so is the step where nothing is clipped. Where it
 is, a gradient differs by one unit in the last place at most: the divisor and the quotient are rounded, elsewhere the

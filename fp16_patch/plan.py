@@ -18,6 +18,13 @@ if TYPE_CHECKING:
 
 MODE_ENV = "FP16_PATCH"
 PLAN_ENV = "FP16_PATCH_PLAN"
+SPOOL_ENV = "FP16_PATCH_SPOOL"
+ROLE_ENV = "FP16_PATCH_ROLE"
+KIND_ENV = "FP16_PATCH_KIND"
+DRIVER_ENV = "FP16_PATCH_DRIVER"
+# Between processes of one run; every other variable with our name in front is a setting.
+OWN_VARIABLES = frozenset({PLAN_ENV, SPOOL_ENV, ROLE_ENV, KIND_ENV, DRIVER_ENV})
+_ENVIRONMENT = "environment"
 
 _DTYPE_OF_MODE = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "observe": None, "off": None}
 _FIRST_SCALE = 65536.0
@@ -31,14 +38,13 @@ class Plan:
     Attributes:
         mode: `fp16`, or the other arms of a comparison `bf16` and `fp32`; `observe` measures a run and changes
             nothing; `off` does nothing at all.
-        init_scale: first loss scale of a run (torch's and DeepSpeed's default is 2**16); where `first_scale` is
-            `measured`, the one to start at if it cannot be.
+        init_scale: first loss scale of a run (torch's and DeepSpeed's default is 2**16), where it is not measured.
         first_scale: `measured` on the first mini-batch's gradients, where the learner lets itself be measured, or
-            `fixed` to `init_scale`, as it is once that is given by anybody.
+            `fixed` to `init_scale`, as it is once anybody gives one.
         growth_interval: optimizer steps without overflow before the scale doubles.
         growth_factor: what the scale is multiplied by then.
         backoff_factor: what the scale is multiplied by after an overflow.
-        hysteresis: overflows before DeepSpeed's scaler lowers the scale; torch's always lowers it at the first.
+        hysteresis: overflows before DeepSpeed's or Megatron's scaler lowers the scale; torch's lowers it at the first.
         min_scale: floor of the scale; an overflow there is a collapse.
         on_overflow: `retry` computes the same mini-batch again at the lowered scale, `skip` drops it.
         max_retries: this many times for one optimizer step; then it is skipped.
@@ -47,8 +53,8 @@ class Plan:
         gradient_look_every: optimizer steps between looks at the FP16 gradients, how large and how many of them
             underflow; 0 for none but those that `ahead` needs. Of verl's FSDP engine.
         max_consecutive_skips: this many skipped steps in a row are a collapse.
-        fused_step: unscale and clip in the kernel of torch's fused Adam and AdamW (verl's FSDP engine); otherwise in
-            passes of their own.
+        fused_step: put Adam and AdamW of verl's FSDP engine on torch's fused kernel, unless the configuration names
+            one. A step of that kernel, whoever chose it, unscales and clips in it; others in passes of their own.
         strict: refuse framework code we do not know. When false that is one warning and the ledger still decides.
         ledger_every: the driver reads every process's ledger before the first two updates, then each so many steps.
         probe: the result of `fp16-patch probe`; in fp16 its starting scale is taken, and an unsafe model refused.
@@ -166,14 +172,15 @@ class Plan:
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] = os.environ, default_mode: str = "off") -> Plan:
-        """The plan a parent process carried here, else the one `FP16_PATCH` and `FP16_PATCH_<SETTING>` describe."""
+        """The plan a parent process carried here, else the one `FP16_PATCH` and `FP16_PATCH_<SETTING>` describe.
+
+        Raises:
+            PlanError: as `from_settings` does; also for a variable that would be a setting if there were one.
+        """
         if PLAN_ENV in environ:
             return cls.from_json(environ[PLAN_ENV])
-        settings: dict[str, Any] = {"mode": environ.get(MODE_ENV, default_mode)}
-        for name in _FIELD_TYPES:
-            if name != "mode" and (value := environ.get(f"{MODE_ENV}_{name.upper()}")) is not None:
-                settings[name] = value
-        return cls.from_settings(settings, source="environment")
+        settings = _from_variables(environ)
+        return cls.from_settings({**settings, "mode": environ.get(MODE_ENV, default_mode)}, source=_ENVIRONMENT)
 
 
 _ALERT_THRESHOLDS = (
@@ -185,6 +192,16 @@ _ALERT_THRESHOLDS = (
     "alert_doubling_steps",
 )
 _FIELD_TYPES: dict[str, str] = {field.name: str(field.type) for field in fields(Plan)}
+
+
+def _from_variables(environ: Mapping[str, str]) -> dict[str, str]:
+    prefix = f"{MODE_ENV}_"
+    names = [name for name in environ if name.startswith(prefix) and name not in OWN_VARIABLES]
+    settings = {name.removeprefix(prefix).lower(): environ[name] for name in names}
+    if "mode" in settings:
+        conflict = Conflict(f"{prefix}MODE", settings["mode"], "fp16_patch has no such setting", f"set {MODE_ENV}")
+        raise PlanError([conflict])
+    return settings
 
 
 def _parse_bool(value: Any) -> bool:
@@ -208,14 +225,22 @@ _PARSERS: dict[str, Callable[[Any], Any]] = {
     "bool": _parse_bool,
 }
 
+_WANTED = {
+    "float": "a number",
+    "int": "a whole number",
+    "bool": "true or false",
+    "str": "a word",
+    "str | None": "a path",
+}
+
 
 def _parsed(settings: Mapping[str, Any], source: str) -> dict[str, Any]:
     parsed, conflicts = {}, []
     for name, value in settings.items():
         try:
             parsed[name] = _parse(name, value)
-        except (KeyError, TypeError, ValueError) as problem:
-            conflicts.append(_bad_setting(f"{source}.{name}", name, value, problem))
+        except (KeyError, OverflowError, TypeError, ValueError):
+            conflicts.append(_bad_setting(name, value, source))
     if conflicts:
         raise PlanError(conflicts)
     return parsed
@@ -226,12 +251,22 @@ def _parse(name: str, value: Any) -> Any:
     return _MODE_ALIASES.get(parsed, parsed) if name == "mode" else parsed
 
 
-def _bad_setting(key: str, name: str, value: object, problem: Exception) -> Conflict:
-    if name not in _FIELD_TYPES:
-        near = difflib.get_close_matches(name, _FIELD_TYPES, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"settings are {', '.join(_FIELD_TYPES)}"
-        return Conflict(key, value, "fp16_patch has no such setting", hint)
-    return Conflict(key, value, "the value cannot be read", f"give a value of type {_FIELD_TYPES[name]}")
+def _bad_setting(name: str, value: object, source: str) -> Conflict:
+    key = _as_given(name, source)
+    if name in _FIELD_TYPES:
+        return Conflict(key, value, "the value cannot be read", f"give {_WANTED[_FIELD_TYPES[name]]}")
+    near = difflib.get_close_matches(name, _FIELD_TYPES, n=1)
+    if source == _ENVIRONMENT:
+        near = [_as_given(known, source) for known in near]
+    hint = f"did you mean {near[0]!r}?" if near else f"settings are {', '.join(_FIELD_TYPES)}"
+    return Conflict(key, value, "fp16_patch has no such setting", hint)
+
+
+def _as_given(name: str, source: str) -> str:
+    """How the user spells a setting there."""
+    if source == _ENVIRONMENT:
+        return MODE_ENV if name == "mode" else f"{MODE_ENV}_{name.upper()}"
+    return f"{source}.{name}"
 
 
 def _check_mode(plan: Plan) -> Conflict | None:

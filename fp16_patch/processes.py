@@ -24,12 +24,8 @@ from typing import Any
 import wrapt
 
 from fp16_patch.ledger import Record
-from fp16_patch.plan import MODE_ENV, PLAN_ENV, Plan
+from fp16_patch.plan import DRIVER_ENV, MODE_ENV, PLAN_ENV, SPOOL_ENV, Plan
 
-SPOOL_ENV = "FP16_PATCH_SPOOL"
-ROLE_ENV = "FP16_PATCH_ROLE"
-KIND_ENV = "FP16_PATCH_KIND"
-DRIVER_ENV = "FP16_PATCH_DRIVER"
 # Without its frameworks' plugin settings a carried plan would not be picked up on another machine.
 _CARRIED = (MODE_ENV, PLAN_ENV, DRIVER_ENV, "VERL_USE_EXTERNAL_MODULES", "VERL_USE_EXTERNAL_PLUGINS", "VLLM_PLUGINS")
 

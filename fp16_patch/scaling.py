@@ -52,7 +52,10 @@ def sharded_scaler(plan: Plan, device: str) -> ShardedGradScaler:
         growth_interval=plan.growth_interval,
     )
     if not scaler.is_enabled():
-        raise RuntimeError(f"torch disabled its gradient scaler on device {device!r}; FP16 training needs one")
+        raise RuntimeError(
+            f"torch disabled its gradient scaler on device {device!r}, and FP16 training needs one. Fix: train where "
+            "torch.amp has that device, or with FP16_PATCH=bf16"
+        )
     return scaler
 
 

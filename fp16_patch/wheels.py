@@ -48,6 +48,9 @@ def newest(package: str) -> str:
         return str(parse_wheel_filename(_download(package, Path(folder)).name)[1])
 
 
+_FIX = "Fix: check name and release, or give a source tree, `fp16-patch doctor --source PATH`"
+
+
 def _download(requirement: str, into: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
     command += ["--only-binary", ":all:", "--dest", str(into), requirement]
@@ -55,5 +58,5 @@ def _download(requirement: str, into: Path) -> Path:
     wheels = sorted(into.glob("*.whl"))
     if result.returncode or not wheels:
         said = ([line for line in result.stderr.splitlines() if line.startswith("ERROR")] or ["no wheel"])[-1]
-        raise SourceError(f"{requirement}: pip cannot download a wheel of it: {said}")
+        raise SourceError(f"{requirement}: pip cannot download a wheel of it: {said}. {_FIX}")
     return wheels[0]

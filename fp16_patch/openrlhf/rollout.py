@@ -11,6 +11,7 @@ from typing import Any
 from fp16_patch import processes
 from fp16_patch.activation import attestation, current_plan, ledger
 from fp16_patch.calls import argument, bound, takes
+from fp16_patch.plan import KIND_ENV, ROLE_ENV
 from fp16_patch.sources import Installed
 from fp16_patch.vllm.engine import note_engine
 
@@ -58,7 +59,7 @@ def generate(wrapped: Any, generator: Any, args: Any, kwargs: Any) -> Any:
 def update_weight(wrapped: Any, worker: Any, args: Any, kwargs: Any) -> Any:
     """`WorkerWrap.update_weight` and `update_weight_cuda_ipc`: note what came over the wire and what it became."""
     result = wrapped(*args, **kwargs)
-    role = os.environ.get(processes.ROLE_ENV, "rollout")
+    role = os.environ.get(ROLE_ENV, "rollout")
     arrived = argument(wrapped, args, kwargs, "dtype")
     # Once for each dtype: this is called for every parameter.
     if ledger().note(role, "wire", arrived):
@@ -88,7 +89,7 @@ class _PlannedEngine:
 
     def options(self, **options: Any) -> _PlannedEngine:
         environment = processes.with_carried_environment(options.get("runtime_env"))
-        environment["env_vars"].update({processes.KIND_ENV: "server", processes.ROLE_ENV: "rollout"})
+        environment["env_vars"].update({KIND_ENV: "server", ROLE_ENV: "rollout"})
         return _PlannedEngine(self._actor_class.options(**{**options, "runtime_env": environment}))
 
     def remote(self, *args: Any, **arguments: Any) -> Any:

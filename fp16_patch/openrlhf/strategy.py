@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from fp16_patch import census, processes
+from fp16_patch import census, processes, rope
 from fp16_patch.activation import attestation, current_plan, ledger
 from fp16_patch.calls import argument, bound, takes
 from fp16_patch.carried import CarriedPlan
 from fp16_patch.compute import watch_compute
-from fp16_patch.errors import Conflict, PlanError
 from fp16_patch.openrlhf import arguments
 from fp16_patch.scaling import nonfinite_parameters
 from fp16_patch.stepping import WatchedEngine, history_of
@@ -200,9 +199,9 @@ def _watch(prepared: Any, role: str) -> None:
         setattr(holder, _ROLE, role)
     module = engine.module
     if current_plan().changes:
-        _restore_rope(module)
+        # ZeRO 3 builds a model in the parameters' dtype, buffers and all; DeepSpeed up to 0.19.1 rounds them always.
+        rope.restore(module, "--ds.zero_stage", 3, "use 2")
     ledger().note(role, "parameter", *(parameter.dtype for parameter in module.parameters()))
-    ledger().note(role, "rope", *(buffer.dtype for name, buffer in module.named_buffers() if "inv_freq" in name))
     watch_compute(module, role)
     if not _is_actor(prepared):
         engine.register_forward_hook(_ValueWatch(role))
@@ -218,28 +217,6 @@ class _ValueWatch:
         first = output[0] if isinstance(output, tuple) else output
         if isinstance(first, torch.Tensor):
             ledger().note(self.role, "value", first.dtype)
-
-
-def _restore_rope(module: nn.Module) -> None:
-    """Compute RoPE's frequencies again in FP32, where they were rounded with the weights.
-
-    ZeRO 3 builds a model in the parameters' dtype, buffers and all; DeepSpeed up to 0.19.1 rounds them in every stage.
-    """
-    for rotary in module.modules():
-        own = dict(rotary.named_buffers(recurse=False))
-        if any("inv_freq" in name and buffer.dtype is not torch.float32 for name, buffer in own.items()):
-            for name, buffer in _rebuilt(rotary).named_buffers(recurse=False):
-                rotary.register_buffer(name, buffer.float().to(own[name].device), persistent=False)
-
-
-def _rebuilt(rotary: Any) -> nn.Module:
-    """A rotary embedding made anew: language models' take their configuration, vision towers' a size and a base."""
-    kind = type(rotary)
-    try:
-        return kind(rotary.config) if hasattr(rotary, "config") else kind(rotary.dim, rotary.theta)
-    except (AttributeError, TypeError) as problem:
-        reason = f"it rounds the RoPE frequencies of {kind.__name__}, and they cannot be computed again ({problem})"
-        raise PlanError([Conflict("--ds.zero_stage", 3, reason, "use 2")]) from problem
 
 
 def _note_gradients(engine: Any) -> None:

@@ -81,9 +81,10 @@ def _read_state(local_path: Path) -> dict[str, Any] | None:
             if saved["version"] == _VERSION:
                 return saved
     logger.warning(
-        "no loss-scaler state in %s that this version can read (saved without fp16_patch?); the scale starts at %g and "
-        "may skip a few steps while it finds its level",
+        "no loss-scaler state in %s that this version can read (saved without fp16_patch?); the scale starts as in a "
+        "new run (first_scale=%s, init_scale=%g)",
         local_path,
+        current_plan().first_scale,
         current_plan().init_scale,
     )
     return None

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fp16_patch import first_scale, growth, looking, retrying
+from fp16_patch import first_scale, growth, looking, retrying, rope
 from fp16_patch.activation import current_plan, ledger
 from fp16_patch.compute import watch_compute
 from fp16_patch.retrying import RandomState, until_taken
@@ -29,6 +29,14 @@ def role_of(engine: Any) -> str:
 def scaler_of(engine: Any) -> Any:
     """The engine's gradient scaler or None; subclasses that build their module another way never set one."""
     return getattr(engine, "scaler", None)
+
+
+def build_module(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> nn.Module:
+    """`FSDPEngine._build_module`: a model stored in half keeps its RoPE frequencies in FP32."""
+    module: nn.Module = wrapped(*args, **kwargs)
+    if current_plan().changes:
+        rope.restore(module, f"{role_of(engine)}.fsdp_config.model_dtype", engine.engine_config.model_dtype, "use fp32")
+    return module
 
 
 def build_fsdp_module(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> nn.Module:
@@ -79,7 +87,7 @@ def train_batch(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
     if history.last is None or not engine.is_mp_src_rank_with_outputs():
         return outputs
     # Lists: the worker chains them over ranks and mini-batches.
-    seen = {**wire_metrics(history), **looking.metrics_of(engine)}
+    seen = {**reducible_metrics(history), **looking.metrics_of(engine)}
     outputs["metrics"].update({name: [value] for name, value in seen.items()})
     if history.last.skipped and current_plan().changes:
         outputs["metrics"].pop("grad_norm", None)
@@ -131,7 +139,7 @@ def _can_repeat(engine: Any) -> bool:
     return engine.engine_config.strategy in ("fsdp", "fsdp2")
 
 
-def wire_metrics(history: StepHistory) -> dict[str, float]:
+def reducible_metrics(history: StepHistory) -> dict[str, float]:
     """The outcome of the last step under names that verl reduces in the right way."""
     # verl reduces over mini-batches by name: a mean, unless the name says min or max.
     largest = ("skipped_total", "consecutive_skips", "retries", "retries_total")

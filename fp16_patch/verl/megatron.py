@@ -194,7 +194,10 @@ def _loss_scale(plan: Plan) -> dict[str, Any]:
 def _set_factors(optimizer: Any, plan: Plan) -> None:
     scalers = scalers_of(optimizer)
     if parts_of(optimizer) and not scalers:
-        raise RuntimeError("Megatron built an optimizer without a loss scaler; FP16 training needs one")
+        raise RuntimeError(
+            "Megatron built an optimizer without a loss scaler, and FP16 training needs one. Fix: use an optimizer "
+            "that Megatron runs in mixed precision, or FP16_PATCH=bf16"
+        )
     for scaler in scalers:
         scaler.growth_factor.fill_(plan.growth_factor)
         scaler.backoff_factor.fill_(plan.backoff_factor)

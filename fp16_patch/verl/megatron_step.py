@@ -15,7 +15,7 @@ import torch
 from fp16_patch.activation import current_plan, ledger
 from fp16_patch.scaling import nonfinite_parameters
 from fp16_patch.stepping import WatchedEngine, history_of, share_history
-from fp16_patch.verl.engine import wire_metrics
+from fp16_patch.verl.engine import reducible_metrics
 from fp16_patch.verl.megatron import parts_of, role_of, scalers_of
 
 _Answer = tuple[bool, Any, Any]
@@ -101,7 +101,7 @@ def _watched_steps(optimizer: Any, role: str, chunks: Iterable[Any]) -> Iterator
         _note_what_is_kept(optimizer, role, chunks)
         watched = _MegatronStep(optimizer, role, chunks, take)
         outcome = watched.step()
-        steps.append(wire_metrics(watched.history))
+        steps.append(reducible_metrics(watched.history))
         if outcome.skipped and current_plan().changes:
             return True, outcome.grad_norm, 0
         return watched.answer

@@ -46,7 +46,9 @@ def _argument(position: int, name: str, args: Any, kwargs: Any) -> Any:
 def is_unit(temperature: Any) -> bool:
     """Whether dividing by the temperature does nothing, as far as one can tell without waiting for the device."""
     # One that differs from row to row lies on the device, and looking at it would wait for the device.
-    return not isinstance(temperature, torch.Tensor) and float(temperature) == 1.0
+    if isinstance(temperature, torch.Tensor):
+        return False
+    return float(temperature) == 1
 
 
 def autocast_upcasts_softmax() -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 from fp16_patch import processes
 from fp16_patch.activation import attestation, ledger
+from fp16_patch.plan import ROLE_ENV
 from fp16_patch.vllm.engine import note_engine, watch_hidden_states
 
 
@@ -18,7 +19,7 @@ def build_cli_args(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     """
     arguments = kwargs.get("config", args[0] if args else {})
     ledger().kind = "server"
-    os.environ[processes.ROLE_ENV] = _role_of_this_server()
+    os.environ[ROLE_ENV] = _role_of_this_server()
     processes.expect_children(_children_of(arguments))
     return wrapped(*args, **kwargs)
 
@@ -43,7 +44,7 @@ def update_weights(wrapped: Any, worker: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _role() -> str:
-    return os.environ.get(processes.ROLE_ENV, "rollout")
+    return os.environ.get(ROLE_ENV, "rollout")
 
 
 def _children_of(arguments: Mapping[str, Any]) -> dict[str, int]:

@@ -7,6 +7,7 @@ from multiprocessing import current_process
 
 from fp16_patch import processes
 from fp16_patch.activation import attestation, ledger
+from fp16_patch.plan import KIND_ENV
 
 # vLLM's own names for the processes it starts, as multiprocessing knows them.
 _KINDS = {"EngineCore": "engine_core", "VllmWorker": "sampler_worker"}
@@ -18,7 +19,7 @@ def attest_this_process() -> None:
     if kind is not None:
         ledger().kind = kind
         processes.publish(attestation())
-    elif os.environ.get(processes.KIND_ENV) == "server" and ledger().kind == "process":
+    elif os.environ.get(KIND_ENV) == "server" and ledger().kind == "process":
         ledger().kind = "server"
         in_process = os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0"
         processes.expect_children({} if in_process else {"engine_core": 1})

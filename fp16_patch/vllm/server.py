@@ -12,6 +12,7 @@ from typing import Any
 from fp16_patch import processes
 from fp16_patch.activation import attestation, ledger
 from fp16_patch.ledger import Record, missing_record
+from fp16_patch.plan import ROLE_ENV
 from fp16_patch.vllm.engine import note_engine, watch_hidden_states
 
 FETCH_TIMEOUT_S = 120.0
@@ -76,7 +77,7 @@ async def _keep_workers_records(llm: Any) -> None:
 
 def record_of_worker(worker: Any) -> Record:
     """Runs in vLLM's worker: note what it holds, watch its next forward, and attest."""
-    role = os.environ.get(processes.ROLE_ENV, "rollout")
+    role = os.environ.get(ROLE_ENV, "rollout")
     if ledger().kind == "process":
         ledger().kind = "sampler_worker"
     note_engine(role, worker)

@@ -83,7 +83,8 @@ def _sentences(results: dict[str, Any]) -> Iterator[str]:
             f"by the module, with {probe['false_alarms']} false alarms on {probe['families']} families."
         )
 
-    if scale := results.get("first_scale"):
+    scale = results.get("first_scale")
+    if scale and scale["stock"]["init_scale"] != scale["probed"]["init_scale"]:
         yield (
             f"In the demo's run, torch's first loss scale of {scale['stock']['init_scale']:g} costs "
             f"{scale['stock']['skipped']} skipped optimizer steps, the probe's {scale['probed']['init_scale']:g} costs "

@@ -80,10 +80,30 @@ def test_an_unknown_setting_is_named_with_the_nearest_known_one() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("FP16_PATCH_INITSCALE", "8", "no such setting. Fix: did you mean 'FP16_PATCH_INIT_SCALE'?"),
+        ("FP16_PATCH_INIT_SCALE", "high", "the value cannot be read. Fix: give a number"),
+        ("FP16_PATCH_STRICT", "maybe", "the value cannot be read. Fix: give true or false"),
+        ("FP16_PATCH_MODE", "bf16", "no such setting. Fix: set FP16_PATCH"),
+    ],
+)
+def test_a_wrong_variable_is_named_as_it_was_given(name: str, value: str, message: str) -> None:
+    with pytest.raises(PlanError) as refused:
+        Plan.from_environment({"FP16_PATCH": "1", name: value})
+    assert str(refused.value).startswith(f"{name}={value}: ")
+    assert message in str(refused.value)
+
+
+def test_variables_between_processes_are_no_settings() -> None:
+    assert Plan.from_environment({"FP16_PATCH": "1", "FP16_PATCH_ROLE": "rollout"}) == Plan()
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"mode": "fp8"}, r"mode=fp8: no such mode\. Fix: use one of fp16"),
-        ({"init_scale": "many"}, r"init_scale=many: the value cannot be read\. Fix: give a value of type float"),
+        ({"init_scale": "many"}, r"init_scale=many: the value cannot be read\. Fix: give a number"),
         ({"init_scale": 0}, r"init_scale=0.0: out of range"),
         ({"init_scale": "inf"}, r"init_scale=inf: out of range"),
         ({"growth_interval": 1.5}, r"growth_interval=1.5: the value cannot be read"),

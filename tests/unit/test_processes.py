@@ -11,7 +11,7 @@ import pytest
 
 from fp16_patch import Plan, processes
 from fp16_patch.ledger import Ledger
-from fp16_patch.plan import MODE_ENV, PLAN_ENV
+from fp16_patch.plan import MODE_ENV, PLAN_ENV, SPOOL_ENV
 
 
 @pytest.fixture(autouse=True)
@@ -19,7 +19,7 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     processes.stop_carrying()
     processes._expected_children.clear()
-    os.environ.pop(processes.SPOOL_ENV, None)
+    os.environ.pop(SPOOL_ENV, None)
 
 
 def test_a_runtime_environment_is_extended_and_not_replaced() -> None:

@@ -21,6 +21,7 @@ Facts = dict[str, Any]
 LEARNER = Path(__file__).parent / "learner.py"
 ON_A_CPU = (
     "compute_dtypes",
+    "rope",
     "overflow_on_one_rank",
     "wire",
     "wire_after_clearance",
@@ -31,7 +32,7 @@ ON_A_CPU = (
 WITH_A_SCALER = ("overflow_on_one_rank", "averaged_norm", "resume", "exports", "endless_overflow", "fused_chosen")
 ALL = (*ON_A_CPU, *WITH_A_SCALER[1:], "resume_from_stock", "oracle")
 # What an edited tree does to the bit: it has no step in two passes, whose kernel rounds otherwise.
-AS_EDITED = ("oracle", "compute_dtypes", "temperature", "accumulation", "merged_lora_wire", "resume", "exports")
+AS_EDITED = ("oracle", "compute_dtypes", "rope", "temperature", "accumulation", "merged_lora_wire", "resume", "exports")
 # As `fp16-patch run` does: verl knows plugins since 0.9 only.
 MEASURED = {"FP16_PATCH": "1", "VERL_USE_EXTERNAL_MODULES": "verl_on_cpu,fp16_patch.autoload"}
 RETRY = {**MEASURED, "FP16_PATCH_INIT_SCALE": "65536"}

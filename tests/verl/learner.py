@@ -205,6 +205,17 @@ def compute_dtypes(arguments: argparse.Namespace) -> dict[str, Any]:
     return facts
 
 
+def rope(arguments: argparse.Namespace) -> dict[str, Any]:
+    """RoPE frequencies of a reference that is stored in half, and how far they are from those of one in FP32."""
+    found = {}
+    for stored in ("bfloat16", "float32"):
+        module = Learner(arguments, forward_only=True, engine={"model_dtype": stored}).engine.module
+        found[stored] = [buffer for name, buffer in module.named_buffers() if name.endswith("inv_freq")]
+    halved, whole = found["bfloat16"], found["float32"]
+    apart = max(float((half.float() - full.float()).abs().max()) for half, full in zip(halved, whole, strict=True))
+    return {"dtypes": sorted({dtype_name(buffer.dtype) for buffer in halved}), "apart": apart}
+
+
 def overflow_on_one_rank(arguments: argparse.Namespace) -> dict[str, Any]:
     """A clean step, then one whose gradients overflow on the last rank only, then a clean one."""
     learner = Learner(arguments)
@@ -722,6 +733,7 @@ SCENARIOS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     scenario.__name__: scenario
     for scenario in (
         compute_dtypes,
+        rope,
         overflow_on_one_rank,
         averaged_norm,
         resume,

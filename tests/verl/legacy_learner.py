@@ -40,15 +40,16 @@ OVERFLOWING = 1e30
 VANISHING = 1e-6
 SEQUENCES, PROMPT, RESPONSE = 4, 4, 8
 ROLES = ("actor", "critic")
+REWARD = ["reward"] if hasattr(fsdp_workers, "RewardModelWorker") else []
 
 
 class Learner:
     """A worker that trains an actor or a critic, whose gradients can be made to overflow on chosen ranks."""
 
-    def __init__(self, arguments: argparse.Namespace, role: str = "actor") -> None:
+    def __init__(self, arguments: argparse.Namespace, role: str = "actor", *settings: str) -> None:
         torch.manual_seed(0)
         self.role = role
-        config = compose_config(arguments)
+        config = compose_config(arguments, *settings)
         if role == "critic":
             self.worker = fsdp_workers.CriticWorker(config=as_critic_config(config.critic))
         elif role == "reward":
@@ -111,7 +112,7 @@ class Learner:
         return float(self.optimizer.param_groups[0]["lr"])
 
 
-def compose_config(arguments: argparse.Namespace) -> DictConfig:
+def compose_config(arguments: argparse.Namespace, *more: str) -> DictConfig:
     """The configuration that verl's command line makes of these settings."""
     exportable = arguments.strategy == "fsdp2" or dist.get_world_size() == 1
     contents = ["model", "optimizer", "extra", *(["hf_model"] if exportable else [])]
@@ -157,7 +158,7 @@ def compose_config(arguments: argparse.Namespace) -> DictConfig:
             "reward_model.model.input_tokenizer=null",
             "reward_model.micro_batch_size_per_gpu=2",
         ]
-    return compose_resolved([*settings, *(fp16_settings(arguments) if arguments.fp16 else ())])
+    return compose_resolved([*settings, *(fp16_settings(arguments) if arguments.fp16 else ()), *more])
 
 
 def fp16_settings(arguments: argparse.Namespace) -> list[str]:
@@ -224,8 +225,7 @@ def watching_compute(module: torch.nn.Module) -> Iterator[set[str]]:
 def compute_dtypes(arguments: argparse.Namespace) -> dict[str, Any]:
     """What each role computes in, and the dtype of what it returns."""
     facts: dict[str, Any] = {}
-    has_reward_model = hasattr(fsdp_workers, "RewardModelWorker")
-    for role in ("actor", "critic", "ref", *(["reward"] if has_reward_model else [])):
+    for role in ("actor", "critic", "ref", *REWARD):
         learner = Learner(arguments, role)
         with watching_compute(learner.module) as seen:
             output = learner.score()
@@ -236,6 +236,20 @@ def compute_dtypes(arguments: argparse.Namespace) -> dict[str, Any]:
             "scaler": scaler is not None and scaler.is_enabled(),
         }
     return facts
+
+
+def rope(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Of models that are stored in half, how far RoPE's frequencies are from an actor's, which is not."""
+    whole = frequencies(Learner(arguments))
+    facts = {}
+    for role in ("ref", *REWARD):
+        halved = frequencies(Learner(arguments, role, "++actor_rollout_ref.ref.fsdp_config.model_dtype=bf16"))
+        facts[role] = max(float((half - full).abs().max()) for half, full in zip(halved, whole, strict=True))
+    return facts
+
+
+def frequencies(learner: Learner) -> list[torch.Tensor]:
+    return [buffer.float() for name, buffer in learner.module.named_buffers() if name.endswith("inv_freq")]
 
 
 def oracle(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -438,6 +452,7 @@ SCENARIOS: dict[str, Callable[[argparse.Namespace], dict[str, Any] | None]] = {
     scenario.__name__: scenario
     for scenario in (
         compute_dtypes,
+        rope,
         oracle,
         wire,
         small_gradients,

@@ -48,6 +48,18 @@ def test_only_engines_that_train_have_a_scaler(learner: Callable[..., Facts], st
     assert {role: fact["scaler"] for role, fact in facts.items()} == {"actor": True, "critic": True, "ref": False}
 
 
+def test_stock_rounds_the_rope_frequencies_of_a_reference_stored_in_half(
+    learner: Callable[..., Facts], strategy: str
+) -> None:
+    facts = learner("stock", strategy, 2)["rope"]
+    assert facts["dtypes"] == ["bfloat16"]
+    assert facts["apart"] > 1e-4
+
+
+def test_rope_frequencies_stay_in_float32(learner: Callable[..., Facts], strategy: str, ranks: int) -> None:
+    assert learner("plan", strategy, ranks)["rope"] == {"dtypes": ["float32"], "apart": 0.0}
+
+
 def test_the_same_step_is_taken_in_every_release(learner: Callable[..., Facts], strategy: str) -> None:
     facts = learner("plan", strategy, 2)["oracle"]
     assert (facts["grad_norm"], facts["moved"]) == pytest.approx(ORACLE["actor"], rel=1e-4)

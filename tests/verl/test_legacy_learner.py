@@ -27,7 +27,7 @@ ROLES = ("actor", "critic")
 WITH_A_SCALER = ("overflow_on_one_rank", "averaged_norm", "resume", "exports", "endless_overflow")
 ARMS: dict[str, tuple[list[str], tuple[str, ...], dict[str, str]]] = {
     # The key that FSDP reads in every release; autocast and scaler do not.
-    "stock": (["--fp16", "mixed_precision"], ("compute_dtypes", "small_gradients"), {}),
+    "stock": (["--fp16", "mixed_precision"], ("compute_dtypes", "rope", "small_gradients"), {}),
     # The key that verl documents, since 0.6.1, and a scaler that works, as it would on a GPU.
     "stock-documented": (
         ["--fp16", "documented", "--working-scaler"],
@@ -39,6 +39,7 @@ ARMS: dict[str, tuple[list[str], tuple[str, ...], dict[str, str]]] = {
         [],
         (
             "compute_dtypes",
+            "rope",
             "oracle",
             "wire",
             "small_gradients",
@@ -127,6 +128,18 @@ def test_every_role_computes_in_float16(learner: Callable[..., Facts], strategy:
     facts = learner("plan", strategy, ranks)["compute_dtypes"]
     assert {"actor", "critic", "ref"} <= set(facts)
     assert {role: fact["dtypes"] for role, fact in facts.items()} == dict.fromkeys(facts, ["float16"])
+
+
+def test_stock_rounds_the_rope_frequencies_of_models_stored_in_half(
+    learner: Callable[..., Facts], strategy: str
+) -> None:
+    facts = learner("stock", strategy, 2)["rope"]
+    assert min(facts.values()) > 1e-4
+
+
+def test_rope_frequencies_stay_in_float32(learner: Callable[..., Facts], strategy: str, ranks: int) -> None:
+    facts = learner("plan", strategy, ranks)["rope"]
+    assert facts == dict.fromkeys(facts, 0.0)
 
 
 def test_log_probs_values_and_rewards_are_float32(learner: Callable[..., Facts], strategy: str, ranks: int) -> None:

@@ -20,9 +20,9 @@ from fp16_patch.verl.engine import (
     hold_floor,
     local_gradients,
     note_gradients,
+    reducible_metrics,
     scale_of,
     scaler_of,
-    wire_metrics,
 )
 from fp16_patch.verl.numerics import autocast_upcasts_softmax, is_unit
 
@@ -186,7 +186,7 @@ def _recorded(step: _LearnerStep) -> Any:
     learner = step.engine
     note_gradients(module_of(learner), step.role)
     outcome = step.step()
-    getattr(learner, _METRICS, []).append((outcome, wire_metrics(history_of(learner))))
+    getattr(learner, _METRICS, []).append((outcome, reducible_metrics(history_of(learner))))
     if outcome.skipped and current_plan().changes:
         hold_floor(scaler_of(learner))
     return step.returned

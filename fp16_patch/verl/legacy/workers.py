@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from fp16_patch import rope
 from fp16_patch.activation import current_plan, ledger
 from fp16_patch.compute import watch_compute
 from fp16_patch.errors import Conflict, PlanError
@@ -22,6 +23,7 @@ def build_policy(wrapped: Any, worker: Any, args: Any, kwargs: Any) -> Any:
     role, trains = kwargs.get("role", "actor"), kwargs.get("optim_config") is not None
     _force_precision(kwargs["fsdp_config"], trains=trains)
     built = wrapped(*args, **kwargs)
+    _restore_rope(built[0], f"{role}.fsdp_config.model_dtype", "use fp32")
     _watch(built[0], role)
     return built
 
@@ -36,8 +38,9 @@ def build_critic(wrapped: Any, worker: Any, args: Any, kwargs: Any) -> Any:
 
 
 def build_reward_model(wrapped: Any, worker: Any, args: Any, kwargs: Any) -> Any:
-    """`RewardModelWorker._build_model`: note what it computes in."""
+    """`RewardModelWorker._build_model`: RoPE frequencies are FP32, as the weights are not; note what it computes in."""
     module = wrapped(*args, **kwargs)
+    _restore_rope(module, "reward_model.enable", "use FP16_PATCH=observe")
     _watch(module, "reward")
     return module
 
@@ -94,6 +97,12 @@ def _force_precision(fsdp_config: Any, *, trains: bool) -> None:
         mixed_precision=verl_config.mixed_precision(plan),
         model_dtype=verl_config.stored_dtype(configured, trains=trains, plan=plan),
     )
+
+
+def _restore_rope(module: Any, key: str, fix: str) -> None:
+    plan = current_plan()
+    if plan.changes:
+        rope.restore(module, key, plan.dtype, fix)
 
 
 def _watch(module: Any, role: str) -> None:

@@ -56,7 +56,8 @@ class Extent:
         """In the order in which they were computed; NaN where one of the numbers is."""
         if not self._largest:
             return {}
-        values = torch.stack([value.double().cpu() for value in self._largest.values()]).tolist()
+        device = next(iter(self._largest.values())).device
+        values = torch.stack([value.double().to(device) for value in self._largest.values()]).tolist()
         return dict(zip(self._largest, values, strict=True))
 
     def _before(self, name: str, module: nn.Module, _inputs: Any) -> None:
@@ -101,6 +102,11 @@ def local_part(value: Tensor) -> Tensor:
 def first_nonfinite(largest: Mapping[Place, float]) -> Place | None:
     """Where a pass first computed inf or NaN; what comes behind it may be its consequence."""
     return next((place for place, value in largest.items() if not math.isfinite(value)), None)
+
+
+def forward_is_nan(largest: Mapping[Place, float]) -> bool:
+    """Whether a module's output was NaN. Infinite ones may be meant, as what a router masks is."""
+    return any(math.isnan(value) for place, value in largest.items() if place.kind == OUTPUT)
 
 
 def largest_gradient(largest: Mapping[Place, float], dtype: torch.dtype) -> float:

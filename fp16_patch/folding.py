@@ -27,13 +27,19 @@ _FUSED_ON = ("cuda", "cpu")
 _EPSILON = 1e-6
 
 
-def with_fused_kernel(optimizer: Optimizer) -> Optimizer:
-    """The same optimizer on torch's fused kernel; as it is if its kernel was chosen, or if it has none.
+def with_fused_kernel(optimizer: Optimizer, device: str) -> Optimizer:
+    """The same optimizer on torch's fused kernel; on its own if that was chosen, or if it has no fused one.
 
     Args:
         optimizer: before its first step.
+        device: type of the one that computes. Parameters that are offloaded from it keep their kernel.
     """
-    if type(optimizer) not in (Adam, AdamW) or _kernel_is_chosen(optimizer) or not _kernel_fits(optimizer):
+    if type(optimizer) not in (Adam, AdamW):
+        return optimizer
+    if takes_loss_scale(optimizer, device):
+        optimizer.register_load_state_dict_pre_hook(_stay_fused)
+        return optimizer
+    if _kernel_is_chosen(optimizer) or not _kernel_fits(optimizer, device):
         return optimizer
     groups = [{**group, "foreach": False, "fused": True} for group in optimizer.param_groups]
     fused = type(optimizer)(groups, fused=True)
@@ -47,9 +53,9 @@ def _kernel_is_chosen(optimizer: Optimizer) -> bool:
     return named or any(group.get(need) for group in groups for need in ("capturable", "differentiable"))
 
 
-def _kernel_fits(optimizer: Optimizer) -> bool:
-    return all(
-        parameter.device.type in _FUSED_ON and parameter.dtype is torch.float32
+def _kernel_fits(optimizer: Optimizer, device: str) -> bool:
+    return device in _FUSED_ON and all(
+        parameter.device.type == device and parameter.dtype is torch.float32
         for group in optimizer.param_groups
         for parameter in group["params"]
     )
@@ -60,10 +66,14 @@ def _stay_fused(_optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
     return {**state, "param_groups": [{**group, "foreach": False, "fused": True} for group in state["param_groups"]]}
 
 
-def takes_loss_scale(optimizer: Optimizer) -> bool:
-    """Whether the optimizer's kernel divides gradients by a loss scale."""
+def takes_loss_scale(optimizer: Optimizer, device: str) -> bool:
+    """Whether the optimizer's kernel divides gradients by a loss scale that is on the device that computes.
+
+    torch copies a scale from a GPU to the kernel of offloaded parameters without waiting until it has arrived.
+    """
     return getattr(optimizer, "_step_supports_amp_scaling", False) and all(
-        group.get("fused") for group in optimizer.param_groups
+        group.get("fused") and all(parameter.device.type == device for parameter in group["params"])
+        for group in optimizer.param_groups
     )
 
 
@@ -83,11 +93,18 @@ def step(scaler: GradScaler, optimizer: Optimizer, scaled_norm: Tensor, max_norm
     assert scale is not None, "no loss was scaled before this step"
     norm = scaled_norm.to(scale) / scale
     clip = (max_norm / (norm + _EPSILON)).clamp(max=1.0)
-    _say_unscaled(scaler, optimizer, found_inf=norm.isfinite().logical_not().to(scale))
+    _say_unscaled(scaler, optimizer, found_inf=_on_any_rank(norm.isfinite().logical_not().to(scale)))
     optimizer.grad_scale = scale / clip
     scaler.step(optimizer)
     scaler.update()
     return norm
+
+
+def _on_any_rank(found: Tensor) -> Tensor:
+    # As torch's ShardedGradScaler: ranks whose groups share no gradient share the scale all the same.
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+    return found
 
 
 def _say_unscaled(scaler: GradScaler, optimizer: Optimizer, found_inf: Tensor) -> None:

@@ -87,11 +87,16 @@ def hold_back(step: WatchedEngine, scaler: Any) -> None:
 
 def counted(scaler: Any) -> int:
     """Steps since the scale last changed, or was held: at `growth_interval` it grows."""
-    return int(scaler.state_dict()["_growth_tracker"])
+    return int(scaler._get_growth_tracker())
 
 
 def count_from(scaler: Any, steps: int) -> None:
     scaler.load_state_dict({**scaler.state_dict(), "_growth_tracker": steps})
+
+
+def forget(engine: Any) -> None:
+    """The engine's steps are counted from elsewhere: what was seen at others says nothing."""
+    setattr(engine, _SEEN, Seen())
 
 
 def seen_of(engine: Any) -> Seen:

@@ -225,7 +225,12 @@ def sampled_rows(gradient: Tensor) -> Tensor:
         return gradient.reshape(count, width)
     # Odd: of sequences whose length is a power of two, it is not always the same positions.
     places = torch.arange(0, count, every | 1, device=gradient.device)
-    return gradient[torch.unravel_index(places, gradient.shape[:-1])]
+    index = []
+    # torch.unravel_index does the same, and waits for the device.
+    for size in reversed(gradient.shape[:-1]):
+        index.append(places % size)
+        places = places // size
+    return gradient[tuple(reversed(index))]
 
 
 def _of_all_ranks(scale: float, look: Look) -> Figures:

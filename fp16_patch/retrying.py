@@ -47,16 +47,22 @@ class Update:
     Attributes:
         retries: how often it has been.
         overflow: the step just attempted, while it is open whether it will be once more.
+        first: the one at the scale that was in force.
     """
 
     def __init__(self) -> None:
         self.retries = 0
         self.overflow: Overflow | None = None
+        self.first: Overflow | None = None
 
     def may_repeat(self, scale: float | None) -> bool:
         """Whether an attempt that overflowed at this scale may be followed by another, at a lower one."""
         plan = current_plan()
         return scale is not None and scale > plan.min_scale and self.retries < plan.max_retries
+
+    def leave_open(self, overflow: Overflow) -> None:
+        self.overflow = overflow
+        self.first = self.first or overflow
 
     def try_again(self, overflow: Overflow) -> None:
         self.retries += 1
@@ -97,7 +103,8 @@ def until_taken(engine: Any, attempt: Callable[[bool], T], forward_was_finite: C
         engine: the object whose steps `WatchedEngine` watches.
         attempt: computes the update and steps; told whether it is a repetition, before which it has to set the
             generators back.
-        forward_was_finite: of an attempt, on this rank. No lower scale helps where the loss itself is not finite.
+        forward_was_finite: of an attempt, on this rank. No lower scale helps where the loss itself is not finite, or
+            where it leaves out what is not: its gradient is NaN all the same.
     """
     with updating(engine) as update:
         result = attempt(False)
@@ -111,8 +118,9 @@ def until_taken(engine: Any, attempt: Callable[[bool], T], forward_was_finite: C
                 if update.overflow is None:
                     return result  # what overflowed has not done so again, and the step is taken
                 update.overflow = None
+                helps = helps and not overflow.began_in_the_forward()
             if not helps:
-                overflow.give_up()
+                (update.first or overflow).give_up(update.retries)
                 return result
             update.try_again(overflow)
             result = attempt(True)

@@ -18,8 +18,8 @@ from torch import nn
 from fp16_patch import census
 from fp16_patch.activation import current_plan
 from fp16_patch.errors import LossScaleCollapse
-from fp16_patch.extent import Extent, first_nonfinite
-from fp16_patch.retrying import update_of
+from fp16_patch.extent import Extent, first_nonfinite, forward_is_nan
+from fp16_patch.retrying import Update, update_of
 from fp16_patch.scaling import StepHistory, StepOutcome, collapse_reason
 
 logger = logging.getLogger(__name__)
@@ -35,6 +35,13 @@ def history_of(engine: Any) -> StepHistory:
     if not hasattr(engine, _HISTORY):
         setattr(engine, _HISTORY, StepHistory())
     return getattr(engine, _HISTORY)  # type: ignore[no-any-return]
+
+
+def start_anew(engine: Any) -> None:
+    """Forget the steps of an engine that is built again."""
+    for name in (_HISTORY, _LOOKED):
+        if hasattr(engine, name):
+            delattr(engine, name)
 
 
 def share_history(engine: Any, other: Any) -> None:
@@ -96,12 +103,21 @@ class WatchedEngine(ABC):
         after = self.loss_scale()
         outcome = StepOutcome(after, self.was_skipped(scale, after, grad_norm), grad_norm)
         update = update_of(self.engine)
-        if outcome.skipped and update is not None and update.may_repeat(scale):
-            self.uncount()
-            update.overflow = Overflow(self, outcome, scale, culprits)
+        if outcome.skipped and update is not None:
+            self._overflowed(update, Overflow(self, outcome, scale, culprits))
         else:
-            self.settle(outcome, scale, culprits, update.retries if update is not None else 0)
+            self.settle(outcome, scale, culprits)
         return outcome
+
+    def _overflowed(self, update: Update, overflow: Overflow) -> None:
+        if update.may_repeat(overflow.scale):
+            self.uncount()
+            update.leave_open(overflow)
+        elif update.first is None or self.history.calibrating:
+            overflow.give_up(update.retries)
+        else:
+            # Steps have been taken at the scale in force: what overflows at every lower one, too, says little about it.
+            update.first.give_up(update.retries)
 
     def settle(self, outcome: StepOutcome, scale: float | None, culprits: list[str], retries: int = 0) -> None:
         """Record what became of a step.
@@ -152,10 +168,11 @@ class WatchedEngine(ABC):
 
 @dataclass
 class _Looks:
-    """How often an engine's overflows were looked into, and what the last look found: rank → place."""
+    """Looks into an engine's overflows, and what the last one found: rank → place, and whether a forward gave NaN."""
 
     taken: int = 0
     suspects: dict[int, str] = field(default_factory=dict)
+    forward: bool = False
 
 
 @dataclass(frozen=True)
@@ -173,9 +190,11 @@ class Overflow:
     scale: float | None
     culprits: list[str]
 
-    def give_up(self) -> None:
-        """It is a skipped step."""
-        self.step.settle(self.outcome, self.scale, self.culprits)
+    def give_up(self, retries: int) -> None:
+        """It is a skipped step, and the scale is where this one left it, however low it has been tried since."""
+        if self.outcome.loss_scale is not None:
+            self.step.set_loss_scale(self.outcome.loss_scale)
+        self.step.settle(self.outcome, self.scale, self.culprits, retries)
 
     def announce_retry(self, number: int) -> None:
         """Count a retry of this update, and say so at its first."""
@@ -185,7 +204,7 @@ class Overflow:
         calibrates = " This is calibration and expected." if self.step.history.calibrating else ""
         logger.warning(
             "%s: gradients overflowed at loss scale %g; optimizer step %d is tried again with the same mini-batch at "
-            "%g, so nothing is lost.%s",
+            "%g.%s",
             self.step.role,
             self.scale,
             self.step.history.attempted + 1,
@@ -194,13 +213,15 @@ class Overflow:
         )
 
     def wants_suspects(self, first: bool, last: bool) -> bool:
-        """Whether to look where it came from, which is done a few times a run.
+        """Whether to look where it came from: a few times a run, and where all other attempts were in vain.
 
         Args:
             first: whether it is the first of its update; while the scale looks for its level, that says nothing.
             last: whether only one more attempt can follow.
         """
-        return (last or (first and not self.step.history.calibrating)) and self._looks().taken < _LOOKS
+        if not first:
+            return last
+        return (last or not self.step.history.calibrating) and self._looks().taken < _LOOKS
 
     @contextmanager
     def suspecting(self) -> Iterator[None]:
@@ -209,13 +230,18 @@ class Overflow:
         self.step.set_loss_scale(self.scale)
         with Extent(self.step.module()) as extent:
             yield
-        place = first_nonfinite(extent.largest())
-        found = {rank: str(where) for rank, where in enumerate(_of_every_rank(place)) if where is not None}
+        largest = extent.largest()
+        of_ranks = _of_every_rank((first_nonfinite(largest), forward_is_nan(largest)))
+        found = {rank: str(where) for rank, (where, _) in enumerate(of_ranks) if where is not None}
         looks = self._looks()
-        looks.taken, looks.suspects = looks.taken + 1, found
+        looks.taken, looks.suspects, looks.forward = looks.taken + 1, found, any(is_nan for _, is_nan in of_ranks)
         if found and torch.distributed.get_rank() == 0:
             where = "; ".join(f"rank {rank}: {place}" for rank, place in found.items())
             logger.warning("%s: the overflow at loss scale %g began in %s", self.step.role, self.scale, where)
+
+    def began_in_the_forward(self) -> bool:
+        """Whether the look showed NaN before the loss, on any rank."""
+        return self._looks().forward
 
     def _looks(self) -> _Looks:
         if not hasattr(self.step.engine, _LOOKED):

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from fp16_patch import growth
 from fp16_patch.activation import current_plan
 from fp16_patch.stepping import history_of
 from fp16_patch.verl.engine import scaler_of
@@ -54,6 +55,7 @@ def load_with_scaler(owner: Any, load: Callable[..., Any], args: Any, kwargs: An
     if saved is not None:
         owner.scaler.load_state_dict({**owner.scaler.state_dict(), **saved["scaler"]})
         history_of(owner).load_state_dict(saved["history"])
+        growth.forget(owner)
     return result
 
 

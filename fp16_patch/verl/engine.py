@@ -15,8 +15,9 @@ from fp16_patch.activation import current_plan, ledger
 from fp16_patch.compute import watch_compute
 from fp16_patch.retrying import RandomState, until_taken
 from fp16_patch.scaling import StepHistory, nonfinite_parameters, sharded_scaler
-from fp16_patch.stepping import WatchedEngine, history_of
+from fp16_patch.stepping import WatchedEngine, history_of, start_anew
 from fp16_patch.verl import folded_step
+from fp16_patch.verl.device import device_type
 
 
 def role_of(engine: Any) -> str:
@@ -43,6 +44,8 @@ def build_fsdp_module(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> nn.M
     """`FSDPEngine._build_fsdp_module`: a scaler that works on this device and has the plan's settings."""
     plan = current_plan()
     module: nn.Module = wrapped(*args, **kwargs)
+    start_anew(engine)
+    growth.forget(engine)
     if plan.changes:
         trains = plan.scales_loss and not engine.engine_config.forward_only
         engine.scaler = sharded_scaler(plan, device_type()) if trains else None
@@ -145,13 +148,6 @@ def reducible_metrics(history: StepHistory) -> dict[str, float]:
     largest = ("skipped_total", "consecutive_skips", "retries", "retries_total")
     reduction = {"fp16/loss_scale": "/min", **{f"fp16/{name}": "/max" for name in largest}}
     return {name + reduction.get(name, ""): value for name, value in history.metrics().items()}
-
-
-def device_type() -> str:
-    """torch's name of the device that verl computes on."""
-    from verl.utils.device import get_device_name
-
-    return str(get_device_name())
 
 
 def scale_of(scaler: Any) -> float | None:

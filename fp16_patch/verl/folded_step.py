@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from fp16_patch import folding
 from fp16_patch.activation import current_plan
+from fp16_patch.verl.device import device_type
 
 
 def build_optimizer(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Optimizer:
@@ -19,7 +20,7 @@ def build_optimizer(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Optimi
     optimizer: Optimizer = wrapped(*args, **kwargs)
     plan = current_plan()
     # In every mode that decides a dtype: the arms of a comparison are to differ in nothing else.
-    return folding.with_fused_kernel(optimizer) if plan.changes and plan.fused_step else optimizer
+    return folding.with_fused_kernel(optimizer, device_type()) if plan.changes and plan.fused_step else optimizer
 
 
 def possible(engine: Any) -> bool:
@@ -29,7 +30,7 @@ def possible(engine: Any) -> bool:
         return False
     if isinstance(engine.module, FullyShardedDataParallel) and not hasattr(engine.module, "_all_handles"):
         return False
-    return folding.takes_loss_scale(engine.optimizer)
+    return folding.takes_loss_scale(engine.optimizer, device_type())
 
 
 def take(engine: Any) -> float:

@@ -130,10 +130,10 @@ def test_gradients_are_read_twice_and_by_torch_four_times() -> None:
 def test_adam_and_adamw_get_the_fused_kernel() -> None:
     for kind in (torch.optim.Adam, torch.optim.AdamW):
         plain = kind([{"params": parameters()[:1], "lr": 0.5}, {"params": parameters()[1:]}], lr=0.1, betas=(0.8, 0.9))
-        fused = folding.with_fused_kernel(plain)
+        fused = folding.with_fused_kernel(plain, "cpu")
         assert type(fused) is kind
-        assert folding.takes_loss_scale(fused)
-        assert not folding.takes_loss_scale(plain)
+        assert folding.takes_loss_scale(fused, "cpu")
+        assert not folding.takes_loss_scale(plain, "cpu")
         kept = [{**group, "fused": None, "foreach": None} for group in fused.param_groups]
         assert kept == plain.param_groups
 
@@ -154,18 +154,25 @@ def test_adam_and_adamw_get_the_fused_kernel() -> None:
 )
 def test_a_chosen_kernel_and_other_optimizers_stay(make: Callable[[list[nn.Parameter]], Any]) -> None:
     optimizer = make(parameters())
-    assert folding.with_fused_kernel(optimizer) is optimizer
+    assert folding.with_fused_kernel(optimizer, "cpu") is optimizer
 
 
-def test_a_checkpoint_of_another_kernel_is_gone_on_with_on_ours() -> None:
+def test_what_is_offloaded_from_the_device_that_computes_stays() -> None:
+    plain, fused = torch.optim.AdamW(parameters()), torch.optim.AdamW(parameters(), fused=True)
+    assert folding.with_fused_kernel(plain, "cuda") is plain
+    assert not folding.takes_loss_scale(fused, "cuda")
+
+
+@pytest.mark.parametrize("chosen", [None, True], ids=["by-us", "by-configuration"])
+def test_a_checkpoint_of_another_kernel_is_gone_on_with_on_ours(chosen: bool | None) -> None:
     held = parameters()
     plain = torch.optim.AdamW(held, lr=1e-2)
     give_gradients(held, 1.0, seed=0)
     plain.step()
     saved = copy.deepcopy(plain.state_dict())
-    fused = folding.with_fused_kernel(torch.optim.AdamW(held, lr=1e-2))
+    fused = folding.with_fused_kernel(torch.optim.AdamW(held, lr=1e-2, fused=chosen), "cpu")
     fused.load_state_dict(saved)
-    assert folding.takes_loss_scale(fused)
+    assert folding.takes_loss_scale(fused, "cpu")
     give_gradients(held, 2.0**12, seed=1)
     folded_step(scaler(), fused, held, 1.0)
     assert {float(fused.state[parameter]["step"]) for parameter in held} == {2.0}

@@ -106,7 +106,7 @@ def test_after_so_many_retries_it_is_a_skip(plan: Any, caplog: pytest.LogCapture
     # Before the last retry the attempt is looked into, at its own scale.
     assert engine.attempts == [64.0, 32.0, 32.0, 16.0]
     assert counts(engine) == (1, 1, 2)
-    assert "optimizer step 1 is tried again with the same mini-batch at 32, so nothing is lost" in caplog.text
+    assert "optimizer step 1 is tried again with the same mini-batch at 32" in caplog.text
     assert "overflowed at loss scale 16 after 2 retries" in caplog.text
 
 
@@ -127,6 +127,31 @@ def test_where_the_forward_is_not_finite_no_lower_scale_is_tried(plan: Any) -> N
     assert engine.attempts == [64.0, 64.0]
     assert engine.scale == 32.0
     assert counts(engine) == (1, 1, 0)
+
+
+def test_where_the_loss_leaves_out_what_is_nan_no_lower_scale_is_tried(plan: Any) -> None:
+    plan()
+    engine = Engine(64.0, bearable=64.0)
+    until_taken(engine, engine.compute, finite)
+    engine.bearable = 0.0
+    with torch.no_grad():
+        engine.model.bias.fill_(math.nan)
+    until_taken(engine, engine.compute, finite)
+    # The last attempt looks for the module.
+    assert engine.attempts == [64.0, 64.0, 64.0]
+    assert engine.scale == 32.0
+    assert counts(engine) == (2, 1, 0)
+
+
+def test_a_mini_batch_that_overflows_at_every_scale_costs_the_next_ones_one_halving(plan: Any) -> None:
+    plan(max_retries=4)
+    engine = Engine(64.0, bearable=64.0)
+    until_taken(engine, engine.compute, finite)
+    engine.bearable = 1.0
+    until_taken(engine, engine.compute, finite)
+    assert engine.attempts == [64.0, 64.0, 64.0, 32.0, 16.0, 8.0, 8.0, 4.0]
+    assert engine.scale == 32.0
+    assert counts(engine) == (2, 1, 4)
 
 
 def test_outside_an_update_it_is_a_skip(plan: Any) -> None:
@@ -174,6 +199,18 @@ def test_a_batch_whose_loss_is_not_finite_decides_no_scale(plan: Any) -> None:
     plan()
     engine = Engine(1.0, bearable=math.inf)
     measure(_Step(engine), RandomState("cpu"), lambda: None, lambda _: False)
+    assert engine.scale == 65536.0
+
+
+def test_gradients_that_are_finite_at_no_scale_decide_none(plan: Any) -> None:
+    plan()
+    engine = Engine(1.0, bearable=math.inf)
+    engine.model = torch.nn.Linear(2, 2).half()
+
+    def compute() -> None:
+        (engine.model(torch.ones(1, 2, dtype=torch.float16)).float().sum() * math.nan).backward()
+
+    measure(_Step(engine), RandomState("cpu"), compute, finite)
     assert engine.scale == 65536.0
 
 

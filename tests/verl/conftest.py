@@ -43,7 +43,7 @@ ARMS: Mapping[str, tuple[list[str], tuple[str, ...], Mapping[str, str]]] = {
     "stock-with-scaler": (["--working-scaler"], WITH_A_SCALER, {}),
     "plan": ([], (*ALL, "lost"), UNDER_A_PLAN),
     "as-edited": ([], AS_EDITED, {**UNDER_A_PLAN, "FP16_PATCH_FUSED_STEP": "0"}),
-    "retry": ([], ("retried", "first_scale", "lost", "infinite_loss", "kernels"), RETRY),
+    "retry": ([], ("retried", "first_scale", "lost", "infinite_loss", "alone", "kernels"), RETRY),
     "torchs-rule": ([], ("grown", "underflow"), {**GROWING, "FP16_PATCH_SCALE_RULE": "torch"}),
     "ahead": ([], ("grown",), {**GROWING, "FP16_PATCH_SCALE_RULE": "ahead"}),
     "measured": ([], ("first_scale",), MEASURED),

@@ -429,6 +429,16 @@ def counting_gradients(module: torch.nn.Module) -> Iterator[dict[str, Any]]:
     facts["largest"] = max(reach for _, reach in of_ranks)
 
 
+def alone(arguments: argparse.Namespace) -> dict[str, Any]:
+    """On ranks whose groups share nothing (`fsdp_size=1`), an update that overflows at every scale on the last one."""
+    learner = Learner(arguments, engine={"fsdp_size": 1})
+    learner.step()
+    before = learner.parameters()
+    learner.step(poisoned={dist.get_world_size() - 1})
+    unchanged = torch.equal(before, learner.parameters())
+    return {"unchanged_on_every_rank": on_every_rank(unchanged), "scale": learner.engine.scaler.get_scale()}
+
+
 def infinite_loss(arguments: argparse.Namespace) -> dict[str, Any]:
     """An update whose loss is infinite on one rank: no lower scale helps."""
     learner = Learner(arguments)
@@ -750,6 +760,7 @@ SCENARIOS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
         first_scale,
         lost,
         infinite_loss,
+        alone,
         kernels,
         fused_chosen,
         grown,

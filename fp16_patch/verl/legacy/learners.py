@@ -15,8 +15,8 @@ from fp16_patch.activation import current_plan, ledger
 from fp16_patch.retrying import say_no_retries
 from fp16_patch.scaling import StepOutcome, nonfinite_parameters, sharded_scaler
 from fp16_patch.stepping import WatchedEngine, history_of
+from fp16_patch.verl.device import device_type
 from fp16_patch.verl.engine import (
-    device_type,
     hold_floor,
     local_gradients,
     note_gradients,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import resource
 import time
@@ -185,7 +186,7 @@ class _Probe:
                 )
             self.ranges |= watch.ranges()
             del cast
-            gc.collect()
+            _give_memory_back()
 
     def look_at_ranges(self, model: nn.Module) -> None:
         """Forward and backward in FP32. Attention by its parts: other kernels do not show their scores."""
@@ -194,13 +195,18 @@ class _Probe:
         model.requires_grad_(True)
         phase = self.phases("activations and gradients in fp32", len(sequences))
         with _by_its_parts(model), watch.during(FORWARD), phase as advance:
+
+            def done(parts: int) -> None:
+                advance(parts)
+                _give_memory_back()
+
             policy_gradient(
                 model,
                 sequences,
                 device=self.request.device,
                 temperature=self.request.temperature,
                 batch_tokens=self.batch_tokens // 4,
-                advance=advance,
+                advance=done,
             )
         model.requires_grad_(False)
         self.ranges |= watch.ranges()
@@ -215,7 +221,7 @@ class _Probe:
                 if sampler == self.widest:
                     self.floors[learner] = self._floor(cast, sequences, scores, learner)
             del cast
-            gc.collect()
+            _give_memory_back()
 
     def _floor(
         self, model: nn.Module, sequences: Sequence[Sampled], scores: Sequence[Sequence[float]], dtype: str
@@ -344,6 +350,14 @@ def _settings(request: ProbeRequest, prompts: Sequence[Sequence[int]]) -> dict[s
         "prompt_tokens": sum(map(len, prompts)),
         "releases": releases,
     }
+
+
+def _give_memory_back() -> None:
+    """To the system: glibc keeps what was freed in pieces, most of a model's weights, and may not use it again."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _peak_memory() -> int:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from fp16_patch.probe.families import known_risk
 from fp16_patch.probe.judging import Evidence, recommend
 from fp16_patch.probe.learning import policy_gradient, score
 from fp16_patch.probe.precision import DTYPES, in_dtype
-from fp16_patch.probe.progress import Phases, silent
+from fp16_patch.probe.progress import Advance, Phases, silent
 from fp16_patch.probe.prompts import read_prompts
 from fp16_patch.probe.result import ProbeResult
 from fp16_patch.probe.sampling import HF, VLLM, Sampling, decode
@@ -181,7 +182,7 @@ class _Probe:
                     DTYPES[dtype],
                     self.sampling,
                     device=self.request.device,
-                    advance=advance,
+                    advance=_giving_memory_back(advance, every=32),
                     watched=watched,
                 )
             self.ranges |= watch.ranges()
@@ -195,18 +196,13 @@ class _Probe:
         model.requires_grad_(True)
         phase = self.phases("activations and gradients in fp32", len(sequences))
         with _by_its_parts(model), watch.during(FORWARD), phase as advance:
-
-            def done(parts: int) -> None:
-                advance(parts)
-                _give_memory_back()
-
             policy_gradient(
                 model,
                 sequences,
                 device=self.request.device,
                 temperature=self.request.temperature,
                 batch_tokens=self.batch_tokens // 4,
-                advance=done,
+                advance=_giving_memory_back(advance, every=1),
             )
         model.requires_grad_(False)
         self.ranges |= watch.ranges()
@@ -350,6 +346,18 @@ def _settings(request: ProbeRequest, prompts: Sequence[Sequence[int]]) -> dict[s
         "prompt_tokens": sum(map(len, prompts)),
         "releases": releases,
     }
+
+
+def _giving_memory_back(advance: Advance, every: int) -> Advance:
+    """Once in so many calls; a cache that grows by a token at a time leaves as much behind as it holds."""
+    calls = count(1)
+
+    def advanced(parts: int) -> None:
+        advance(parts)
+        if next(calls) % every == 0:
+            _give_memory_back()
+
+    return advanced
 
 
 def _give_memory_back() -> None:

@@ -49,10 +49,8 @@ def measure(
             return _start_at(current_plan().init_scale, step, "loss is not finite; without a measurement")
         if math.isfinite(reach):
             break
-    if not math.isfinite(reach):
-        return _start_at(
-            current_plan().init_scale, step, "gradients are not finite at any scale; without a measurement"
-        )
+    else:
+        return _start_at(current_plan().init_scale, step, "gradients are finite at no scale; without a measurement")
     fitting = fitting_scale(torch.finfo(torch.float16).max / reach if reach else math.inf)
     finding = f"largest gradient is {reach:.3g}; with room for one {GRADIENT_MARGIN:g} times as large"
     return _start_at(max(fitting, current_plan().min_scale), step, finding)

@@ -45,7 +45,8 @@ class Plan:
         growth_factor: what the scale is multiplied by then.
         backoff_factor: what the scale is multiplied by after an overflow.
         hysteresis: overflows before DeepSpeed's or Megatron's scaler lowers the scale; torch's lowers it at the first.
-        min_scale: floor of the scale; an overflow there is a collapse.
+        min_scale: floor of the scale; an overflow there is a collapse, once a step was taken only of an update that
+            began there.
         on_overflow: `retry` computes the same mini-batch again at the lowered scale, `skip` drops it.
         max_retries: this many times for one optimizer step; then it is skipped.
         scale_rule: `ahead` lets the scale grow after `growth_interval` steps only where the gradients that were looked

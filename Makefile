@@ -59,7 +59,7 @@ session: $(READY) $(OPENRLHF_READY) $(OLD_READY)
 	$(NOX) --session '$(NAME)'
 
 unit: $(READY)
-	$(BIN)/python -m pytest tests/unit
+	$(BIN)/python -m pytest -m "not verl and not openrlhf and not vllm and not e2e"
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from fp16_patch.activation import activate, deactivate
-    from fp16_patch.errors import Fp16PatchError, LossScaleCollapse, PatchError, PlanError, PrecisionError
-    from fp16_patch.plan import Plan
+    from fp16_patch.plan.errors import Fp16PatchError, LossScaleCollapse, PatchError, PlanError, PrecisionError
+    from fp16_patch.plan.plan import Plan
+    from fp16_patch.runtime.activation import activate, deactivate
 
 _HOME = {
-    "activate": "fp16_patch.activation",
-    "deactivate": "fp16_patch.activation",
-    "Plan": "fp16_patch.plan",
-    "Fp16PatchError": "fp16_patch.errors",
-    "LossScaleCollapse": "fp16_patch.errors",
-    "PatchError": "fp16_patch.errors",
-    "PlanError": "fp16_patch.errors",
-    "PrecisionError": "fp16_patch.errors",
+    "activate": "fp16_patch.runtime.activation",
+    "deactivate": "fp16_patch.runtime.activation",
+    "Plan": "fp16_patch.plan.plan",
+    "Fp16PatchError": "fp16_patch.plan.errors",
+    "LossScaleCollapse": "fp16_patch.plan.errors",
+    "PatchError": "fp16_patch.plan.errors",
+    "PlanError": "fp16_patch.plan.errors",
+    "PrecisionError": "fp16_patch.plan.errors",
 }
 _ENTRY_POINTS = ("load", "load_in_vllm")
 

@@ -11,7 +11,7 @@ from fp16_patch import wanted
 def load() -> None:
     """Activate the plan the environment names, or do nothing when it names none."""
     if wanted():
-        from fp16_patch.activation import activate
+        from fp16_patch.runtime.activation import activate
 
         activate()
 

@@ -12,8 +12,8 @@ from typing import Any
 import click
 
 from fp16_patch import __version__
-from fp16_patch.errors import Fp16PatchError
-from fp16_patch.plan import MODE_ENV, Plan
+from fp16_patch.plan.errors import Fp16PatchError
+from fp16_patch.plan.plan import MODE_ENV, Plan
 
 _MODE_OF_DTYPE = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 _PASS_THROUGH = {"ignore_unknown_options": True, "allow_interspersed_args": False}
@@ -66,7 +66,7 @@ def run(mode: str | None, command: tuple[str, ...]) -> None:
       fp16-patch run -- python -m openrlhf.cli.train_ppo_ray <your usual arguments>
       fp16-patch run --mode observe -- python -m verl.trainer.main_ppo <your usual arguments>
     """
-    from fp16_patch import processes
+    from fp16_patch.runtime import propagation
 
     plan = _plan("fp16", mode)
     if shutil.which(command[0]) is None:
@@ -74,11 +74,11 @@ def run(mode: str | None, command: tuple[str, ...]) -> None:
     if Path(command[0]).name == "ray":
         order = "ray job submit … -- fp16-patch run -- python …"
         raise click.ClickException(f"the plan would stay with the submitting client; turn it round: {order}")
-    processes.carry(plan)
+    propagation.carry(plan)
     if plan.active:
         # Unlike a plugin, a module listed here fails loudly when it cannot be imported.
         _append("VERL_USE_EXTERNAL_MODULES", "fp16_patch.autoload")
-        _put_first("PYTHONPATH", str(Path(__file__).parent / "startup"))
+        _put_first("PYTHONPATH", str(Path(__file__).parent / "runtime" / "startup"))
     os.execvp(command[0], list(command))
 
 
@@ -167,7 +167,7 @@ def report(runs: tuple[Path, ...], html: Path | None, tokenizer: Path | None) ->
       fp16-patch report checkpoints/my_project/my_run
       fp16-patch report bf16_run fp16_run --html compare.html
     """
-    from fp16_patch.mismatch.record import load_run
+    from fp16_patch.mismatch.record.reading import load_run
 
     try:
         records = {label: load_run(path) for label, path in _labelled(runs).items()}
@@ -279,9 +279,9 @@ def matrix(checked: tuple[str, ...], added: tuple[str, ...]) -> None:
     """
     from rich.console import Console
 
-    from fp16_patch import matrix as releases
-    from fp16_patch import matrix_tables as tables
-    from fp16_patch.declarations import declared_patches
+    from fp16_patch.patching.declarations import declared_patches
+    from fp16_patch.releases import matrix as releases
+    from fp16_patch.releases import tables
 
     # In a file, a table is as wide as it needs to be.
     console, hold = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160), True
@@ -328,19 +328,18 @@ def diff(source: Path, dtype: str, output: Path | None) -> None:
     """
     from rich.console import Console
 
-    from fp16_patch import fork
-    from fp16_patch import matrix_tables as tables
+    from fp16_patch.releases import tables, tree_diff
 
     try:
-        text, outcomes = fork.diff_of(source, _plan("fp16", _MODE_OF_DTYPE[dtype]))
+        text, outcomes = tree_diff.diff_of(source, _plan("fp16", _MODE_OF_DTYPE[dtype]))
         if output is None:
             click.echo(text.encode(), nl=False)
         else:
-            fork.write(text, output)
+            tree_diff.write(text, output)
     except Fp16PatchError as problem:
         raise click.ClickException(str(problem)) from problem
     tables.print_outcomes(str(source), outcomes, Console(stderr=True))
-    sys.exit(0 if fork.complete(outcomes) else 1)
+    sys.exit(0 if tree_diff.complete(outcomes) else 1)
 
 
 @main.command()
@@ -402,8 +401,8 @@ def _append(variable: str, module: str) -> None:
 def _examine_source(path: Path) -> None:
     from rich.console import Console
 
-    from fp16_patch import matrix as releases
-    from fp16_patch import matrix_tables as tables
+    from fp16_patch.releases import matrix as releases
+    from fp16_patch.releases import tables
 
     try:
         verdicts = releases.check_tree(path)

@@ -9,9 +9,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from fp16_patch.declarations import declared_patches, installed_release
-from fp16_patch.errors import Conflict, Fp16PatchError, PlanError
-from fp16_patch.plan import MODE_ENV, Plan
+from fp16_patch.patching.declarations import declared_patches, installed_release
+from fp16_patch.plan.errors import Conflict, Fp16PatchError, PlanError
+from fp16_patch.plan.plan import MODE_ENV, Plan
 
 PACKAGES = ("torch", "transformers", "ray", "verl", "vllm", "openrlhf", "deepspeed", "wrapt")
 _MAIN_PPO = "verl.trainer.main_ppo"
@@ -109,19 +109,19 @@ def _examine_command(examination: Examination, command: list[str], plan: Plan) -
 
 
 def _examine_openrlhf(examination: Examination, command: list[str], plan: Plan) -> None:
-    from fp16_patch.openrlhf import arguments
+    from fp16_patch.openrlhf.config import arguments
 
     main = next(index for index, word in enumerate(command) if word.startswith(_OPENRLHF))
     args = arguments.from_command(command[main + 1 :])
     examination.stock_roles.update(arguments.effective_dtypes(args, Plan(mode="observe")))
     examination.roles.update(arguments.effective_dtypes(args, plan))
-    if plan.changes:
+    if plan.overrides_dtype:
         examination.problems.extend(str(conflict) for conflict in arguments.conflicts_of(args, plan))
         examination.overridden.extend(arguments.apply_to(args, plan))
 
 
 def _examine_verl(examination: Examination, command: list[str], plan: Plan) -> None:
-    from fp16_patch.verl import config as settings
+    from fp16_patch.verl.config import settings
 
     try:
         config = compose_verl(command)
@@ -131,7 +131,7 @@ def _examine_verl(examination: Examination, command: list[str], plan: Plan) -> N
         return
     examination.stock_roles.update(settings.effective_dtypes(config, Plan(mode="observe")))
     examination.roles.update(settings.effective_dtypes(config, refined))
-    if refined.changes:
+    if refined.overrides_dtype:
         examination.problems.extend(str(conflict) for conflict in settings.conflicts_of(config, refined))
         examination.overridden.extend(settings.apply_to(config, refined))
 

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from fp16_patch import Plan
-from fp16_patch.fork import Outcome, diff_of
+from fp16_patch.releases.tree_diff import Outcome, diff_of
 
 
 def edited_copy(packages: tuple[str, ...], folder: Path) -> tuple[str, list[Outcome]]:

@@ -1,9 +1,9 @@
-"""The sampler/learner log-prob mismatch.
+"""The mismatch of sampler and learner: d = log π_learner − log μ_sampler of every sampled token.
 
-stats        what is measured of a batch: a summary of fixed size that merges; its parts are in ``statistics/``
+statistics/  what is measured of a batch: a summary of fixed size that merges
+record/      the files of a run
 collection/  from the ranks that measure to the record on disk, over Ray
-record       reading a run's record
-diagnosis    what kind of gap it is, by the detectors in ``causes`` on the figures in ``evidence``
-alerts       which thresholds it is beyond
+diagnosis/   what kind of gap it is, and which thresholds it is beyond
 report/      what people look at: tables, the page, the live terminal, other trainers' dumps
+run_monitor  all of it in a framework's driver
 """

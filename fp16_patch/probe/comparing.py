@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fp16_patch.mismatch.stats import MismatchStats
+from fp16_patch.mismatch.statistics.summary import MismatchStats
 from fp16_patch.probe.sequences import Sampled, aligned
 
 LOW_LOG_PROB = -3.0

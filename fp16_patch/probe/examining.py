@@ -19,8 +19,9 @@ from packaging.version import Version
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from fp16_patch import __version__, probed
-from fp16_patch.errors import Conflict, PlanError
+from fp16_patch import __version__
+from fp16_patch.plan import probe_settings
+from fp16_patch.plan.errors import Conflict, PlanError
 from fp16_patch.probe import headroom, vllm_sampler
 from fp16_patch.probe.comparing import Pair, ratio
 from fp16_patch.probe.extremes import Range
@@ -329,7 +330,7 @@ def _described(path: Path, model: nn.Module, config: Any) -> dict[str, Any]:
         "path": str(path.resolve()),
         "model_type": config.model_type,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "config_digest": probed.config_digest(path),
+        "config_digest": probe_settings.config_digest(path),
     }
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from fp16_patch.probe.extremes import FP16_MAX, FP16_SMALLEST, FP16_SMALLEST_NORMAL, Range
 from fp16_patch.probe.watching import BACKWARD, Site
-from fp16_patch.scaling import fitting_scale
+from fp16_patch.scaling.scaler import fitting_scale
 
 Ranges = Mapping[Site, Range]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from fp16_patch.probe.families import Family
 from fp16_patch.probe.headroom import GradientFit, Overflow
-from fp16_patch.scaling import GRADIENT_MARGIN
+from fp16_patch.scaling.scaler import GRADIENT_MARGIN
 
 FP16, FP16_WITH_FP32_MODULES, BF16 = "fp16", "fp16_with_fp32_modules", "bf16"
 NARROW = 2.0

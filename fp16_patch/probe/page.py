@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fp16_patch.mismatch.record import RunRecord
+from fp16_patch.mismatch.record.reading import RunRecord
 from fp16_patch.mismatch.report.distributions import distribution_charts, length_maps, probability_maps
 from fp16_patch.mismatch.report.figure import figure
 from fp16_patch.mismatch.report.heatmap import heatmap_figure

@@ -8,7 +8,7 @@ from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
-from fp16_patch.errors import Conflict, PlanError
+from fp16_patch.plan.errors import Conflict, PlanError
 
 # Names under which data sets keep the prompt, in the order in which they are tried.
 KEYS = ("prompt", "messages", "input", "question", "problem", "text")

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fp16_patch.plan.probe_settings import VERSION
 from fp16_patch.probe.comparing import Pair
 from fp16_patch.probe.judging import Recommendation
-from fp16_patch.probed import VERSION
 
 
 @dataclass(frozen=True)

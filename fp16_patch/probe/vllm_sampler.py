@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from fp16_patch.errors import Fp16PatchError
+from fp16_patch.plan.errors import Fp16PatchError
 from fp16_patch.probe.extremes import Range
 from fp16_patch.probe.precision import NAMES
 from fp16_patch.probe.sampling import Sampling

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from multiprocessing import current_process
 
-from fp16_patch import processes
-from fp16_patch.activation import attestation, ledger
-from fp16_patch.plan import KIND_ENV
+from fp16_patch.plan.plan import KIND_ENV
+from fp16_patch.runtime import propagation
+from fp16_patch.runtime.activation import attestation, ledger
 
 # vLLM's own names for the processes it starts, as multiprocessing knows them.
 _KINDS = {"EngineCore": "engine_core", "VllmWorker": "sampler_worker"}
@@ -18,8 +18,8 @@ def attest_this_process() -> None:
     kind = next((kind for name, kind in _KINDS.items() if current_process().name.startswith(name)), None)
     if kind is not None:
         ledger().kind = kind
-        processes.publish(attestation())
+        propagation.publish(attestation())
     elif os.environ.get(KIND_ENV) == "server" and ledger().kind == "process":
         ledger().kind = "server"
         in_process = os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0"
-        processes.expect_children({} if in_process else {"engine_core": 1})
+        propagation.expect_children({} if in_process else {"engine_core": 1})

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from fp16_patch import processes
-from fp16_patch.activation import attestation, current_plan, ledger
-from fp16_patch.kept import end_of
+from fp16_patch.runtime import propagation
+from fp16_patch.runtime.activation import attestation, current_plan, ledger
+from fp16_patch.runtime.fp32_weights import end_of
 
 
 def note_engine(role: str, worker: Any) -> bool:
@@ -23,7 +23,7 @@ def note_engine(role: str, worker: Any) -> bool:
 
 
 def _note_kept(role: str, runner: Any) -> bool:
-    if not current_plan().changes:
+    if not current_plan().overrides_dtype:
         return False
     models = [runner.model, getattr(getattr(runner, "drafter", None), "model", None)]
     parts = {"parameters": "named_parameters", "buffers": "named_buffers"}
@@ -53,7 +53,7 @@ def watch_hidden_states(role: str, worker: Any) -> None:
     def watched(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         model.compute_logits = compute_logits
         ledger().note(role, "activation", hidden_states.dtype)
-        processes.publish(attestation())
+        propagation.publish(attestation())
         return compute_logits(hidden_states, *args, **kwargs)
 
     model.compute_logits = watched

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from fp16_patch import processes
-from fp16_patch.activation import attestation, ledger
-from fp16_patch.ledger import Record, missing_record
-from fp16_patch.plan import ROLE_ENV
+from fp16_patch.plan.plan import ROLE_ENV
+from fp16_patch.runtime import propagation
+from fp16_patch.runtime.activation import attestation, ledger
+from fp16_patch.runtime.ledger import Record, missing_record
 from fp16_patch.vllm.engine import note_engine, watch_hidden_states
 
 FETCH_TIMEOUT_S = 120.0
@@ -53,7 +53,7 @@ def _fetched(ray: Any, engine: Any) -> bool:
 
 def _fetch(actor: Any) -> None:
     if not hasattr(actor.llm, "output_handler"):
-        processes.keep_children(actor.llm.collective_rpc(record_of_worker))
+        propagation.keep_children(actor.llm.collective_rpc(record_of_worker))
         return
     # Ray may call this on the actor's event loop or beside it; on it, waiting for the engine would be for ever.
     loop = actor.llm.output_handler.get_loop()
@@ -72,7 +72,7 @@ async def _keep_workers_records(llm: Any) -> None:
         records = await llm.collective_rpc(record_of_worker)
     except Exception as failure:
         records = [missing_record("sampler_worker", f"no attestation: {failure}")]
-    processes.keep_children(records)
+    propagation.keep_children(records)
 
 
 def record_of_worker(worker: Any) -> Record:

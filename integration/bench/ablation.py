@@ -20,7 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fp16_patch.mismatch.record import DTYPE_ALIASES, Ledger
+from fp16_patch.mismatch.record.reading import DTYPE_ALIASES, Ledger
 from integration.bench import offline, solvable
 from integration.bench.training import Settings, Training, ends, mean, trained
 

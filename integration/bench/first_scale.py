@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fp16_patch.mismatch.record import load_run
+from fp16_patch.mismatch.record.reading import load_run
 from fp16_patch.probe.examining import ProbeRequest, examine
 from integration.cpu.arms import ARMS, record_of
 from integration.cpu.launch import LaunchConfig, run

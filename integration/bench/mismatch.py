@@ -17,7 +17,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from fp16_patch.mismatch.record import load_run
+from fp16_patch.mismatch.record.reading import load_run
 from integration.cpu.arms import ARMS, record_of
 from integration.cpu.launch import LaunchConfig, run
 from integration.cpu.tiny_model import make_random_model

@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from fp16_patch.mismatch.collection import actors
 from fp16_patch.mismatch.collection.monitor import Monitor
 from fp16_patch.mismatch.collection.part import Part
-from fp16_patch.mismatch.record import load_run
-from fp16_patch.mismatch.stats import MismatchStats
+from fp16_patch.mismatch.record.reading import load_run
+from fp16_patch.mismatch.statistics.summary import MismatchStats
 from integration.demo.side_by_side import prepare_model
 
 REPEATS = 9

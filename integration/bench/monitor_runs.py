@@ -10,8 +10,8 @@ from typing import Any
 
 from rich.console import Console
 
-from fp16_patch.mismatch.diagnosis import diagnose_run
-from fp16_patch.mismatch.record import MISMATCH, load_run
+from fp16_patch.mismatch.diagnosis.findings import diagnose_run
+from fp16_patch.mismatch.record.reading import MISMATCH, load_run
 from integration.cpu.arms import ARMS, record_of
 from integration.cpu.launch import LaunchConfig, RunResult, run
 from integration.demo import task

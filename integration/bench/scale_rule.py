@@ -71,7 +71,7 @@ def summary(runs: list[list[dict[str, float]]]) -> dict[str, float]:
 
     `usable` is the share of the updates that were taken at a scale that is at most `USABLE` times below the largest
     which the update's own gradients bear; `underflow` is the mean share of FP16 gradients that are zero or subnormal,
-    as `fp16_patch.looking.Counts` counts them.
+    as `fp16_patch.scaling.gradient_stats.Counts` counts them.
     """
     updates = [update for run in runs for update in run[1:]]
     taken = [update for update in updates if not update["skipped"]]
@@ -148,8 +148,8 @@ class _Looked(Learner):
     def _look(self, *args: Any, **kwargs: Any) -> Any:
         import torch
 
-        from fp16_patch.extent import largest_gradient
-        from fp16_patch.looking import Counts, Look
+        from fp16_patch.scaling.gradient_stats import Counts, Look
+        from fp16_patch.scaling.tensor_range import largest_gradient
 
         scale, look = float(self.engine.scaler.get_scale()), Look(self.engine.module)
         with look:

@@ -33,7 +33,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
-from fp16_patch.mismatch.stats import MismatchStats
+from fp16_patch.mismatch.statistics.summary import MismatchStats
 from integration.bench.rounded_policy import Cache, RoundedPolicy
 from integration.bench.rounding import Precision
 from integration.cpu.tiny_model import character_model, character_tokenizer

@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from fp16_patch.mismatch.record import REWARDS, RunRecord, load_run
+from fp16_patch.mismatch.record.reading import REWARDS, RunRecord, load_run
 from fp16_patch.probe.result import finite
 from integration.bench.solvable import ProblemSet
 from integration.cpu.arms import record_of

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fp16_patch.kept import Kept, kept_by_samplers
+from fp16_patch.runtime.fp32_weights import Kept, kept_by_samplers
 from integration.bench.verl_updates import PLAN, Learner, asked, on_ranks
 from integration.cpu.tiny_families import write_family
 from integration.cpu.tiny_model import make_random_model
@@ -68,7 +68,7 @@ def _learned(request: dict[str, Any], environment: Mapping[str, str]) -> dict[st
 
 def answer_as_learner(request: dict[str, Any]) -> dict[str, Any]:
     """In a rank's process: the weights as stock sends them, then as they are sent once the sampler is known."""
-    from fp16_patch.census import allow_training
+    from fp16_patch.runtime.preflight import allow_training
 
     learner = Learner(Path(request["model"]), UPDATES)
     for number in range(request["updates"]):

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from fp16_patch.mismatch.record import REWARDS, RunRecord, load_run
+from fp16_patch.mismatch.record.reading import REWARDS, RunRecord, load_run
 from fp16_patch.mismatch.report.comparison import print_comparison
 from fp16_patch.mismatch.report.page import write_html
 from integration.cpu.arms import record_of

@@ -13,7 +13,7 @@ import nox
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
-from fp16_patch.declarations import declared_patches
+from fp16_patch.patching.declarations import declared_patches
 from integration.matrix.overlay import overlay
 from integration.matrix.versions import Tested, others, tested_releases
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from fp16_patch.declarations import declared_patches
+from fp16_patch.patching.declarations import declared_patches
 from integration.matrix.versions import ROOT, Environment, Tested, others, tested_releases
 
 README = ROOT / "README.md"

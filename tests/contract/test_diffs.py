@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from fp16_patch.declarations import declared_patches, installed_release
-from fp16_patch.fork import Done, diff_of
-from fp16_patch.plan import Plan
+from fp16_patch.patching.declarations import declared_patches, installed_release
+from fp16_patch.plan.plan import Plan
+from fp16_patch.releases.tree_diff import Done, diff_of
 from tests.edited import edited_copy
 
 PACKAGES = [name for name in ("verl", "openrlhf", "deepspeed") if installed_release(name)]

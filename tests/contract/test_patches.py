@@ -13,11 +13,11 @@ import pytest
 
 import fp16_patch
 from fp16_patch import Plan
-from fp16_patch.activation import attestation, owed_patches
-from fp16_patch.declarations import Patch, Status, Variant, Verdict, declared_patches, installed_release
-from fp16_patch.editing import function_of
-from fp16_patch.patching import owner_of
-from fp16_patch.sources import installed_file
+from fp16_patch.patching.apply import owner_of
+from fp16_patch.patching.code_object_patch import function_of
+from fp16_patch.patching.declarations import Patch, Status, Variant, Verdict, declared_patches, installed_release
+from fp16_patch.patching.sources import installed_file
+from fp16_patch.runtime.activation import attestation, owed_patches
 from integration.cpu import megatron_stand_in
 from tests.conftest import openrlhf_environment, verl_environment
 
@@ -112,7 +112,7 @@ def test_names_bound_elsewhere_are_the_wrapper_too(verdict: Verdict) -> None:
 
 FIND_MEGATRON = "from integration.cpu import megatron_stand_in; megatron_stand_in.install()"
 ACTIVATE = "import fp16_patch; fp16_patch.activate()"
-SHOW = "from fp16_patch.activation import attestation; print(attestation()['patches'])"
+SHOW = "from fp16_patch.runtime.activation import attestation; print(attestation()['patches'])"
 
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)

@@ -7,10 +7,10 @@ import runpy
 import sys
 
 import fp16_patch.openrlhf  # noqa: F401
-from fp16_patch.openrlhf import rollout
+from fp16_patch.openrlhf.samplers import vllm
 
-planned = rollout.engine_arguments
-rollout.engine_arguments = lambda arguments: {**planned(arguments), "dtype": "bfloat16"}
+planned = vllm.engine_arguments
+vllm.engine_arguments = lambda arguments: {**planned(arguments), "dtype": "bfloat16"}
 
 module, *arguments = sys.argv[sys.argv.index("-m") + 1 :]
 sys.argv = [module, *arguments]

@@ -10,7 +10,7 @@ pytestmark = [pytest.mark.verl, pytest.mark.e2e]
 pytest.importorskip("verl")
 pytest.importorskip("vllm")
 
-from fp16_patch.mismatch.record import load_run
+from fp16_patch.mismatch.record.reading import load_run
 from integration.cpu.launch import RunResult
 from tests.e2e.verl_runs import finished, ledger, record
 from tests.edited import edited_copy

@@ -16,8 +16,8 @@ ray = pytest.importorskip("ray")
 from fp16_patch.mismatch.collection import actors
 from fp16_patch.mismatch.collection.monitor import Monitor
 from fp16_patch.mismatch.collection.patience import Patience
-from fp16_patch.mismatch.record import MISMATCH, STEPS
-from fp16_patch.mismatch.stats import MismatchStats
+from fp16_patch.mismatch.record.reading import MISMATCH, STEPS
+from fp16_patch.mismatch.statistics.summary import MismatchStats
 
 PATIENT_S = 60.0
 

@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.openrlhf, pytest.mark.e2e]
 pytest.importorskip("openrlhf")
 pytest.importorskip("vllm")
 
-from fp16_patch.mismatch.record import load_run
+from fp16_patch.mismatch.record.reading import load_run
 from integration.cpu.arms_openrlhf import OBSERVED, RUN
 from integration.cpu.launch_openrlhf import OpenRLHFConfig, RunResult, run
 from integration.demo import digit_share, task
@@ -217,7 +217,7 @@ def test_a_mixed_pair_is_refused_before_the_first_step(mixed_pair: RunResult) ->
     assert mixed_pair.returncode not in (0, None)
     assert mixed_pair.steps == []
     log = mixed_pair.log.read_text()
-    assert "fp16_patch.errors.PrecisionError: training stopped" in log
+    assert "fp16_patch.PrecisionError: training stopped" in log
     named = [line for line in log.splitlines() if "engine_weight" in line and "bfloat16" in line]
     assert named
     assert all("rollout" in line for line in named)

@@ -29,8 +29,8 @@ if PROMETHEUS is None:
 
 from fp16_patch.mismatch.collection.part import Part
 from fp16_patch.mismatch.collection.prometheus import PrometheusSink
-from fp16_patch.mismatch.stats import MismatchStats
-from fp16_patch.scaling import StepHistory, StepOutcome
+from fp16_patch.mismatch.statistics.summary import MismatchStats
+from fp16_patch.scaling.scaler import StepHistory, StepOutcome
 from integration.recipes import dashboard
 from integration.recipes.check_dashboard import without_data
 

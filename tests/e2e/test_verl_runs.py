@@ -14,8 +14,8 @@ pytest.importorskip("verl")
 pytest.importorskip("vllm")
 
 from fp16_patch.cli import main
-from fp16_patch.mismatch.diagnosis import diagnose_run
-from fp16_patch.mismatch.record import load_run
+from fp16_patch.mismatch.diagnosis.findings import diagnose_run
+from fp16_patch.mismatch.record.reading import load_run
 from integration.cpu.launch import RunResult
 from tests.e2e.verl_runs import FP16_PATCH, STEPS, TIMEOUT_S, finished, ledger, record
 
@@ -235,7 +235,7 @@ def test_a_plugin_that_fails_in_one_process_stops_the_run_before_the_first_step(
     assert broken_sampler.returncode not in (0, None)
     assert broken_sampler.steps == []
     log = broken_sampler.log.read_text()
-    assert "fp16_patch.errors.PrecisionError: training stopped" in log
+    assert "fp16_patch.PrecisionError: training stopped" in log
     named = [line for line in log.splitlines() if "sampler_worker" in line and "no attestation" in line]
     assert named
     assert all("live, mode fp16" in line for line in named)
@@ -246,7 +246,7 @@ def test_a_mixed_pair_is_refused_before_the_first_step(mixed_pair: RunResult) ->
     assert mixed_pair.returncode not in (0, None)
     assert mixed_pair.steps == []
     log = mixed_pair.log.read_text()
-    assert "fp16_patch.errors.PrecisionError: training stopped" in log
+    assert "fp16_patch.PrecisionError: training stopped" in log
     named = [line for line in log.splitlines() if "engine_weight" in line and "bfloat16" in line]
     assert named
     assert all("rollout" in line for line in named)

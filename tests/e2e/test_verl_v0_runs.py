@@ -10,11 +10,11 @@ pytestmark = [pytest.mark.verl, pytest.mark.e2e]
 pytest.importorskip("verl")
 pytest.importorskip("vllm")
 
-from fp16_patch.declarations import Status
-from fp16_patch.mismatch.record import load_run
+from fp16_patch.mismatch.record.reading import load_run
+from fp16_patch.patching.declarations import Status
 from integration.cpu.launch import RunResult
 from tests.e2e.verl_runs import FP16_PATCH, finished, ledger, record
-from tests.releases import verdict_on
+from tests.installed_release import verdict_on
 
 
 @pytest.fixture(scope="session")

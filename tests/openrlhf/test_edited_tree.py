@@ -14,7 +14,7 @@ import pytest
 
 from tests.conftest import openrlhf_environment
 from tests.edited import edited_copy
-from tests.releases import verdict_on
+from tests.installed_release import verdict_on
 
 pytestmark = [pytest.mark.openrlhf, pytest.mark.e2e]
 pytest.importorskip("openrlhf")

@@ -13,9 +13,9 @@ from click.testing import CliRunner
 
 from fp16_patch import Plan
 from fp16_patch.cli import main
-from fp16_patch.errors import PlanError
+from fp16_patch.plan.errors import PlanError
+from fp16_patch.plan.probe_settings import conflict_with
 from fp16_patch.probe.result import ProbeResult
-from fp16_patch.probed import conflict_with
 
 Probe = Callable[..., ProbeResult]
 
@@ -94,7 +94,7 @@ def test_openrlhf_refuses_the_probe_of_another_model(
     written: Callable[[str], Path], written_result: Callable[[str], Path]
 ) -> None:
     pytest.importorskip("openrlhf")
-    from fp16_patch.openrlhf.arguments import conflicts_of
+    from fp16_patch.openrlhf.config.arguments import conflicts_of
 
     plan = Plan(probe=str(written_result("llama")))
     for model, refused in (("llama", False), ("qwen2", True)):
@@ -108,7 +108,7 @@ def test_verl_refuses_the_probe_of_another_model(
 ) -> None:
     omegaconf = pytest.importorskip("omegaconf")
     pytest.importorskip("verl")
-    from fp16_patch.verl.config import _model_conflicts
+    from fp16_patch.verl.config.settings import _model_conflicts
 
     plan = Plan(probe=str(written_result("llama")))
     for model, refused in (("llama", False), ("qwen2", True)):

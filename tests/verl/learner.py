@@ -509,7 +509,7 @@ KEEPS = {
 
 def wire_after_clearance(arguments: argparse.Namespace) -> dict[str, Any]:
     """Every sync's weights, for samplers that keep this or that: two before the driver allows training, two after."""
-    from fp16_patch.census import allow_training
+    from fp16_patch.runtime.preflight import allow_training
 
     facts: dict[str, Any] = {}
     for name, lora_rank in (*((name, 0) for name in KEEPS), ("merged", 4)):

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from fp16_patch.declarations import installed_release
+from fp16_patch.patching.declarations import installed_release
 from tests.conftest import verl_environment
 
 pytestmark = pytest.mark.verl

@@ -13,7 +13,7 @@ import pytest
 
 from tests.conftest import verl_environment
 from tests.edited import edited_copy
-from tests.releases import verdict_on
+from tests.installed_release import verdict_on
 from tests.verl.conftest import AS_EDITED, Facts, learner_facts
 
 pytestmark = [pytest.mark.verl, pytest.mark.e2e]

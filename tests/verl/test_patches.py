@@ -12,7 +12,7 @@ import pytest
 
 import fp16_patch
 from fp16_patch import PatchError, Plan
-from fp16_patch.declarations import Patch, installed_release
+from fp16_patch.patching.declarations import Patch, installed_release
 from tests.conftest import verl_environment
 
 pytestmark = pytest.mark.verl

@@ -13,7 +13,7 @@ from verl.protocol import DataProto
 from verl.trainer.ppo import rollout_corr_helper
 from verl.utils.debug.metrics import calculate_debug_metrics
 
-from fp16_patch.mismatch.stats import MismatchStats
+from fp16_patch.mismatch.statistics.summary import MismatchStats
 
 NOISE = {"like bf16": 7e-3, "stale": 0.5, "broken": 12.0}
 

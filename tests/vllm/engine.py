@@ -16,8 +16,8 @@ from vllm import LLM, SamplingParams
 from vllm.plugins import load_general_plugins
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from fp16_patch import processes
-from fp16_patch.census import answer
+from fp16_patch.runtime import propagation
+from fp16_patch.runtime.preflight import answer
 from fp16_patch.vllm.server import record_of_worker
 
 
@@ -48,7 +48,7 @@ def facts(arguments: argparse.Namespace) -> dict[str, Any]:
     before = llm.collective_rpc(record_of_worker)
     generated = llm.generate("1+1=", SamplingParams(max_tokens=4, ignore_eos=True), use_tqdm=False)
     after = llm.collective_rpc(record_of_worker)
-    processes.keep_children(after)
+    propagation.keep_children(after)
     tokens = len(generated[0].outputs[0].token_ids)
     return {"left": left, "before": before, "after": after, "answered": answer(None), "tokens": tokens}
 

@@ -17,8 +17,8 @@ pytestmark = pytest.mark.vllm
 
 pytest.importorskip("vllm")
 
-from fp16_patch.ledger import Record, judge
-from fp16_patch.plan import Plan
+from fp16_patch.plan.plan import Plan
+from fp16_patch.runtime.ledger import Record, judge
 from integration.cpu.process import ENVIRONMENT
 
 ROOT = Path(__file__).parents[2]

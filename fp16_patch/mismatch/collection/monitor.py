@@ -16,8 +16,8 @@ from fp16_patch.mismatch.collection import actors
 from fp16_patch.mismatch.collection.guard import Guard
 from fp16_patch.mismatch.collection.part import Message, Part, join
 from fp16_patch.mismatch.collection.patience import Patience
-from fp16_patch.mismatch.record import STEPS
-from fp16_patch.mismatch.stats import MismatchStats
+from fp16_patch.mismatch.record.reading import STEPS
+from fp16_patch.mismatch.statistics.summary import MismatchStats
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from fp16_patch.mismatch.collection import actors
 from fp16_patch.mismatch.collection.background import Background
 from fp16_patch.mismatch.collection.guard import Guard
 from fp16_patch.mismatch.collection.part import Part
-from fp16_patch.mismatch.stats import MismatchStats
+from fp16_patch.mismatch.statistics.summary import MismatchStats
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from fp16_patch.mismatch.stats import MismatchStats
+from fp16_patch.mismatch.statistics.summary import MismatchStats
 
 _FLOOR_METRICS = ("mismatch/noise_floor_tokens", "mismatch/noise_floor_mean_abs", "mismatch/noise_floor_max_abs")
 

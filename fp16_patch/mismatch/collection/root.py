@@ -15,7 +15,7 @@ from fp16_patch.mismatch.collection.part import Message
 from fp16_patch.mismatch.collection.rounds import Round, Rounds
 from fp16_patch.mismatch.collection.sinks import Sinks
 from fp16_patch.mismatch.collection.writer import Writer
-from fp16_patch.mismatch.record import MISMATCH
+from fp16_patch.mismatch.record.reading import MISMATCH
 
 POLL_S = 0.02
 MAX_PAUSE_S = 0.2

@@ -9,8 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fp16_patch.mismatch.diagnosis import Finding, diagnose_run
-from fp16_patch.mismatch.record import RunRecord, Runs
+from fp16_patch.mismatch.diagnosis.findings import Diagnosis, diagnose_run
+from fp16_patch.mismatch.record.reading import RunRecord, Runs
 
 # What a finding is called before its evidence.
 CAUSES = {
@@ -55,7 +55,7 @@ def print_diagnosis(runs: Runs, console: Console) -> None:
             console.print(f"  → {finding.advice}", markup=False, highlight=False)
 
 
-def cause_text(finding: Finding) -> str:
+def cause_text(finding: Diagnosis) -> str:
     return CAUSES.get(finding.cause, finding.cause.replace("_", " "))
 
 

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fp16_patch.mismatch.record import Runs
+from fp16_patch.mismatch.record.reading import Runs
 from fp16_patch.mismatch.report.axis import SUPERSCRIPTS, category_axis, decade_axis
 from fp16_patch.mismatch.report.comparison import number_text, ratio
 from fp16_patch.mismatch.report.figure import Chart, Line
 from fp16_patch.mismatch.report.heatmap import Heatmap, Ticks
-from fp16_patch.mismatch.stats import BINS_PER_DECADE, BINS_PER_SIGN, Band, MismatchStats, bin_edges
+from fp16_patch.mismatch.statistics.summary import BINS_PER_DECADE, BINS_PER_SIGN, Band, MismatchStats, bin_edges
 
 ROOM_FOR_ZERO = 0.04
 NAMED_PROBABILITIES = (1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999, 0.9999, 0.99999)

@@ -15,9 +15,9 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from fp16_patch.errors import Fp16PatchError
 from fp16_patch.mismatch.statistics.layout import NO_TOKEN, WORST_COLUMNS, WORST_PART
-from fp16_patch.mismatch.stats import MismatchStats
+from fp16_patch.mismatch.statistics.summary import MismatchStats
+from fp16_patch.plan.errors import Fp16PatchError
 
 BATCH_TOKENS = 1 << 17
 """Sequences are compared in batches of at most so many tokens, padding included; a longer sequence alone."""

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from fp16_patch.mismatch.collection.actors import NAMESPACE, root_name
-from fp16_patch.mismatch.lines import Line, parse_line
-from fp16_patch.mismatch.record import MISMATCH, RECORD_FOLDER, STEPS
+from fp16_patch.mismatch.record.lines import Line, parse_line
+from fp16_patch.mismatch.record.reading import MISMATCH, RECORD_FOLDER, STEPS
 from fp16_patch.mismatch.report.live import HISTORY, SourceLost
 
 TAIL_BYTES = 1 << 24

@@ -13,9 +13,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from fp16_patch.errors import Fp16PatchError
-from fp16_patch.mismatch.lines import Coverage, Line, StandingAlert, alerts_of, coverage_of, metrics_of
+from fp16_patch.mismatch.record.lines import Coverage, Line, StandingAlert, alerts_of, coverage_of, metrics_of
 from fp16_patch.mismatch.report.comparison import number_text
+from fp16_patch.plan.errors import Fp16PatchError
 
 HISTORY = 240
 SPARKS = "▁▂▃▄▅▆▇█"

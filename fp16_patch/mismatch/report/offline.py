@@ -8,10 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fp16_patch.mismatch.diagnosis import diagnose_run
-from fp16_patch.mismatch.record import MISMATCH, PLAN, RECORD_FILES, RunRecord, worst_of
+from fp16_patch.mismatch.diagnosis.findings import diagnose_run
+from fp16_patch.mismatch.record.reading import MISMATCH, PLAN, RECORD_FILES, RunRecord, worst_of
 from fp16_patch.mismatch.report.dump import read_dump
-from fp16_patch.mismatch.stats import MismatchStats
+from fp16_patch.mismatch.statistics.summary import MismatchStats
 
 MODE = "analyze"
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from html import escape
 from pathlib import Path
 
-from fp16_patch.mismatch.diagnosis import Finding, diagnose_run
-from fp16_patch.mismatch.record import RunRecord, Runs
+from fp16_patch.mismatch.diagnosis.findings import Diagnosis, diagnose_run
+from fp16_patch.mismatch.record.reading import RunRecord, Runs
 from fp16_patch.mismatch.report.comparison import cause_text, verdict
 from fp16_patch.mismatch.report.decoding import TokenizerError, tokenizer_of
 from fp16_patch.mismatch.report.distributions import distribution_charts, length_maps, probability_maps
@@ -74,7 +74,7 @@ def _diagnosis_html(runs: Runs) -> str:
     return f'<div class="findings">{"".join(by_run)}</div>'
 
 
-def _finding_html(name: str, style: int, finding: Finding) -> str:
+def _finding_html(name: str, style: int, finding: Diagnosis) -> str:
     evidence = "".join(f"<li>{escape(sentence)}</li>" for sentence in finding.evidence)
     return (
         f'<div class="finding {colour(style)}"><span class="soft">{escape(name)}</span>'

@@ -6,10 +6,10 @@ import math
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from fp16_patch.mismatch.record import FLOAT32_BY_DESIGN, Episode, RunRecord, Runs
+from fp16_patch.mismatch.record.reading import FLOAT32_BY_DESIGN, Episode, RunRecord, Runs
 from fp16_patch.mismatch.report.comparison import comparison_rows, dtypes_text, number_text
 from fp16_patch.mismatch.report.decoding import TextOf
-from fp16_patch.mismatch.stats import WorstToken
+from fp16_patch.mismatch.statistics.summary import WorstToken
 
 QUANTITIES = (
     "autocast",

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from html import escape
 
-from fp16_patch.mismatch.record import REWARDS, RunRecord, Runs
+from fp16_patch.mismatch.record.reading import REWARDS, RunRecord, Runs
 from fp16_patch.mismatch.report.axis import Axis, decade_axis, linear_axis, octave_axis
 from fp16_patch.mismatch.report.comparison import number_text
 from fp16_patch.mismatch.report.figure import LEFT, RIGHT, WIDTH, Chart, Line, band, colour, x_place, y_place
-from fp16_patch.mismatch.stats import MismatchStats
+from fp16_patch.mismatch.statistics.summary import MismatchStats
 
 AxisOf = Callable[[str, list[float]], Axis]
 

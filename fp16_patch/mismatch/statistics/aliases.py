@@ -52,7 +52,7 @@ from fp16_patch.mismatch.statistics.moments import effective_share, mean, popula
 from fp16_patch.mismatch.statistics.ratios import EXPONENT_CAP, TRUNCATION, bounded_ratio
 
 if TYPE_CHECKING:
-    from fp16_patch.mismatch.stats import MismatchStats
+    from fp16_patch.mismatch.statistics.summary import MismatchStats
 
 
 def framework_names(stats: MismatchStats) -> dict[str, float]:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fp16_patch.activation import current_plan
-from fp16_patch.mismatch.stats import MismatchStats
-from fp16_patch.verl.observation import ORDER, guard, observer_of, rows_to_rescore
+from fp16_patch.mismatch.statistics.summary import MismatchStats
+from fp16_patch.runtime.activation import current_plan
+from fp16_patch.verl.trainers.observation import ORDER, guard, observer_of, rows_to_rescore
 
 
 def compute_log_prob(wrapped: Any, actor: Any, args: Any, kwargs: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from fp16_patch.activation import ledger
+from fp16_patch.runtime.activation import ledger
 from fp16_patch.vllm.engine import note_engine, watch_hidden_states
 
 _ROLE = "rollout"

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 
-from fp16_patch import rope
-from fp16_patch.activation import current_plan, ledger
-from fp16_patch.compute import watch_compute
-from fp16_patch.errors import Conflict, PlanError
-from fp16_patch.stepping import history_of
-from fp16_patch.verl import config as verl_config
-from fp16_patch.verl.checkpoint import load_with_scaler, save_with_scaler
+from fp16_patch.plan.errors import Conflict, PlanError
+from fp16_patch.runtime import rope
+from fp16_patch.runtime.activation import current_plan, ledger
+from fp16_patch.runtime.compute_dtypes import watch_compute
+from fp16_patch.scaling.optimizer_step import history_of
+from fp16_patch.verl.config import settings as verl_config
+from fp16_patch.verl.fsdp.checkpoint import load_with_scaler, save_with_scaler
 
 _HALF_IF_UNSET = "bfloat16"
 
@@ -48,7 +48,7 @@ def build_reward_model(wrapped: Any, worker: Any, args: Any, kwargs: Any) -> Any
 def score_in_fp32(wrapped: Any, worker: Any, args: Any, kwargs: Any) -> torch.Tensor:
     """`RewardModelWorker._forward_micro_batch`: rewards are FP32, as what is computed from them is."""
     scores: torch.Tensor = wrapped(*args, **kwargs)
-    return scores.float() if current_plan().changes else scores
+    return scores.float() if current_plan().overrides_dtype else scores
 
 
 def update_actor(wrapped: Any, worker: Any, args: Any, kwargs: Any) -> Any:
@@ -73,7 +73,7 @@ def load_checkpoint(wrapped: Any, worker: Any, args: Any, kwargs: Any) -> Any:
 
 def refuse_supervised(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
     """`FSDPSFTTrainer.__init__`: it computes in bfloat16 and scales no loss, so it may not run under a plan."""
-    if current_plan().changes:
+    if current_plan().overrides_dtype:
         reason = "verl's SFT trainer of this release computes in bfloat16 and scales no loss"
         raise PlanError([Conflict("verl.trainer.fsdp_sft_trainer", "started", reason, "set FP16_PATCH=off for it")])
     return wrapped(*args, **kwargs)
@@ -81,14 +81,14 @@ def refuse_supervised(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any
 
 def refuse_engine(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
     """`FSDPEngine.__init__` before 0.8.0: it computes in bfloat16 and scales no loss."""
-    if current_plan().changes:
+    if current_plan().overrides_dtype:
         raise PlanError([verl_config.ENGINE_CONFLICT])
     return wrapped(*args, **kwargs)
 
 
 def _force_precision(fsdp_config: Any, *, trains: bool) -> None:
     plan = current_plan()
-    if not plan.changes:
+    if not plan.overrides_dtype:
         return
     configured = fsdp_config.get("model_dtype", None) or ("float32" if trains else _HALF_IF_UNSET)
     verl_config.force_settings(
@@ -101,7 +101,7 @@ def _force_precision(fsdp_config: Any, *, trains: bool) -> None:
 
 def _restore_rope(module: Any, key: str, fix: str) -> None:
     plan = current_plan()
-    if plan.changes:
+    if plan.overrides_dtype:
         rope.restore(module, key, plan.dtype, fix)
 
 
@@ -134,7 +134,7 @@ class _PatientSchedule:
 def _with_patient_schedule(worker: Any, name: str, learner: Any, call: Callable[[], Any]) -> Any:
     # For the call only: the schedule's own state is in verl's checkpoints.
     schedule = getattr(worker, name)
-    setattr(worker, name, _PatientSchedule(schedule, learner) if current_plan().changes else schedule)
+    setattr(worker, name, _PatientSchedule(schedule, learner) if current_plan().overrides_dtype else schedule)
     try:
         return call()
     finally:

@@ -79,14 +79,14 @@ def monitor_raises(step: int) -> None:
         return wrapped(*args, **kwargs)
 
     calls = {"seen": 0}
-    _wrap("fp16_patch.verl.observation", "_compare", raising)
+    _wrap("fp16_patch.verl.trainers.observation", "_compare", raising)
 
 
 def monitor_every_other_step(_step: int) -> None:
     """Even steps go without the monitor."""
 
     def step(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
-        hooks = sys.modules["fp16_patch.verl.trainer"]
+        hooks = sys.modules["fp16_patch.verl.trainers.v1"]
         kept.setdefault("monitor", hooks._monitor)
         hooks._monitor = kept["monitor"] if trainer.global_steps % 2 else None
         return wrapped(*args, **kwargs)

@@ -20,8 +20,8 @@ ROLE = "rollout"
 
 def install() -> None:
     # Where our hooks are defined, not where they are applied: before the first of them is looked up.
-    wrapt.register_post_import_hook(start_apart, "fp16_patch.verl.config")
-    wrapt.register_post_import_hook(judge_apart, "fp16_patch.ledger")
+    wrapt.register_post_import_hook(start_apart, "fp16_patch.verl.config.settings")
+    wrapt.register_post_import_hook(judge_apart, "fp16_patch.runtime.ledger")
 
 
 def sampler_plan(plan: Any) -> Any:
@@ -35,7 +35,7 @@ def start_apart(config: ModuleType) -> None:
 
     def rollout_config(wrapped: Any, rollout: Any, args: Any, kwargs: Any) -> None:
         planned(wrapped, rollout, args, kwargs)
-        if config.current_plan().changes:
+        if config.current_plan().overrides_dtype:
             config.force(rollout, dtype=sampler_plan(config.current_plan()).dtype)
 
     def forced_keys(settings: Any, plan: Any) -> dict[str, Any]:

@@ -9,7 +9,7 @@ class Broken:
 
     @staticmethod
     def find_spec(name, path=None, target=None):
-        if name == "fp16_patch.activation" and multiprocessing.current_process().name.startswith("VllmWorker"):
+        if name == "fp16_patch.runtime.activation" and multiprocessing.current_process().name.startswith("VllmWorker"):
             raise ImportError("this file is missing on this machine")
 
 

@@ -13,4 +13,4 @@ def start_in_bfloat16(config):
     config.rollout_config = rollout_config
 
 
-wrapt.register_post_import_hook(start_in_bfloat16, "fp16_patch.verl.config")
+wrapt.register_post_import_hook(start_in_bfloat16, "fp16_patch.verl.config.settings")

@@ -1,0 +1,1 @@
+"""What kind of gap a run has, and when to warn of it."""

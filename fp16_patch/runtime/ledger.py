@@ -1,0 +1,173 @@
+"""The dtypes each process really used, its proof that our patches are live, and the judgement of both.
+
+Every process keeps one `Ledger`. The driver reads all of them before it lets an optimizer step happen: a process that
+does not answer, whose patches are not live, or that computed in another dtype than the plan's stops the run.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from threading import Lock
+from typing import Any
+
+from fp16_patch.plan.errors import PrecisionFinding
+from fp16_patch.plan.plan import Plan
+from fp16_patch.runtime.fp32_weights import Kept
+
+# role → quantity → torch's dtype names, sorted
+Roles = dict[str, dict[str, list[str]]]
+Record = dict[str, Any]
+
+STAYS_FP32 = ("master", "gradient", "log_prob", "entropy", "rope")
+# Casting fp32 masters in the sampler rounds once, as sending them in the compute dtype does.
+COMPUTE_OR_FP32 = ("wire", "engine_weight", "value")
+# Every other quantity is in the plan's compute dtype: autocast, parameter, activation, kv_cache.
+
+
+@dataclass
+class Ledger:
+    """What this process saw.
+
+    Attributes:
+        kind: what the process is: `driver`, `task_runner`, `worker`, `server`, `engine_core`, `sampler_worker`;
+            `task_runner_v0` runs verl's V0 trainer.
+        rank: its rank in the learner's process group, if it has one.
+        cleared: the driver has judged the whole job and allows optimizer steps.
+        sampler_keeps: what the samplers of this job keep in another dtype than the plan's, as the driver told; None
+            before, or if it does not know.
+    """
+
+    kind: str = "process"
+    rank: int | None = None
+    cleared: bool = False
+    sampler_keeps: Kept | None = None
+    problem: str | None = None
+    _seen: dict[str, dict[str, set[str]]] = field(default_factory=dict)
+    _keeps: dict[str, dict[str, set[str]]] = field(default_factory=dict)
+    _lock: Lock = field(default_factory=Lock)
+
+    def note(self, role: str, quantity: str, *dtypes: object) -> bool:
+        """Record that `role` used these dtypes (torch dtypes or their names) for `quantity`; True if one is new."""
+        names = {str(dtype).removeprefix("torch.") for dtype in dtypes}
+        if not names:
+            return False
+        with self._lock:
+            seen = self._seen.setdefault(role, {}).setdefault(quantity, set())
+            new = not names <= seen
+            seen |= names
+        return new
+
+    def note_kept(self, role: str, **ends: set[str]) -> bool:
+        """Record by the ends of their names what a sampler keeps in another dtype than the plan's; True if one is new.
+
+        Args:
+            ends: of `parameters` and of `buffers`; an empty set says that there is none.
+        """
+        with self._lock:
+            kept = self._keeps.setdefault(role, {})
+            new = any(kind not in kept or not names <= kept[kind] for kind, names in ends.items())
+            for kind, names in ends.items():
+                kept.setdefault(kind, set()).update(names)
+        return new
+
+    @property
+    def roles(self) -> Roles:
+        return self._sorted(self._seen)
+
+    def _sorted(self, noted: Mapping[str, Mapping[str, set[str]]]) -> Roles:
+        with self._lock:
+            return {role: {name: sorted(values) for name, values in row.items()} for role, row in noted.items()}
+
+    def record(self, plan: Plan, patches: Mapping[str, str]) -> Record:
+        """This process's attestation and dtypes, as plain data."""
+        return {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "kind": self.kind,
+            "rank": self.rank,
+            "mode": plan.mode,
+            "patches": dict(patches),
+            "problem": self.problem,
+            "roles": self.roles,
+            "keeps": self._sorted(self._keeps),
+        }
+
+
+def missing_record(kind: str, problem: str, host: str = "?", pid: int | None = None) -> Record:
+    """What stands in the ledger for a process that left no attestation."""
+    absent: dict[str, Any] = {"roles": {}, "keeps": {}, "patches": {}, "mode": None}
+    return {"host": host, "pid": pid, "kind": kind, "problem": problem, **absent}
+
+
+def merged(records: Iterable[Record]) -> Roles:
+    """All dtypes seen anywhere, by role and quantity."""
+    together: dict[str, dict[str, set[str]]] = {}
+    for record in records:
+        for role, row in record["roles"].items():
+            for quantity, dtypes in row.items():
+                together.setdefault(role, {}).setdefault(quantity, set()).update(dtypes)
+    return {role: {name: sorted(seen) for name, seen in row.items()} for role, row in together.items()}
+
+
+def judge(
+    records: Sequence[Record],
+    plan: Plan,
+    required: Mapping[str, Sequence[str]],
+    owed: Callable[[str], Sequence[str]] = lambda kind: (),
+) -> list[PrecisionFinding]:
+    """Everything that speaks against training: empty when all processes attest and compute as planned.
+
+    Args:
+        records: one for every process that takes part, `missing_record` for one that did not answer.
+        required: role → quantities somebody must have seen by now.
+        owed: kind of process → patches that must be applied in it.
+    """
+    findings = [finding for record in records for finding in _attestation_findings(record, plan, owed)]
+    findings += [finding for record in records for finding in _dtype_findings(record, plan)]
+    findings += _unseen_findings(merged(records), required)
+    return findings
+
+
+def allowed_dtypes(plan: Plan, quantity: str) -> set[str]:
+    """The dtypes a quantity may have under a plan that decides one."""
+    compute = {str(plan.dtype)}
+    if quantity in STAYS_FP32:
+        return {"float32"}
+    if quantity in COMPUTE_OR_FP32:
+        return compute | {"float32"}
+    return compute
+
+
+def _attestation_findings(record: Record, plan: Plan, owed: Callable[[str], Sequence[str]]) -> list[PrecisionFinding]:
+    problems = [record["problem"]] if record["problem"] else []
+    if not problems and record["mode"] != plan.mode:
+        problems.append(f"another plan: mode {record['mode']}")
+    if not problems and (idle := [name for name in owed(record["kind"]) if record["patches"].get(name) != "applied"]):
+        problems.append(f"patches not live: {', '.join(idle)}")
+    where = record["host"], record["pid"], record["kind"]
+    return [PrecisionFinding(*where, "attestation", problem, f"live, mode {plan.mode}") for problem in problems]
+
+
+def _dtype_findings(record: Record, plan: Plan) -> list[PrecisionFinding]:
+    findings = []
+    for role, row in record["roles"].items():
+        for quantity, seen in row.items():
+            allowed = allowed_dtypes(plan, quantity)
+            if not set(seen) <= allowed:
+                wanted = " or ".join(sorted(allowed))
+                findings.append(
+                    PrecisionFinding(record["host"], record["pid"], role, quantity, ", ".join(seen), wanted)
+                )
+    return findings
+
+
+def _unseen_findings(seen: Roles, required: Mapping[str, Sequence[str]]) -> list[PrecisionFinding]:
+    return [
+        PrecisionFinding("any", None, role, quantity, "never seen", "seen before the first optimizer step")
+        for role, quantities in required.items()
+        for quantity in quantities
+        if quantity not in seen.get(role, {})
+    ]

@@ -1,0 +1,171 @@
+"""The driver's question to every process of the job, and the leave to train that follows a good answer.
+
+What is sent to other processes lives here, outside the framework folders: unpickling it must not activate a process
+that failed to activate by itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from fp16_patch.plan.errors import PrecisionError, PrecisionFinding
+from fp16_patch.runtime import propagation
+from fp16_patch.runtime.activation import attestation, current_plan, ledger, owed_patches
+from fp16_patch.runtime.fp32_weights import Kept, kept_by_samplers
+from fp16_patch.runtime.ledger import Record, judge, merged, missing_record
+
+logger = logging.getLogger(__name__)
+
+ANSWER_TIMEOUT_S = 120.0
+_UNCHECKED = (
+    "nobody checked this job: fp16_patch is not live in the trainer's process, which `fp16-patch run --` before the "
+    "command mends, or does not know this trainer"
+)
+
+
+class Census:
+    """A trainer's checks of all its processes: before its first update, and again now and then.
+
+    Attributes:
+        updated: the engines that have taken part in an update; a driver's hook adds to it.
+    """
+
+    def __init__(self, framework: str) -> None:
+        self.framework = framework
+        self.updated: set[str] = set()
+        self._first_step: int | None = None
+        self._last_step: int | None = None
+        self._asked_with: frozenset[str] = frozenset()
+
+    def due(self, step: int) -> bool:
+        """At first, again once an engine has updated (gradients exist then), and each `ledger_every` steps."""
+        if self._first_step is None or self._asked_with != self.updated:
+            return True
+        return step != self._last_step and (step - self._first_step) % current_plan().ledger_every == 0
+
+    def take(
+        self,
+        step: int,
+        actors: Sequence[tuple[str, Any]],
+        required: Mapping[str, Sequence[str]],
+        publish: Callable[[dict[str, Any]], None],
+    ) -> None:
+        """Ask every process what it is and what it computed in; before the first step, only a clean answer allows it.
+
+        Args:
+            actors: kind and handle of every Ray actor that computes.
+            required: role → quantities somebody must have seen by now.
+            publish: is given the answers, whatever they are.
+
+        Raises:
+            PrecisionError: with host, pid, role, quantity, what was seen and what was wanted.
+        """
+        plan = current_plan()
+        records = [record for record in (propagation.driver_record(), attestation()) if record] + ask(actors)
+        publish({"processes": records, "roles": merged(records)})
+        if plan.overrides_dtype and (findings := judge(records, plan, required, self._owed)):
+            raise PrecisionError(findings)
+        if self._first_step is None:
+            if plan.overrides_dtype:
+                clear(actors, kept_by_samplers(records))
+            logger.info("%d processes attest mode %s: %s", len(records), plan.mode, _summary(records))
+        self._first_step = step if self._first_step is None else self._first_step
+        self._last_step, self._asked_with = step, frozenset(self.updated)
+
+    def _owed(self, kind: str) -> tuple[str, ...]:
+        return owed_patches(self.framework, kind)
+
+
+def answer(actor: Any) -> list[Record]:
+    """This process's record and those its child processes left, with one for each child that left none."""
+    del actor  # what Ray passes to a function it calls inside an actor
+    record = attestation()
+    children = propagation.children()
+    absent = Counter(propagation.expected_children()) - Counter(child["kind"] for child in children)
+    problem = "no attestation: its plugin did not load (see the log of that process)"
+    missing = [missing_record(kind, problem, record["host"]) for kind in absent.elements()]
+    return [record, *children, *missing]
+
+
+def allow_training(actor: Any, sampler_keeps: Kept | None) -> None:
+    """Let this process take optimizer steps, and send the samplers' weights in the dtypes that these have there."""
+    del actor
+    ledger().cleared, ledger().sampler_keeps = True, sampler_keeps
+
+
+def ask(actors: Sequence[tuple[str, Any]]) -> list[Record]:
+    """The records of all processes behind these Ray actors.
+
+    Args:
+        actors: kind and handle of each; one that fails to answer becomes a record with a problem.
+    """
+    import ray
+
+    # All are asked before the first answer is waited for.
+    calls = [(kind, _call(handle)) for kind, handle in actors]
+    records: list[Record] = []
+    for kind, call in calls:
+        try:
+            if isinstance(call, Exception):
+                raise call
+            records += [_of_kind(record, kind) for record in ray.get(call, timeout=ANSWER_TIMEOUT_S)]
+        except Exception as failure:
+            records.append(missing_record(kind, f"no attestation: {_first_line(failure)}"))
+    return records
+
+
+def _call(handle: Any) -> Any:
+    try:
+        return handle.__ray_call__.remote(answer)
+    except Exception as failure:  # the handle of a dead actor may fail at once
+        return failure
+
+
+def clear(actors: Sequence[tuple[str, Any]], sampler_keeps: Kept | None) -> None:
+    """Tell every process that the whole job was judged and may train, and what its samplers keep."""
+    import ray
+
+    allow = partial(allow_training, sampler_keeps=sampler_keeps)
+    ray.get([handle.__ray_call__.remote(allow) for _, handle in actors], timeout=ANSWER_TIMEOUT_S)
+
+
+def require_clearance() -> None:
+    """Refuse an optimizer step in a Ray worker whose driver never judged the job.
+
+    Raises:
+        PrecisionError: the driver's own check is not live, so nobody vouches for the other processes.
+    """
+    if not current_plan().overrides_dtype or ledger().cleared or not inside_ray_actor():
+        return
+    where = socket.gethostname(), os.getpid(), ledger().kind
+    raise PrecisionError([PrecisionFinding(*where, "clearance", _UNCHECKED, "given before the first optimizer step")])
+
+
+def _of_kind(record: Record, kind: str) -> Record:
+    # A process that never activated does not know what it is for.
+    return {**record, "kind": kind} if record["kind"] == "process" else record
+
+
+def inside_ray_actor() -> bool:
+    """Whether this process is a Ray actor: a driver elsewhere decides about it then."""
+    ray = sys.modules.get("ray")
+    return bool(ray and ray.is_initialized() and ray.get_runtime_context().get_actor_id())
+
+
+def _first_line(failure: Exception) -> str:
+    lines = [line for line in str(failure).splitlines() if line.strip()]
+    return f"{type(failure).__name__}: {lines[-1].strip() if lines else ''}"[:300]
+
+
+def _summary(records: Sequence[Record]) -> str:
+    return "; ".join(
+        f"{role}: " + ", ".join(f"{quantity}={'|'.join(seen)}" for quantity, seen in row.items())
+        for role, row in merged(records).items()
+    )

@@ -1,0 +1,252 @@
+"""What a single update shows of its FP16 gradients: how near the largest is to overflow, and how many underflow.
+
+The hooks are there for that update; one that is not looked at pays nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from fp16_patch.scaling.optimizer_step import WatchedEngine
+from fp16_patch.scaling.tensor_range import OUTPUT, Extent, largest_gradient, local_part
+
+T = TypeVar("T")
+_FIGURES = "_fp16_patch_figures"
+
+FP16_MAX = torch.finfo(torch.float16).max
+SMALLEST_NORMAL = torch.finfo(torch.float16).tiny
+EMBEDDING, LAYERS, HEAD = "embedding", ("early_layers", "middle_layers", "late_layers"), "head"
+
+SAMPLED_ELEMENTS, SAMPLED_ROWS = 1 << 14, 8
+"""Of each gradient, evenly spread rows of at least so many elements together, and at least so many rows."""
+
+
+class Counts(NamedTuple):
+    """Elements of gradients in FP16, scaled as they are computed, before anything unscales them.
+
+    A row, along the last dimension, that is zero throughout is what the gradient of a masked token, of a token with
+    advantage 0, or of a word that does not occur is, at any scale. So its zeros are not taken for underflow, and such
+    rows are counted apart. The price: a row that underflows throughout is among them.
+
+    Attributes:
+        elements: in rows that hold a number other than zero.
+        underflown: of these, zero or below 2**-14, where FP16 has fewer than its 11 bits.
+        zeros: of these, zero.
+        rows: all of them.
+        zero_rows: those that are zero throughout.
+    """
+
+    elements: float = 0.0
+    underflown: float = 0.0
+    zeros: float = 0.0
+    rows: float = 0.0
+    zero_rows: float = 0.0
+
+    def plus(self, other: Counts) -> Counts:
+        return Counts(*(one + more for one, more in zip(self, other, strict=True)))
+
+    def shares(self) -> dict[str, float]:
+        """`underflow` and `zeros` of `elements`, `zero_rows` of `rows`; without what they would be shares of, none."""
+        of_elements = {"underflow": self.underflown, "zeros": self.zeros} if self.elements else {}
+        of_rows = {"zero_rows": self.zero_rows / self.rows} if self.rows else {}
+        return {**{name: count / self.elements for name, count in of_elements.items()}, **of_rows}
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a look at an update has shown, of all ranks together.
+
+    Attributes:
+        scale: the loss scale it was computed with.
+        largest: the largest |scaled gradient|; infinite where one is not finite.
+        counts: by group of modules, as `groups_of` names them.
+    """
+
+    scale: float
+    largest: float
+    counts: Mapping[str, Counts]
+
+    @property
+    def unscaled(self) -> float:
+        return self.largest / self.scale
+
+    @property
+    def headroom(self) -> float:
+        """65504 ÷ the largest scaled gradient: so many times larger it would overflow. Infinite where all are 0."""
+        return FP16_MAX / self.largest if self.largest else math.inf
+
+    def metrics(self) -> dict[str, float]:
+        """`fp16/gradient_headroom/min`, `fp16/underflow/GROUP`, `fp16/zeros/GROUP` and `fp16/zero_rows/GROUP`."""
+        shares = {
+            f"fp16/{name}/{group}": share
+            for group, counts in self.counts.items()
+            for name, share in counts.shares().items()
+        }
+        # verl reduces over mini-batches by name.
+        return {**({"fp16/gradient_headroom/min": self.headroom} if self.largest else {}), **shares}
+
+
+class Look(Extent):
+    """The largest gradient of every module, and how many of those of modules without children underflow.
+
+    Only modules without children count, as one with children often returns what its last child returned.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        self._groups = groups_of(model)
+        self._counted: dict[str, Tensor] = {}
+
+    def counts(self) -> dict[str, Counts]:
+        """By group, of this rank."""
+        return {group: Counts(*counted.tolist()) for group, counted in self._counted.items()}
+
+    def _look(self, name: str, kind: str, module: nn.Module) -> Callable[[Tensor], None]:
+        if kind == OUTPUT:
+            return _ignore
+        note, group = super()._look(name, kind, module), self._groups.get(module)
+        if group is None:
+            return note
+
+        def look(value: Tensor) -> None:
+            note(value)
+            local = local_part(value)
+            if local.dtype is torch.float16 and local.numel():
+                counted = _counted(local)
+                self._counted[group] = self._counted[group] + counted if group in self._counted else counted
+
+        return look
+
+
+class Looking:
+    """Looks at every attempt at an update; the last one counts.
+
+    Args:
+        step: the engine that computes it.
+    """
+
+    def __init__(self, step: WatchedEngine) -> None:
+        self._step = step
+        self._last: tuple[float, Look] | None = None
+
+    def through(self, compute: Callable[[], T]) -> Callable[[], T]:
+        """An attempt that is looked at."""
+
+        def looked() -> T:
+            scale = self._step.loss_scale()
+            assert scale is not None
+            look = Look(self._step.module())
+            with look:
+                result = compute()
+            self._last = scale, look
+            return result
+
+        return looked
+
+    def figures(self) -> Figures | None:
+        """What the last attempt has shown, the same on every rank; None where its step was skipped, on every rank."""
+        outcome = self._step.history.last
+        if self._last is None or outcome is None or outcome.skipped:
+            forget(self._step.engine)
+            return None
+        scale, look = self._last
+        found = _of_all_ranks(scale, look)
+        setattr(self._step.engine, _FIGURES, found)
+        return found
+
+
+def metrics_of(engine: Any) -> dict[str, float]:
+    """Of the engine's last update, if it was looked at."""
+    figures: Figures | None = getattr(engine, _FIGURES, None)
+    return {} if figures is None else figures.metrics()
+
+
+def forget(engine: Any) -> None:
+    """The engine's last update was not looked at."""
+    setattr(engine, _FIGURES, None)
+
+
+def groups_of(model: nn.Module) -> dict[nn.Module, str]:
+    """Every module without children → `embedding`, a third of its stack of layers, or `head`.
+
+    A stack is a `ModuleList` that lies in no other. What comes before the last one, in the order in which the model
+    names its modules, is `embedding` (so is what connects two stacks); what comes behind it is `head`.
+    """
+    stacks: list[nn.ModuleList] = []
+    groups: dict[nn.Module, str] = {}
+    outside: list[tuple[nn.Module, int]] = []
+    for _, module in model.named_modules():
+        if module in groups:
+            continue
+        if isinstance(module, nn.ModuleList) and len(module):
+            stacks.append(module)
+            groups.update(_thirds(module))
+        elif next(module.children(), None) is None:
+            outside.append((module, len(stacks)))
+    groups.update({module: EMBEDDING if before < len(stacks) else HEAD for module, before in outside})
+    return {module: group for module, group in groups.items() if next(module.children(), None) is None}
+
+
+def _thirds(stack: nn.ModuleList) -> dict[nn.Module, str]:
+    return {
+        module: LAYERS[len(LAYERS) * place // len(stack)]
+        for place, layer in enumerate(stack)
+        for module in layer.modules()
+    }
+
+
+def _counted(gradient: Tensor) -> Tensor:
+    """`Counts` of a gradient, from a sample of its rows; it stays on the device, so that looking does not wait."""
+    rows = sampled_rows(gradient)
+    zero = rows == 0
+    alive = ~zero.all(dim=-1, keepdim=True)
+    count = alive.sum()
+    of_rows = (rows.abs() < SMALLEST_NORMAL) & alive, zero & alive
+    underflown, zeros = (found.sum() for found in of_rows)
+    # In the order of `Counts`.
+    found = torch.stack(
+        [count * rows.shape[1], underflown, zeros, torch.full_like(count, len(rows)), len(rows) - count]
+    )
+    return found.double() * (gradient.numel() / rows.numel())
+
+
+def sampled_rows(gradient: Tensor) -> Tensor:
+    """Rows along the last dimension, evenly spread over the others, without a copy of the rest; shape (rows, width)."""
+    width = gradient.shape[-1] if gradient.dim() else 1
+    count = gradient.numel() // width
+    every = count // max(SAMPLED_ROWS, math.ceil(SAMPLED_ELEMENTS / width))
+    if every < 2:
+        return gradient.reshape(count, width)
+    # Odd: of sequences whose length is a power of two, it is not always the same positions.
+    places = torch.arange(0, count, every | 1, device=gradient.device)
+    index = []
+    # torch.unravel_index does the same, and waits for the device.
+    for size in reversed(gradient.shape[:-1]):
+        index.append(places % size)
+        places = places // size
+    return gradient[tuple(reversed(index))]
+
+
+def _of_all_ranks(scale: float, look: Look) -> Figures:
+    own = (largest_gradient(look.largest(), torch.float16), look.counts())
+    of_ranks: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(of_ranks, own)
+    counts: dict[str, Counts] = {}
+    for group in (EMBEDDING, *LAYERS, HEAD):
+        of_group = [counted[group] for _, counted in of_ranks if group in counted]
+        if of_group:
+            total = Counts()
+            for counted in of_group:
+                total = total.plus(counted)
+            counts[group] = total
+    return Figures(scale, max(largest for largest, _ in of_ranks), counts)
+
+
+def _ignore(_: Tensor) -> None:
+    """Outputs say nothing about the loss scale."""

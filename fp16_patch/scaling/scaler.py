@@ -1,0 +1,172 @@
+"""The loss scaler's settings, the outcome of each optimizer step, and the line between calibration and collapse.
+
+The scalers are torch's. What is added is what they leave out: the settings of the plan, a floor, a record of what
+happened, and state to save.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from fp16_patch.plan.plan import Plan
+
+if TYPE_CHECKING:
+    import torch
+    from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+
+MAX_CULPRITS = 3
+
+LARGEST_SCALE = 65536.0
+"""torch's and DeepSpeed's first scale. A run that has room for more finds it by growing."""
+
+GRADIENT_MARGIN = 8.0
+"""The first updates' largest gradient may be so many times the one that was seen: advantages go up to about 4."""
+
+
+def fitting_scale(headroom: float) -> float:
+    """The first loss scale for gradients that, unscaled, fit so many times into FP16's range: a power of two.
+
+    At most `LARGEST_SCALE`, with room for gradients `GRADIENT_MARGIN` times as large, at least 1.
+    """
+    fits = min(LARGEST_SCALE, headroom / GRADIENT_MARGIN)
+    return 2.0 ** math.floor(math.log2(fits)) if fits >= 1 else 1.0
+
+
+def sharded_scaler(plan: Plan, device: str) -> ShardedGradScaler:
+    """torch's scaler for sharded gradients, with the plan's settings, on the device the gradients are on.
+
+    Args:
+        device: device type, as `cuda`, `npu` or `cpu`. torch's default is `cuda`, and on any other machine the scaler
+            then silently disables itself.
+    """
+    from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+
+    scaler = ShardedGradScaler(
+        device=device,
+        init_scale=plan.init_scale,
+        growth_factor=plan.growth_factor,
+        backoff_factor=plan.backoff_factor,
+        growth_interval=plan.growth_interval,
+    )
+    if not scaler.is_enabled():
+        raise RuntimeError(
+            f"torch disabled its gradient scaler on device {device!r}, and FP16 training needs one. Fix: train where "
+            "torch.amp has that device, or with FP16_PATCH=bf16"
+        )
+    return scaler
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What became of one optimizer step.
+
+    Attributes:
+        loss_scale: the scale of the next step; None without a scaler.
+        skipped: the step was not taken, its gradients were not finite.
+        grad_norm: norm of the unscaled gradients before clipping; not finite when skipped.
+    """
+
+    loss_scale: float | None
+    skipped: bool
+    grad_norm: float
+
+
+@dataclass
+class StepHistory:
+    """Outcomes of one engine's optimizer steps: what is logged, what is saved, and when it is enough.
+
+    Attributes:
+        attempted: optimizer steps tried.
+        skipped_total: steps not taken.
+        consecutive_skips: steps not taken since the last one taken.
+        taken_since_lr: whether the LR scheduler may advance.
+        retries_since_lr: attempts that overflowed and were repeated at a lower scale, since the schedule was last asked
+            to advance: those of an update.
+        retries_total: all of them. A repeated attempt is neither attempted nor skipped.
+    """
+
+    attempted: int = 0
+    skipped_total: int = 0
+    consecutive_skips: int = 0
+    taken_since_lr: bool = False
+    retries_since_lr: int = 0
+    retries_total: int = 0
+    last: StepOutcome | None = None
+
+    @property
+    def calibrating(self) -> bool:
+        """No step was taken yet: the scale is still looking for its level."""
+        return self.skipped_total == self.attempted
+
+    def add(self, outcome: StepOutcome) -> None:
+        self.attempted += 1
+        self.last = outcome
+        if outcome.skipped:
+            self.skipped_total += 1
+            self.consecutive_skips += 1
+        else:
+            self.consecutive_skips = 0
+            self.taken_since_lr = True
+
+    def add_retry(self) -> None:
+        self.retries_since_lr += 1
+        self.retries_total += 1
+
+    def metrics(self) -> dict[str, float]:
+        """`fp16/*` of the last step; `step_skipped` 0 or 1, `loss_scale` and `retries` only with a scaler."""
+        if self.last is None:
+            return {}
+        return {
+            **({} if self.last.loss_scale is None else self._of_the_scale(self.last.loss_scale)),
+            "fp16/step_skipped": float(self.last.skipped),
+            "fp16/skipped_total": float(self.skipped_total),
+            "fp16/consecutive_skips": float(self.consecutive_skips),
+        }
+
+    def _of_the_scale(self, scale: float) -> dict[str, float]:
+        return {
+            "fp16/loss_scale": scale,
+            "fp16/retries": float(self.retries_since_lr),
+            "fp16/retries_total": float(self.retries_total),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        saved = asdict(self)
+        saved.pop("last")
+        return saved
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
+
+
+def collapse_reason(plan: Plan, history: StepHistory, scale_before: float | None) -> str | None:
+    """Why the run must stop after a skipped step, or None while skips are still calibration.
+
+    Args:
+        scale_before: the loss scale the skipped step was computed with; None without a scaler.
+    """
+    if history.last is None or not history.last.skipped:
+        return None
+    if scale_before is not None and scale_before <= plan.min_scale:
+        return f"overflow at the smallest loss scale allowed (fp16_patch.min_scale={plan.min_scale:g})"
+    if history.consecutive_skips >= plan.max_consecutive_skips:
+        return (
+            f"{history.consecutive_skips} optimizer steps in a row were skipped "
+            f"(fp16_patch.max_consecutive_skips={plan.max_consecutive_skips})"
+        )
+    return None
+
+
+def nonfinite_parameters(named_gradients: Iterable[tuple[str, torch.Tensor]], limit: int = MAX_CULPRITS) -> list[str]:
+    """Names of the first parameters whose gradient holds inf or NaN."""
+    culprits = []
+    for name, gradient in named_gradients:
+        if not gradient.detach().isfinite().all():
+            culprits.append(name)
+        if len(culprits) == limit:
+            break
+    return culprits

@@ -1,0 +1,1 @@
+"""verl's configuration under a plan: which settings are made, checked and refused."""

@@ -1,0 +1,101 @@
+"""Which engine computes a role, where verl keeps its settings, and which of them cannot be had under the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from fp16_patch.plan.errors import Conflict
+from fp16_patch.plan.plan import Plan
+
+FSDP = ("fsdp", "fsdp2")
+MEGATRON = "megatron"
+ENGINES = (*FSDP, MEGATRON)
+
+Select = Callable[[str], Any]
+
+_UNSCALED = "never scales the loss, so small gradients would vanish"
+_REFUSED = {
+    "torchtitan": f"verl's torchtitan engine computes in bfloat16, whatever its keys say, and {_UNSCALED}",
+    "veomni": f"verl's veomni engine computes in bfloat16, and {_UNSCALED}",
+    "automodel": f"verl's automodel engine computes in bfloat16 under autocast, and {_UNSCALED}",
+    "fsdp_turbo": f"it builds its module past the FSDP engine's scaler and autocast: it {_UNSCALED}",
+    "mindspeed": "it patches Megatron for Ascend, in places that nobody has checked",
+    "mindspeed_megatron": "it patches Megatron for Ascend, in places that nobody has checked",
+}
+
+
+def engine_conflict(role: str, strategy: object) -> Conflict | None:
+    """Why this engine is refused; None if it is not."""
+    if strategy in ENGINES:
+        return None
+    reason = _REFUSED.get(str(strategy), "fp16_patch cannot vouch for this engine")
+    fix = f"use {', '.join(ENGINES[:-1])} or {ENGINES[-1]}, or FP16_PATCH=observe to measure without changing"
+    return Conflict(f"{role}.strategy", strategy, reason, fix)
+
+
+def megatron_conflicts(select: Select, role: str, plan: Plan, *, trains: bool) -> Iterator[Conflict]:
+    """Settings of a role on Megatron that cannot be had under the plan.
+
+    Args:
+        select: the value of a key in the run's configuration; None where there is none.
+        role: the key of the role, as `actor_rollout_ref.actor`; its Megatron settings are at `<role>.megatron`.
+        trains: whether an optimizer updates it.
+    """
+    if plan.dtype == "float32":
+        yield Conflict(
+            f"{role}.strategy", MEGATRON, "verl builds Megatron's models in 16 bits only", "use fsdp or fsdp2"
+        )
+    for key, kept, reason, fix in _MODEL_SETTINGS:
+        yield from _unless_kept(select, f"{role}.megatron.{key}", kept, reason, fix)
+    if trains:
+        for key, kept, reason, fix in _TRAINING_SETTINGS if plan.scales_loss else _TRAINING_SETTINGS[:1]:
+            yield from _unless_kept(select, f"{role}.{key}", kept, reason, fix)
+
+
+def _unless_kept(select: Select, key: str, kept: tuple[Any, ...], reason: str, fix: str) -> Iterator[Conflict]:
+    value = select(key)
+    if value not in kept:
+        yield Conflict(key, value, reason, fix)
+
+
+# Key below the role, the values it may have (None: it is not there), why no other, and what to do.
+_Setting = tuple[str, tuple[Any, ...], str, str]
+_MODEL_SETTINGS: tuple[_Setting, ...] = (
+    ("use_mbridge", (None, True), "without a bridge Megatron's models are built for bfloat16 only", "set it to true"),
+    ("use_megatron_fsdp", (None, False), "fp16_patch cannot vouch for Megatron's own FSDP", "set it to false"),
+    ("qat.enable", (None, False), "quantization-aware training computes in the quantized dtype", "set it to false"),
+    ("override_transformer_config.fp8", (None, False), "it computes in 8 bits", "remove it"),
+    (
+        "override_transformer_config.first_last_layers_bf16",
+        (None, False),
+        "it computes the first and last layers in bfloat16",
+        "remove it",
+    ),
+)
+_TRAINING_SETTINGS: tuple[_Setting, ...] = (
+    (
+        "megatron.override_ddp_config.grad_reduce_in_fp32",
+        (None, True),
+        "gradients add up and are reduced in FP32 under the plan",
+        "remove it",
+    ),
+    (
+        "optim.optimizer",
+        (None, "adam"),
+        "verl makes Megatron's FP16 optimizer a precision-aware one, which exists for adam only",
+        "use adam",
+    ),
+    (
+        "megatron.use_distributed_optimizer",
+        (None, True),
+        "Megatron's precision-aware optimizer, which FP16 has in verl, is a distributed one",
+        "set it to true",
+    ),
+    (
+        "optim.override_optimizer_config.loss_scale",
+        (None,),
+        "a fixed loss scale does not answer an overflow",
+        "remove it; fp16_patch.init_scale is where the scale starts",
+    ),
+)

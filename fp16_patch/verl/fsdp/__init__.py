@@ -1,0 +1,1 @@
+"""verl's FSDP engine: steps, FP32 numerics, checkpoints, exported weights, the weight sync."""

@@ -1,0 +1,72 @@
+"""What stays in FP32 between the model's logits and the loss: temperature, log-softmax, log-probs, entropy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fp16_patch.runtime.activation import current_plan, ledger
+from fp16_patch.verl.fsdp.engine import role_of
+
+_SMALLEST_TEMPERATURE = 1e-8
+
+
+def scale_logits_by_temperature(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> torch.Tensor:
+    """`_scale_logits_by_temperature`: logits are divided in FP32, as vLLM divides them.
+
+    verl's bound on the temperature, 1e-8, is 0 once cast to FP16.
+    """
+    if not current_plan().overrides_dtype:
+        return wrapped(*args, **kwargs)
+    return _in_fp32(*args, **kwargs)
+
+
+def _in_fp32(logits: torch.Tensor, temperature: torch.Tensor, *, is_unit_temperature: bool) -> torch.Tensor:
+    if not is_unit_temperature:
+        # One FP32 temperature a row promotes the quotient; upcasting the logits first would cost a copy of them.
+        return logits / temperature.float().clamp(min=_SMALLEST_TEMPERATURE)
+    return logits if autocast_upcasts_softmax() else logits.float()
+
+
+def divide_in_fp32(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    """`FSDPEngineWithLMHead.prepare_model_outputs` where it divides by the temperature itself, in the logits' dtype."""
+    output, micro_batch = _argument(0, "output", args, kwargs), _argument(2, "micro_batch", args, kwargs)
+    # Fused kernels return log-probs and no logits.
+    if current_plan().overrides_dtype and getattr(output, "logits", None) is not None:
+        unit = is_unit(micro_batch["temperature"])
+        output.logits = output.logits if unit and autocast_upcasts_softmax() else output.logits.float()
+    return wrapped(*args, **kwargs)  # type: ignore[no-any-return]
+
+
+def _argument(position: int, name: str, args: Any, kwargs: Any) -> Any:
+    return kwargs[name] if name in kwargs else args[position]
+
+
+def is_unit(temperature: Any) -> bool:
+    """Whether dividing by the temperature does nothing, as far as one can tell without waiting for the device."""
+    # One that differs from row to row lies on the device, and looking at it would wait for the device.
+    if isinstance(temperature, torch.Tensor):
+        return False
+    return float(temperature) == 1
+
+
+def autocast_upcasts_softmax() -> bool:
+    """CUDA's autocast runs softmax, log_softmax and logsumexp in FP32 by itself."""
+    return bool(torch.is_autocast_enabled("cuda"))
+
+
+def prepare_model_outputs(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    """`FSDPEngineWithLMHead.prepare_model_outputs`: note the dtypes of log-probs and entropy."""
+    outputs: dict[str, Any] = wrapped(*args, **kwargs)
+    for quantity, key in (("log_prob", "log_probs"), ("entropy", "entropy")):
+        if outputs.get(key) is not None:
+            ledger().note(role_of(engine), quantity, outputs[key].dtype)
+    return outputs
+
+
+def prepare_values(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    """`FSDPEngineWithValueHead.prepare_model_outputs`: note the dtype of the critic's values."""
+    outputs: dict[str, Any] = wrapped(*args, **kwargs)
+    ledger().note(role_of(engine), "value", outputs["values"].dtype)
+    return outputs

@@ -1,0 +1,1 @@
+"""verl's Megatron engine and workers: dtypes, steps, ledger."""

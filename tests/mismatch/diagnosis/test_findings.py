@@ -1,0 +1,466 @@
+"""The diagnosis names what was planted into a simulated policy, and nothing where nothing was."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from torch import Tensor
+
+from fp16_patch.mismatch.diagnosis.findings import CAUSES, Diagnosis, diagnose, diagnose_run
+from fp16_patch.mismatch.record.reading import RunRecord
+from fp16_patch.mismatch.statistics.summary import MismatchStats
+
+BF16, FP16 = 2.0**-9, 2.0**-12
+NOISES = pytest.mark.parametrize("noise", [BF16, FP16], ids=["bf16", "fp16"])
+
+Batch = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A softmax policy as two sides see it. Contexts differ in how peaked their distribution is.
+
+    Attributes:
+        noise: standard deviation of each side's error of a logit, as a share of the context's largest one.
+        peaks: range of the standard deviations of a context's logits.
+        draws: tokens sampled from each context.
+        reported: temperature of the sampler's log-probs, if it is not the one it samples at.
+        behind: by step, how many updates the sampler is behind; the last entry holds from there on.
+        edge: what is wrong with the mask, a key of EDGES.
+    """
+
+    noise: float = BF16
+    vocabulary: int = 64
+    peaks: tuple[float, float] = (0.6, 7.0)
+    draws: int = 1
+    sampler_temperature: float = 1.0
+    learner_temperature: float = 1.0
+    reported: float | None = None
+    top_p: float = 1.0
+    top_k: int = 0
+    behind: tuple[int, ...] = (0,)
+    edge: str = ""
+
+    def run(self, tokens: int, seed: int, steps: int = 4, first: int = 1) -> dict[int, MismatchStats]:
+        generator = torch.Generator().manual_seed(seed)
+        batches = (self.batch(tokens // steps, index, generator) for index in range(steps))
+        return {first + index: MismatchStats.from_log_probs(*batch) for index, batch in enumerate(batches)}
+
+    def batch(self, tokens: int, index: int, generator: torch.Generator) -> Batch:
+        """One step's sequences of 5 to 32 tokens, each sampled from the sampler's distribution."""
+        lengths = torch.randint(5, 33, (max(1, tokens // 18), 1), generator=generator)
+        mask = torch.arange(33) < lengths
+        sampler, learner = torch.zeros(mask.shape), torch.zeros(mask.shape)
+        sampler[mask], learner[mask] = self._log_probs(int(mask.sum()), index, generator)
+        return EDGES[self.edge](sampler, learner, mask, lengths) if self.edge else (sampler, learner, mask)
+
+    def _log_probs(self, count: int, index: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """log μ and log π of ``count`` tokens."""
+
+        def normal() -> Tensor:
+            return torch.randn(-(-count // self.draws), self.vocabulary, generator=generator)
+
+        low, high = map(math.log, self.peaks)
+        scale = torch.exp(low + (high - low) * torch.rand(-(-count // self.draws), 1, generator=generator))
+        logits = scale * normal()
+        error = self.noise * logits.abs().amax(-1, keepdim=True)
+        sampler = logits + error * normal()
+        updates = self.behind[min(index, len(self.behind) - 1)]
+        learner = logits * (1 + 0.005 * updates) + 0.03 * updates * scale.clamp(max=3) * normal() + error * normal()
+        sampled = self._kept((sampler / self.sampler_temperature).log_softmax(-1))
+        reported = sampled if self.reported is None else (sampler / self.reported).log_softmax(-1)
+        tokens = torch.multinomial(sampled.exp(), self.draws, replacement=True, generator=generator)
+        sides = reported, (learner / self.learner_temperature).log_softmax(-1)
+        return tuple(side.gather(1, tokens).flatten()[:count] for side in sides)
+
+    def _kept(self, log_probs: Tensor) -> Tensor:
+        """What top-k and top-p keep, normalized again."""
+        ordered, order = log_probs.sort(-1, descending=True)
+        dropped = ordered.exp().cumsum(-1) - ordered.exp() >= self.top_p
+        if self.top_k:
+            dropped[:, self.top_k :] = True
+        dropped = torch.zeros_like(dropped).scatter(-1, order, dropped)
+        return log_probs.masked_fill(dropped, -math.inf).log_softmax(-1)
+
+
+def past_the_end(sampler: Tensor, learner: Tensor, mask: Tensor, lengths: Tensor) -> Batch:
+    """The mask has moved by one: it misses the first token and covers padding, which the learner scores."""
+    learner = learner.scatter(1, lengths, -3.0 - torch.arange(len(lengths)).unsqueeze(1) % 7)
+    return sampler, learner, torch.cat([torch.zeros_like(mask[:, :1]), mask[:, :-1]], 1)
+
+
+def before_the_first(sampler: Tensor, learner: Tensor, mask: Tensor, lengths: Tensor) -> Batch:
+    """The mask has moved the other way: it covers the prompt's last token, where the sampler has a pad value of −1."""
+    prompt = -3.0 - torch.arange(len(lengths)).unsqueeze(1) % 7
+    sampler, learner = torch.cat([prompt * 0 - 1, sampler], 1), torch.cat([prompt, learner], 1)
+    return sampler, learner, torch.cat([mask, torch.zeros_like(mask[:, :1])], 1)
+
+
+def log_probs_late(sampler: Tensor, learner: Tensor, mask: Tensor, lengths: Tensor) -> Batch:
+    """The sampler's log-probs are those of the token before."""
+    return torch.cat([torch.zeros_like(sampler[:, :1]), sampler[:, :-1]], 1), learner, mask
+
+
+EDGES = {"past the end": past_the_end, "before the first": before_the_first, "log-probs late": log_probs_late}
+
+PLANTED: dict[str, tuple[str, Policy]] = {
+    "nothing": ("precision", Policy()),
+    "sampler at 0.8": ("temperature", Policy(sampler_temperature=0.8)),
+    "sampler at 1.2": ("temperature", Policy(sampler_temperature=1.2)),
+    "learner at 0.7": ("temperature", Policy(learner_temperature=0.7)),
+    "raw log-probs at 0.7": ("raw_log_probs", Policy(sampler_temperature=0.7, learner_temperature=0.7, reported=1.0)),
+    "raw log-probs at 1.3": ("raw_log_probs", Policy(sampler_temperature=1.3, learner_temperature=1.3, reported=1.0)),
+    "raw log-probs at 0.3": ("raw_log_probs", Policy(sampler_temperature=0.3, learner_temperature=0.3, reported=1.0)),
+    "top-p 0.95": ("truncated_sampling", Policy(top_p=0.95)),
+    "top-p 0.8": ("truncated_sampling", Policy(top_p=0.8)),
+    "top-k 10": ("truncated_sampling", Policy(top_k=10)),
+    "top-k 2, mostly sure": ("truncated_sampling", Policy(top_k=2, peaks=(2.0, 30.0))),
+    "greedy": ("truncated_sampling", Policy(top_k=1)),
+    "syncs dropped": ("stale_weights", Policy(behind=(0, 1, 2, 3))),
+    "sync one step late": ("stale_weights", Policy(behind=(0, 1))),
+    "mask past the end": ("mask_shifted", Policy(edge="past the end")),
+    "mask before the first": ("mask_shifted", Policy(edge="before the first")),
+    "log-probs late": ("mask_shifted", Policy(edge="log-probs late")),
+}
+
+MIXED = {
+    "actor": {"autocast": ["bfloat16"], "parameter": ["bfloat16"], "activation": ["bfloat16"], "master": ["float32"]},
+    "rollout": {"engine_weight": ["float16"], "wire": ["float32"], "activation": ["float16"], "kv_cache": ["float16"]},
+}
+UNIFORM = {"actor": {"autocast": ["float16"], "activation": ["float16"]}, "rollout": {"engine_weight": ["float16"]}}
+
+
+def causes(findings: list[Diagnosis]) -> list[str]:
+    return [finding.cause for finding in findings]
+
+
+def text(findings: list[Diagnosis], cause: str) -> str:
+    (finding,) = (finding for finding in findings if finding.cause == cause)
+    return " ".join(finding.evidence)
+
+
+def with_nan(batch: Batch, sampler: int = 0, learner: int = 0) -> MismatchStats:
+    """The batch with so many rows that have a NaN in their first token, on either side."""
+    sides = [side.clone() for side in batch[:2]]
+    sides[0][:sampler, 0] = sides[1][:learner, 0] = math.nan
+    return MismatchStats.from_log_probs(*sides, batch[2])
+
+
+@NOISES
+@pytest.mark.parametrize("planted", PLANTED)
+def test_names_what_was_planted(planted: str, noise: float) -> None:
+    cause, policy = PLANTED[planted]
+    policy = replace(policy, noise=noise)
+
+    assert [causes(diagnose(policy.run(3000, seed)))[0] for seed in range(3)] == [cause] * 3
+    assert causes(diagnose(replace(policy, draws=10).run(100_000, seed=3, steps=2)))[0] == cause
+
+
+@NOISES
+def test_no_false_alarm(noise: float) -> None:
+    policy = Policy(noise)
+
+    assert [causes(diagnose(policy.run(1500, seed, steps=3))) for seed in range(100, 130)] == [["precision"]] * 30
+
+
+@NOISES
+@pytest.mark.parametrize(
+    "policy",
+    [Policy(peaks=(6.0, 20.0)), Policy(peaks=(0.02, 0.2)), Policy(draws=16), Policy(vocabulary=256)],
+    ids=["peaked", "flat", "repeated contexts", "more words"],
+)
+def test_no_false_alarm_with_other_policies(policy: Policy, noise: float) -> None:
+    policy = replace(policy, noise=noise)
+
+    assert [causes(diagnose(policy.run(1500, seed, steps=2))) for seed in range(5)] == [["precision"]] * 5
+
+
+@NOISES
+def test_a_policy_that_becomes_less_sure_is_no_stale_one(noise: float) -> None:
+    """Tokens that are all but certain have no gap to speak of: where they become fewer, mean |d| grows."""
+    generator = torch.Generator().manual_seed(0)
+    steps = {}
+    for step, share in enumerate((0.8, 0.8, 0.2, 0.0, 0.0), start=1):
+        sampler, learner, mask = Policy(noise).batch(3000, 0, generator)
+        certain = torch.rand(mask.shape, generator=generator) < share
+        sides = (torch.where(certain, -1e-6, side) for side in (sampler, learner))
+        steps[step] = MismatchStats.from_log_probs(*sides, mask)
+
+    assert causes(diagnose(steps)) == ["precision"]
+    assert steps[5].metrics()["mismatch/mean_abs"] > 3 * steps[1].metrics()["mismatch/mean_abs"]
+
+
+@NOISES
+def test_a_policy_that_becomes_surer_is_no_stale_one(noise: float) -> None:
+    """Of a peaked context the rare tokens have more of a gap than they had when it was flat."""
+    steps = {}
+    for seed, peaks in enumerate([(0.5, 3.0), (1.6, 6.4), (2.7, 9.8), (3.8, 13.2), (4.9, 16.6)]):
+        steps |= Policy(noise, peaks=peaks).run(700, seed, steps=1, first=seed + 1)
+
+    assert causes(diagnose(steps)) == ["precision"]
+
+
+def test_rounding_of_a_flat_distribution_is_no_temperature() -> None:
+    """Where log μ varies hardly more than its rounding, d goes with it."""
+    assert causes(diagnose(Policy(noise=0.3, peaks=(0.01, 0.02)).run(3000, seed=0))) == ["precision"]
+
+
+def test_rare_ratios_that_few_samples_miss_are_no_truncation() -> None:
+    cold = Policy(sampler_temperature=0.2)
+    named = [cause for seed in range(12) for cause in causes(diagnose(cold.run(300, seed, steps=1)))]
+
+    assert "truncated_sampling" not in named
+    assert named.count("temperature") > 6
+
+
+def test_stale_weights_after_exact_agreement() -> None:
+    """As with kernels that are the same on both sides."""
+    sampler, _, mask = Policy().batch(1000, 0, torch.Generator().manual_seed(0))
+    agreed = {1: MismatchStats.from_log_probs(sampler, sampler, mask)}
+
+    assert causes(diagnose(agreed | Policy(behind=(1,)).run(3000, seed=0, first=2))) == ["stale_weights"]
+
+
+def test_truncation_and_temperature_together() -> None:
+    findings = diagnose(Policy(top_p=0.9, sampler_temperature=0.8).run(3000, seed=0))
+
+    assert causes(findings) == ["truncated_sampling", "temperature"]
+
+
+def test_stale_weights_besides_truncation_hide_neither() -> None:
+    findings = diagnose(Policy(FP16, top_p=0.999, behind=(0, 4, 8, 12)).run(3000, seed=0))
+
+    assert "stale_weights" in causes(findings)
+
+
+@pytest.mark.parametrize(("temperature", "told"), [(0.8, 0.8), (1.25, 1.25), (0.9, 0.9)])
+def test_the_ratio_of_the_temperatures_is_told(temperature: float, told: float) -> None:
+    evidence = text(diagnose(Policy(FP16, sampler_temperature=temperature).run(20_000, seed=0)), "temperature")
+
+    estimate = float(evidence.partition("T_sampler/T_learner is about ")[2][:4])
+    assert estimate == pytest.approx(told, abs=0.05)
+    assert "It is there from the first step on" in evidence
+
+
+def test_few_tokens_leave_temperature_and_raw_log_probs_undecided() -> None:
+    findings = diagnose(Policy(FP16, sampler_temperature=0.97).run(600, seed=1, steps=2))
+
+    assert findings[0].cause in ("temperature", "raw_log_probs")
+    assert "tokens do not tell it from" in findings[0].evidence[-1]
+
+
+def test_top_p_is_told() -> None:
+    evidence = text(diagnose(Policy(FP16, top_p=0.8).run(3000, seed=0)), "truncated_sampling")
+
+    assert "the log of 0.8" in evidence
+
+
+def test_a_truncation_that_is_small_against_the_rounding_is_named_without_an_estimate() -> None:
+    findings = diagnose(Policy(BF16, top_p=0.995).run(3000, seed=0))
+
+    assert causes(findings) == ["truncated_sampling"]
+    assert "the log of" not in text(findings, "truncated_sampling")
+
+
+def test_padding_is_told() -> None:
+    evidence = text(diagnose(Policy(edge="before the first").run(3000, seed=0)), "mask_shifted")
+
+    assert "of the first token of a sequence" in evidence
+    assert "the sampler's log-prob is -1 in most of the worst tokens" in evidence
+
+
+def test_an_unsure_first_token_is_no_shifted_mask() -> None:
+    """Flat where a sequence begins, and all but certain afterwards: the first token has nearly all of the gap."""
+    generator = torch.Generator().manual_seed(0)
+    first, rest = Policy(peaks=(1.0, 2.0), sampler_temperature=0.6), Policy(peaks=(60.0, 90.0), sampler_temperature=0.6)
+    unsure, certain = (policy.batch(tokens, 0, generator) for policy, tokens in ((first, 1500), (rest, 1500)))
+    rows = 60
+    sides = [torch.cat([unsure[side][:rows, :1], certain[side][:rows]], 1) for side in range(2)]
+    mask = torch.cat([unsure[2][:rows, :1], certain[2][:rows]], 1)
+    steps = {step: MismatchStats.from_log_probs(*sides, mask) for step in (1, 2)}
+
+    assert "mask_shifted" not in causes(diagnose(steps))
+
+
+def test_stale_weights_need_the_first_step() -> None:
+    findings = diagnose(Policy(behind=(4,)).run(20_000, seed=0, first=200))
+
+    assert causes(findings) == ["unknown"]
+    evidence = text(findings, "unknown")
+    assert "Remains: stale weights" in evidence
+    assert "steps 200 to 203" in evidence
+    assert "Ruled out: unequal temperatures" in evidence
+
+
+def test_a_large_gap_from_the_first_step_on_is_not_missed_updates() -> None:
+    findings = diagnose(Policy(behind=(4,)).run(3000, seed=0))
+
+    assert causes(findings) == ["unknown"]
+    assert "missed updates (by step 4 it is 1.0 times the first step's)" in text(findings, "unknown")
+    assert "weights that differ from the start" in text(findings, "unknown")
+
+
+def test_slow_growth_is_rounding() -> None:
+    steps = {}
+    for step in range(1, 301, 10):
+        steps |= Policy(BF16 / 8 * (1 + step / 50)).run(400, seed=step, steps=1, first=step)
+    findings = diagnose(steps)
+
+    assert causes(findings) == ["precision"]
+    assert "Over the whole run it has grown" in text(findings, "precision")
+
+
+@pytest.mark.parametrize(
+    ("noise", "learner", "sampler"), [(BF16, "bfloat16", "float16"), (BF16, "float16", "bfloat16")]
+)
+def test_one_coarser_side_is_named_with_both_dtypes(noise: float, learner: str, sampler: str) -> None:
+    ledger = {"actor": {"autocast": [learner], "master": ["float32"]}, "rollout": {"engine_weight": [sampler]}}
+    findings = diagnose(Policy(noise).run(3000, seed=0), ledger)
+
+    assert causes(findings) == ["one_side_lower_precision"]
+    coarser = "learner" if learner == "bfloat16" else "sampler"
+    assert f"The {coarser} is the coarser side" in text(findings, "one_side_lower_precision")
+    assert "bfloat16" in text(findings, "one_side_lower_precision")
+    assert "float16" in text(findings, "one_side_lower_precision").replace("bfloat16", "")
+
+
+def test_weights_rounded_in_transit_are_a_coarser_sampler() -> None:
+    ledger = {"actor": {"autocast": ["float16"]}, "rollout": {"engine_weight": ["float16"], "wire": ["bfloat16"]}}
+
+    assert "rollout wire in bfloat16" in text(diagnose(Policy().run(3000, 0), ledger), "one_side_lower_precision")
+
+
+def test_a_fault_comes_before_the_dtypes() -> None:
+    findings = diagnose(Policy(sampler_temperature=0.8).run(3000, seed=0), MIXED)
+
+    assert causes(findings) == ["temperature", "one_side_lower_precision"]
+
+
+def test_a_gap_that_mixed_dtypes_do_not_explain_is_also_unknown() -> None:
+    findings = diagnose(Policy(behind=(4,)).run(3000, seed=0, first=200), MIXED)
+
+    assert causes(findings) == ["one_side_lower_precision", "unknown"]
+
+
+def test_more_than_float16_explains_is_unknown() -> None:
+    findings = diagnose(Policy(BF16).run(3000, seed=0), UNIFORM)
+
+    assert causes(findings) == ["unknown"]
+    assert "computes more coarsely than is on record" in text(findings, "unknown")
+    assert causes(diagnose(Policy(BF16).run(3000, seed=0), plan={"dtype": "float16"})) == ["unknown"]
+    assert causes(diagnose(Policy(FP16).run(3000, seed=0), UNIFORM)) == ["precision"]
+
+
+def test_precision_says_what_it_rests_on() -> None:
+    floor = Policy(FP16 / 4).run(1000, seed=5, steps=1)[1]
+    evidence = text(diagnose(Policy(FP16).run(3000, seed=0), UNIFORM, noise_floor=floor), "precision")
+
+    for part in (
+        "float16 is the coarsest dtype",
+        "Both tails are alike",
+        "Mean r is ",
+        "slope of log π on log μ 1.000",
+        "by step 4",
+    ):
+        assert part in evidence
+    assert float(evidence.partition("It is ")[2].partition(" times the learner's gap")[0]) == pytest.approx(4, rel=0.3)
+
+
+def test_without_a_ledger_one_side_cannot_be_told() -> None:
+    assert "Without a ledger" in text(diagnose(Policy().run(3000, seed=0)), "precision")
+
+
+@pytest.mark.parametrize(
+    ("sampler", "learner", "named"), [(9, 0, ["nonfinite_sampler"]), (0, 9, ["nonfinite_learner"])]
+)
+def test_nan_is_named_by_its_side(sampler: int, learner: int, named: list[str]) -> None:
+    batch = Policy().batch(3000, 0, torch.Generator().manual_seed(0))
+    findings = diagnose({1: with_nan(batch, sampler, learner)})
+
+    assert causes(findings) == [*named, "precision"]
+    assert f"for 9 of {int(batch[2].sum())} tokens" in findings[0].evidence[0]
+    assert findings[0].evidence[0].endswith("for 0.")
+
+
+def test_nan_on_both_sides_beside_another_fault() -> None:
+    batch = Policy(top_p=0.8).batch(3000, 0, torch.Generator().manual_seed(0))
+
+    assert causes(diagnose({1: with_nan(batch, 3, 5)})) == [
+        "nonfinite_sampler",
+        "nonfinite_learner",
+        "truncated_sampling",
+    ]
+
+
+def test_too_few_tokens_are_unknown() -> None:
+    findings = diagnose(Policy(sampler_temperature=0.5).run(80, seed=0, steps=1))
+
+    assert causes(findings) == ["unknown"]
+    assert "are too few to say; it takes 100" in text(findings, "unknown")
+    assert causes(diagnose({})) == ["unknown"]
+    assert text(diagnose({}), "unknown").startswith("0 tokens")
+
+
+def test_equal_sides_are_precision() -> None:
+    sampler, _, mask = Policy().batch(1000, 0, torch.Generator().manual_seed(0))
+    findings = diagnose({1: MismatchStats.from_log_probs(sampler, sampler, mask)})
+
+    assert causes(findings) == ["precision"]
+    assert "agree exactly" in text(findings, "precision")
+
+
+def test_old_states_have_a_diagnosis() -> None:
+    """Version 1 has neither mean r nor bands: what can be said is said of the size."""
+    state = Policy().run(3000, seed=0, steps=1)[1].to_dict()
+    kept = ("tokens", "sequences", "d_sum", "d_abs_sum", "d_square_sum", "d_min", "d_max", "k3_sum", "histogram")
+    old = MismatchStats.from_dict({"version": 1, **{name: state[name] for name in kept}})
+    findings = diagnose({1: old, 2: old})
+
+    assert causes(findings) == ["precision"]
+    assert "nan" not in " ".join(findings[0].evidence)
+
+
+@pytest.mark.parametrize(
+    ("planted", "settings"),
+    [
+        ("sampler at 0.8", ("actor_rollout_ref.rollout.temperature", "--rollout.temperature")),
+        ("raw log-probs at 0.7", ("actor_rollout_ref.rollout.logprobs_mode",)),
+        ("top-p 0.8", ("actor_rollout_ref.rollout.top_p", "--rollout.top_p")),
+        ("sync one step late", ("sync",)),
+        ("mask past the end", ("response mask",)),
+    ],
+)
+def test_advice_names_the_setting(planted: str, settings: tuple[str, ...]) -> None:
+    finding = diagnose(PLANTED[planted][1].run(3000, seed=0))[0]
+
+    assert all(setting in finding.advice for setting in settings)
+
+
+def test_the_diagnosis_of_a_record() -> None:
+    steps = Policy(FP16, top_p=0.9).run(3000, seed=0)
+    record = run_record(steps, UNIFORM)
+
+    assert diagnose_run(record) == diagnose(steps, UNIFORM)
+    assert causes(diagnose_run(record)) == ["truncated_sampling"]
+    assert set(causes(diagnose_run(run_record({}, {})))) <= set(CAUSES)
+
+
+def run_record(steps: Mapping[int, MismatchStats], ledger: dict[str, dict[str, list[str]]]) -> RunRecord:
+    return RunRecord(
+        path=Path(),
+        plan={},
+        ledger=ledger,
+        processes=1,
+        steps={},
+        mismatch={},
+        stats=MismatchStats.merge_all(steps.values()),
+        wall_s=None,
+        step_stats=dict(steps),
+    )

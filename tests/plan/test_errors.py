@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import pickle
+
+import pytest
+
+from fp16_patch.plan.errors import (
+    Conflict,
+    Fp16PatchError,
+    LossScaleCollapse,
+    PatchError,
+    PlanError,
+    PrecisionError,
+    PrecisionFinding,
+)
+
+ERRORS = [
+    PlanError([Conflict("a.b", 1, "no", "yes")]),
+    PatchError("changed"),
+    PrecisionError([PrecisionFinding("host", 7, "actor", "autocast", "bfloat16", "float16")]),
+    LossScaleCollapse("actor", 3, "too many", {0: [], 1: ["layers.0.weight"]}),
+    LossScaleCollapse("actor", 3, "too many", {0: [], 1: []}, {1: "lm_head (gradient of the output)"}),
+]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_errors_cross_process_borders_whole(error: Fp16PatchError) -> None:
+    # Ray pickles what an actor raises.
+    arrived = pickle.loads(pickle.dumps(error))
+    assert type(arrived) is type(error)
+    assert str(arrived) == str(error)
+
+
+def test_precision_error_lists_host_pid_role_quantity_seen_and_wanted() -> None:
+    text = str(ERRORS[2])
+    header, row = text.splitlines()[1:]
+    assert header.split() == ["host", "pid", "role", "quantity", "seen", "wanted"]
+    assert row.split() == ["host", "7", "actor", "autocast", "bfloat16", "float16"]
+
+
+def test_collapse_names_rank_step_and_parameters() -> None:
+    text = str(ERRORS[3])
+    assert "optimizer step 3" in text
+    assert "rank 1: layers.0.weight" in text
+    assert "rank 0" not in text
+
+
+def test_collapse_names_where_the_overflow_began() -> None:
+    assert "The overflow began in rank 1: lm_head (gradient of the output). Look at" in str(ERRORS[4])
+    assert "began" not in str(ERRORS[3])

@@ -1,0 +1,55 @@
+"""The folder `fp16-patch run` puts on PYTHONPATH: a framework's import activates, and no sitecustomize is lost."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fp16_patch
+
+STARTUP = Path(fp16_patch.__file__).parent / "runtime" / "startup"
+ROOT = Path(fp16_patch.__file__).parents[1]
+PROBE = """
+import sys
+import {0}
+print("fp16_patch.runtime.activation" in sys.modules, sys.modules["sitecustomize"].__file__)
+"""
+
+
+def said(tmp_path: Path, *first: Path, framework: str = "openrlhf", **env: str) -> str:
+    package = tmp_path / "packages" / framework
+    package.mkdir(parents=True, exist_ok=True)
+    (package / "__init__.py").touch()
+    path = os.pathsep.join(map(str, [*first, STARTUP, tmp_path / "theirs", package.parent, ROOT]))
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("FP16_PATCH")}
+    command = [sys.executable, "-c", PROBE.format(framework)]
+    run = subprocess.run(command, env={**clean, **env, "PYTHONPATH": path}, capture_output=True, text=True, check=True)
+    return run.stdout
+
+
+def theirs(tmp_path: Path) -> Path:
+    (tmp_path / "theirs").mkdir()
+    own = tmp_path / "theirs" / "sitecustomize.py"
+    own.write_text("print('theirs ran')\n")
+    return own
+
+
+@pytest.mark.parametrize("framework", ["verl", "openrlhf"])
+def test_importing_a_framework_activates_where_asked_to(tmp_path: Path, framework: str) -> None:
+    assert said(tmp_path, framework=framework, FP16_PATCH="fp16", FP16_PATCH_STRICT="0").startswith("True")
+    assert said(tmp_path, framework=framework).startswith("False")
+
+
+def test_a_shadowed_sitecustomize_runs_and_keeps_its_name(tmp_path: Path) -> None:
+    own = theirs(tmp_path)
+    assert said(tmp_path, FP16_PATCH="fp16").splitlines() == ["theirs ran", f"True {own}"]
+
+
+def test_without_another_ours_keeps_the_name(tmp_path: Path) -> None:
+    name = said(tmp_path, FP16_PATCH="fp16").split()[1]
+    # The interpreter may have one of its own; it must not be lost either.
+    assert name.endswith("sitecustomize.py")

@@ -65,6 +65,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 # What is left in evidence.json goes onto a page of plots and into the README's tables.
 bench: $(READY)

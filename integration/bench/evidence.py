@@ -4,7 +4,7 @@
     python -m integration.bench.evidence --full             # these, too: hours on two cores
     python -m integration.bench.evidence probe gradient     # these; the others stay as they were
 
-Results go to `out/evidence.json`; from it `python -m integration.bench.write` writes the README's tables, and
+Results go to `out/evidence.json`; from it `python -m integration.bench.write` writes the pages' tables, and
 `python -m integration.bench.page` a page of plots.
 """
 

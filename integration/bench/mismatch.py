@@ -1,4 +1,4 @@
-"""Sampler against learner on real verl, arm by arm: the table in the README.
+"""Sampler against learner on real verl, arm by arm: a table of `integration/README.md`.
 
     python -m integration.bench.mismatch            # every row, about three minutes a run on two cores
     python -m integration.bench.mismatch fsdp2-2    # the rows whose name starts so

@@ -1,4 +1,4 @@
-"""The README's table of what overflows, an optimizer step and a weight sync cost, from `out/step.json`."""
+"""The table of what overflows, an optimizer step and a weight sync cost, from `out/step.json`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Write what follows from `versions.toml` and `patches/`: the README's table of releases and CI's workflows.
+"""Write what follows from `versions.toml` and `patches/`: the table of releases and CI's workflows.
 
     python -m integration.matrix.write
 
@@ -16,10 +16,10 @@ import yaml
 
 from fp16_patch.patching.declarations import declared_patches
 from integration.matrix.versions import ROOT, Environment, Tested, others, tested_releases
+from integration.pages.places import with_table
 
-README = ROOT / "README.md"
+PAGE = ROOT / "fp16_patch" / "releases" / "README.md"
 WORKFLOWS = ROOT / ".github" / "workflows"
-BEGIN, END = "<!-- releases -->\n", "<!-- /releases -->\n"
 _HEAD = "# Written by `python -m integration.matrix.write` from integration/matrix/versions.toml.\n"
 _NAMES = {"verl": "verl", "openrlhf": "OpenRLHF", "vllm": "vLLM"}
 _FRAMEWORKS = ("verl", "openrlhf")
@@ -32,7 +32,7 @@ def written() -> dict[Path, str]:
     """Every file that follows from the data, and what belongs in it."""
     workflows = {"test.yml": _test_workflow(), "releases.yml": _releases_workflow()}
     return {
-        README: with_table(README.read_text(encoding="utf-8"), table(tested_releases())),
+        PAGE: with_table(PAGE.read_text(encoding="utf-8"), table(tested_releases()), "releases"),
         **{WORKFLOWS / name: _HEAD + _yaml(jobs) for name, jobs in workflows.items()},
     }
 
@@ -64,15 +64,6 @@ def table(releases: list[Tested]) -> str:
         for first, *_, last in ([*group, group[-1]] for group in alike)
     ]
     return "\n".join(["| release | patches | tested on a CPU |", "|---|---|---|", *rows]) + "\n"
-
-
-def with_table(text: str, table: str) -> str:
-    """A page with the table between its marks."""
-    before, _, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not end:
-        raise ValueError(f"no place for the table of releases between {BEGIN.strip()} and {END.strip()}")
-    return before + BEGIN + table + END + after
 
 
 def _patches_of(release: Tested) -> str:

@@ -109,11 +109,15 @@ def test_a_run_that_has_no_such_curve_has_an_empty_chart() -> None:
 
 
 def test_the_tables_say_whether_the_reward_separates() -> None:
-    table = write.table({"sanity": sanity(), "ablation": ablation()})
+    table = "\n".join([*write.sanity(sanity()), *write.ablation(ablation())])
     assert "| grpo | 3.3e-03 | 3.6e-04 | **9.0**, **10.0** | 0.50 | 0.50 |" in table
-    assert "The reward does not decide between the two at this size (grpo, 2 seeds: BF16 0.40 to 0.60 and FP16" in table
-    assert "the mismatch does, by 9.0 to 10.0 times. Of the algorithms of one seed FP16's reward differs" in table
-    assert "and the ranges overlap" in table
+    assert "| +0.03 | bf16 0.40 – 0.60, fp16 0.40 – 0.60 |" in table
     assert "| fp32 learner | – | – | 4.0e-03 |" in table
+    verdict = write.sanity_verdict(sanity())
+    assert (
+        "The reward does not decide between the two at this size (grpo, 2 seeds: BF16 0.40 to 0.60 and FP16" in verdict
+    )
+    assert "the mismatch does, by 9.0 to 10.0 times. Of the algorithms of one seed FP16's reward differs" in verdict
+    assert "and the ranges overlap" in verdict
     # Two runs an arm: of the six orders they can come in, two keep the arms apart.
     assert "without overlap, as happens by chance in 33%" in write.sanity_verdict(sanity(separates=True))

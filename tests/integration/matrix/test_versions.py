@@ -83,6 +83,9 @@ def test_an_overlay_holds_the_framework_and_nothing_that_hides_ours(
     assert overlay.overlay(release) == folder
 
 
-def test_a_page_without_a_place_for_the_table_is_refused() -> None:
-    with pytest.raises(ValueError, match="no place for the table"):
-        write.with_table("# a page", "| a |")
+def test_the_readme_names_the_oldest_and_the_newest_release() -> None:
+    """Its summary is written by hand: three ranges."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for package, name in {"verl": "verl", "openrlhf": "OpenRLHF", "vllm": "vLLM"}.items():
+        known = [release.version for release in versions.tested_releases() if release.package == package]
+        assert f"{name} {known[0]} to {known[-1]}" in readme

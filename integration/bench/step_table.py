@@ -18,18 +18,22 @@ def _rows(results: Mapping[str, Any]) -> Iterator[str]:
         planted = f"{results['updates']} updates with {results['planted']} planted overflows"
         yield _row(f"mini-batches lost in {planted}", results["lost_stock"], results["lost_ours"])
         starts = results["calibration_skips_stock"], results["calibration_skips_ours"]
-        yield _row("the same before the first step that is taken", *starts)
+        yield _row("mini-batches lost before the first step that is taken", *starts)
         same = "the same to the last bit" if results["retry_bitwise"] else "another one"
-        yield _row("a step tried again, beside one at that scale from the start, on one rank and two", "–", same)
+        yield _row(
+            "a step that was tried again, compared with one at that scale from the start (one rank, two ranks)",
+            "–",
+            same,
+        )
     if "passes_stock" in results:
         yield _row(
             "passes over the gradients in an FP16 step", f"{results['passes_stock']:g}", f"{results['passes_ours']:g}"
         )
-        yield _row("the same in a BF16 step", f"{results['passes_stock_bf16']:g}", "–")
+        yield _row("passes over the gradients in a BF16 step", f"{results['passes_stock_bf16']:g}", "–")
     if "wire_bytes_ratio" in results:
         same = "the same to the last bit" if results["sampler_bitwise"] else "others"
         yield _row("bytes of a weight sync", "1", f"{results['wire_bytes_ratio']:g}")
-        yield _row("the sampler's weights after it", "–", same)
+        yield _row("the sampler's weights after the sync", "–", same)
     for device, ratios in results.get("step_ratio", {}).items():
         for size, ratio in ratios.items():
             yield _row(f"a whole FP16 step ÷ a BF16 step, {size} parameters, {device}", "–", f"{ratio:.2f}")

@@ -114,7 +114,7 @@ def gradient(found: Mapping[str, Any]) -> Iterator[str]:
 def probe(found: Mapping[str, Any]) -> Iterator[str]:
     yield from ("| the probe, on small models | |", "|---|---|")
     located = f"{found['unsafe_located']} of {found['unsafe_total']}"
-    yield f"| models made to overflow FP16: the module where it begins was named | {located} |"
+    yield f"| models made to leave FP16's range: the module where it begins was named | {located} |"
     alarms = f"{found['false_alarms']} of {found['families']}"
     yield f"| families of models that stay in FP16's range: false alarms | {alarms} |"
 

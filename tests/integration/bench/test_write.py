@@ -12,10 +12,10 @@ import pytest
 from integration.bench import monitor_table, write
 from integration.pages.places import with_table
 
-BY_HAND = {place.page for place in write.PLACES.values()}
+PAGES = {place.page for place in write.PLACES.values()}
 
 
-@pytest.mark.parametrize("page", sorted(BY_HAND), ids=lambda page: str(page.relative_to(write.ROOT)))
+@pytest.mark.parametrize("page", sorted(PAGES), ids=lambda page: str(page.relative_to(write.ROOT)))
 def test_the_pages_are_written_from_the_evidence(page: Path) -> None:
     assert page.read_text(encoding="utf-8") == write.written()[page], "run `python -m integration.bench.write`"
 
@@ -32,6 +32,17 @@ def test_what_is_said_beside_the_tables_is_what_was_measured() -> None:
     ratio = sanity["summary"]["grpo"]["ratio"]
     assert f"{ratio['min']:.1f} to {ratio['max']:.1f} times" in said
     assert _noise_hides(results["gradient"])
+
+
+def test_every_planted_cause_was_named_as_the_page_says() -> None:
+    pytest.importorskip("ray")
+    from integration.bench.monitor_runs import CAUSES
+
+    named = json.loads(write.MONITOR.read_text(encoding="utf-8"))["causes"]
+    assert named == {planted: cause.cause for planted, cause in CAUSES.items()}
+    assert len(named) == 1 + 10 and "All ten planted causes were named" in write.MONITOR_PAGE.read_text(
+        encoding="utf-8"
+    )
 
 
 def _noise_hides(gradient: Mapping[str, Any]) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import lru_cache
@@ -348,15 +348,14 @@ def _upstream(declared: str | list[str] | None, observes: bool) -> tuple[str, ..
     return NoThread(declared)
 
 
-def _of_groups(names: Iterable[str], path: Path) -> Iterable[Exemption]:
-    """The exemptions that the named groups of a patch's framework share."""
+def _of_groups(names: Iterable[str], path: Path) -> Iterator[Exemption]:
+    """What the named groups of a patch's framework hold, in the order in which the patch names them."""
     file = path.parents[1] / "groups.toml"
     groups = _groups(file.read_text(encoding="utf-8") if file.is_file() else "").get(path.parent.name, {})
     for name in names:
         if name not in groups:
-            raise ValueError(
-                f"no group {name!r} of {path.parent.name} in {file}; there are {', '.join(sorted(groups))}"
-            )
+            there = ", ".join(sorted(groups)) or "none"
+            raise ValueError(f"no group {name!r} of {path.parent.name}, there are: {there}. Fix: declare it in {file}")
         yield from groups[name]
 
 

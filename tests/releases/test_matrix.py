@@ -22,6 +22,7 @@ ENGINE = "class Engine:\n    def step(self, x):\n        return x{0}\n\n    def 
 TOML = """target   = "verl.workers.engine:Engine.{name}"
 hook     = "fp16_patch.verl.fsdp.engine:hook"
 why      = "Because."
+upstream = ["verl-project/verl#1", "verl-project/verl#22", "other/engine#333"]
 retire   = "never"
 
 [releases]
@@ -178,7 +179,8 @@ def test_the_commands_show_what_they_found(declared: Path, release: Callable[...
     shown = show.invoke(main, ["matrix"])
     rows = [line.split() for line in shown.output.splitlines() if "engine-" in line]
     # Nobody has said how far 0.9.2 is tested.
-    assert rows == [["engine-load", "E", "?"], ["engine-step", "E", "●"]]
+    threads = ["#1,", "#22,", "engine#333"]
+    assert rows == [["engine-load", "E", "?", *threads], ["engine-step", "E", "●", *threads]]
 
 
 def test_a_release_is_added_to_the_variant_that_fits(declared: Path, release: Callable[..., Path]) -> None:
@@ -270,7 +272,7 @@ def test_the_matrix_says_why_a_release_does_without(declared: Path, release: Cal
     matrix.add_release(Release("verl", "0.9.0"))
     shown = CliRunner().invoke(main, ["matrix"], env={"COLUMNS": "200"})
     (row,) = (line for line in shown.output.splitlines() if "engine-load" in line)
-    assert row.split() == ["engine-load", "↑", "E"]
+    assert row.split()[:3] == ["engine-load", "↑", "E"]
 
 
 def test_releases_of_which_the_same_is_to_be_said_share_a_column(
@@ -282,8 +284,40 @@ def test_releases_of_which_the_same_is_to_be_said_share_a_column(
     monkeypatch.setattr(tables, "tested_levels", lambda: {Release("verl", "0.9.1"): "worker"})
     shown = CliRunner().invoke(main, ["matrix"], env={"COLUMNS": "200"})
     lines = [line.split() for line in shown.output.splitlines() if line.split()]
-    assert lines[1:4] == [["0.8.0"], ["–"], ["patch", "0.9.0", "0.9.1"]]
-    assert ["engine-step", "●", "W"] in lines
+    assert lines[:4] == [
+        ["verl,", "upstream", "verl-project/verl"],
+        ["0.8.0", "–", "0.9.0"],
+        ["│", "0.9.1"],
+        ["patch", "│", "│", "upstream"],
+    ]
+    assert ["engine-step", "●", "W"] in [line[:3] for line in lines]
+
+
+def test_the_matrix_is_read_in_80_columns() -> None:
+    lines = CliRunner().invoke(main, ["matrix"], env={"COLUMNS": "80"}).output.splitlines()
+    assert max(map(len, lines)) <= 80
+    for patch in declarations.declared_patches():
+        (row,) = [line for line in lines if line.split()[:1] == [patch.name]]
+        known = [thread.partition("#")[2] for thread in patch.threads]
+        assert [word.partition("#")[2].rstrip(",") for word in row.split() if "#" in word] == known
+    releases = {release for patch in declarations.declared_patches() for release in patch.releases}
+    headings = {word for line in lines[: lines.index("")] for word in line.replace("│", " ").split() if word[0] == "0"}
+    assert {"0.8.0", "0.9.1.post1", "0.11.2"} <= headings <= releases
+
+
+def test_a_check_is_read_in_80_columns(declared: Path, release: Callable[..., Path]) -> None:
+    exempt(declared, "==0.9.2", 'native = "it loads by itself, and so there is nothing left to be done about it"')
+    release("0.9.2", step="+ 1", load="2")
+    shown = CliRunner().invoke(main, ["matrix", "--check", "verl==0.9.2"], env={"COLUMNS": "80"})
+    assert max(map(len, shown.output.splitlines())) <= 80
+    said = " ".join(shown.output.split())
+    changed = fingerprint(ENGINE.format("+ 1", "2"), "Engine.step")
+    assert "patch its code upstream" in said
+    assert f"changed ({changed})" in said
+    assert "verl.workers.engine:Engine.step" in said
+    assert (
+        "not needed, native: it loads by itself, and so there is nothing left to be done about it engine-load" in said
+    )
 
 
 def test_how_far_a_release_is_tested_is_read_from_what_drives_the_tests() -> None:

@@ -27,6 +27,7 @@ MODULES = {"verl/engine.py": ENGINE, "verl/numerics.py": OTHER}
 TOML = """target   = "verl.{target}"
 {how}
 why      = "Because."
+upstream = "not reported"
 retire   = "never"
 {more}
 [releases]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -47,6 +46,8 @@ def conflict_with(path: str | None, key: str, model: object) -> Conflict | None:
 
 def config_digest(model: Path) -> str:
     """Of a model's `config.json`: its weights change while it is trained, its shape does not."""
+    import hashlib
+
     return hashlib.sha256((model / "config.json").read_bytes()).hexdigest()[:16]
 
 

@@ -89,8 +89,8 @@ class ProbeRequest:
         fix = "give the path of a model that is on this machine"
         return [
             None if has_config else Conflict("MODEL", self.model, "no config.json there", fix),
-            Conflict("--dtypes", unknown, "no such dtype", "use fp32, fp16, bf16") if unknown else None,
-            None if self.dtypes else Conflict("--dtypes", "", "none", "use fp32, fp16, bf16"),
+            Conflict("--mode", unknown, "no such dtype", "use fp32, fp16, bf16") if unknown else None,
+            None if self.dtypes else Conflict("--mode", "", "none", "use fp32, fp16, bf16"),
             None if self.count > 0 else Conflict("--count", self.count, "nothing to sample", "use at least 1"),
             None
             if self.max_new_tokens > 0

@@ -91,8 +91,11 @@ class View:
         return next(reversed(self.series("mismatch/tokens")), None)
 
 
-def watch(poll: Poll, console: Console, once: bool = False, every: float = POLL_EVERY_S) -> None:
+def watch(poll: Poll, console: Console, once: bool = False, every: float = POLL_EVERY_S) -> bool:
     """Show the runs until the user ends it with Ctrl-C; ``once``: one frame.
+
+    Returns:
+        Whether there was a step to show.
 
     Raises:
         SourceLost: nothing is left to watch.
@@ -100,14 +103,18 @@ def watch(poll: Poll, console: Console, once: bool = False, every: float = POLL_
     views: dict[str, View] = {}
     if once:
         console.print(_polled(poll, views))
-        return
+        return _anything(views)
     try:
         with Live(_frame(views), console=console, auto_refresh=False) as live:
             while True:
                 live.update(_polled(poll, views), refresh=True)
                 time.sleep(every)
     except KeyboardInterrupt:
-        return
+        return _anything(views)
+
+
+def _anything(views: Mapping[str, View]) -> bool:
+    return any(view.steps for view in views.values())
 
 
 def _polled(poll: Poll, views: dict[str, View]) -> RenderableType:
@@ -158,7 +165,16 @@ def _rows(view: View) -> list[tuple[str, Text]]:
 
 
 def _age(view: View) -> str:
-    return "" if view.written is None else f"   {max(0, round(time.time() - view.written))} s ago"
+    return "" if view.written is None else f"   {duration_text(max(0, round(time.time() - view.written)))} ago"
+
+
+def duration_text(seconds: int) -> str:
+    """The two largest units: 42 s, 3 min 5 s, 1 h 9 min, 2 d 4 h."""
+    minutes, seconds = divmod(seconds, 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    counted = {"d": days, "h": hours, "min": minutes, "s": seconds}
+    return " ".join([f"{count} {unit}" for unit, count in counted.items() if count][:2]) or "0 s"
 
 
 def _covered(view: View) -> str:

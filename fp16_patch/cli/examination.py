@@ -43,8 +43,10 @@ def _roles(examination: Examination) -> Table:
 
 
 def _patches(examination: Examination, verbose: bool) -> list[str]:
+    if not examination.patches:
+        return []
     applying = sum("applies to" in verdict for verdict in examination.patches.values())
     rest = len(examination.patches) - applying
-    hint = "" if verbose or not rest else f"; {rest} are not needed here or not for it, `doctor --verbose` lists them"
+    hint = "" if verbose or not rest else f"; {rest} are not needed here, `doctor --verbose` says why"
     counted = f"patches: {applying} of {len(examination.patches)} apply{hint}"
     return [counted, *(f"  {verdict}" for verdict in examination.patches.values() if verbose)]

@@ -9,7 +9,7 @@ import click
 from fp16_patch.plan.errors import Fp16PatchError
 
 # The extra that brings what a command needs beside our own dependencies.
-_EXTRAS = {"report": "report", "analyze": "report", "watch": "report", "probe": "probe", "doctor": "verl"}
+_EXTRAS = {"report": "report", "analyze": "report", "watch": "report", "probe": "probe", "settings": "verl"}
 
 
 class Failure(click.ClickException):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
+from string import ascii_lowercase
 
 from rich.box import SIMPLE
 from rich.console import Console
+from rich.measure import Measurement
 from rich.syntax import Syntax
 from rich.table import Table
 
@@ -80,26 +82,40 @@ def print_matrix(patches: Iterable[Patch], console: Console) -> None:
     for patch in patches:
         by_package.setdefault(patch.package, []).append(patch)
     for package, those in by_package.items():
-        console.print(_matrix(package, those))
+        _print_package(package, those, console)
     console.print(_LEGEND, highlight=False)
 
 
-def _matrix(package: str, patches: Sequence[Patch]) -> Table:
+def _print_package(package: str, patches: Sequence[Patch], console: Console) -> None:
     levels = tested_levels()
     columns = {
         release: [_cell(patch, release, levels.get(Release(package, release))) for patch in patches]
         for release in known_releases(patches)
     }
     alike = [(cells, [*releases]) for cells, releases in groupby(columns, columns.__getitem__)]
+    headings = ["\n–\n".join(dict.fromkeys((releases[0], releases[-1]))) for _, releases in alike]
+    table = _matrix(package, patches, headings, [cells for cells, _ in alike])
+    if Measurement.get(console, console.options.update(max_width=_UNBOUNDED), table).maximum <= console.width:
+        console.print(table)
+        return
+    # Release names do not fit in a narrow terminal: the columns have letters there.
+    letters = ascii_lowercase[: len(headings)]
+    console.print(_matrix(package, patches, letters, [cells for cells, _ in alike]))
+    named = (f"{letter} {heading.replace(chr(10), ' ')}" for letter, heading in zip(letters, headings, strict=True))
+    console.print("   ".join(named) + "\n", highlight=False)
+
+
+def _matrix(package: str, patches: Sequence[Patch], headings: Sequence[str], columns: Sequence[Sequence[str]]) -> Table:
     table = Table(title=package, title_justify="left", box=SIMPLE, padding=(0, 1), pad_edge=False)
     table.add_column("patch", no_wrap=True)
-    for _, releases in alike:
-        table.add_column("\n–\n".join(dict.fromkeys((releases[0], releases[-1]))), justify="center", overflow="fold")
-    for patch, *cells in zip(patches, *(cells for cells, _ in alike), strict=True):
+    for heading in headings:
+        table.add_column(heading, justify="center", no_wrap=True)
+    for patch, *cells in zip(patches, *columns, strict=True):
         table.add_row(patch.name, *cells)
     return table
 
 
+_UNBOUNDED = 10_000
 _TESTED = {"end to end": "E", "worker": "W", "contract": "C", "fingerprint": "F", None: "●"}
 _EXEMPT = {
     Reason.FIXED_BY: "[green]↑[/]",

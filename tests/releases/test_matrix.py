@@ -286,6 +286,15 @@ def test_releases_of_which_the_same_is_to_be_said_share_a_column(
     assert ["engine-step", "●", "W"] in lines
 
 
+def test_in_a_narrow_terminal_columns_have_letters_and_the_releases_a_line() -> None:
+    shown = CliRunner().invoke(main, ["matrix"], env={"COLUMNS": "80"}).output
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "patch                        a   b   c" in shown
+    assert "a 0.8.0 – 0.8.8   b 0.8.9 – 0.8.10   c 0.8.11" in shown
+    # Where there is room they are in the heading.
+    assert "0.9.1.post1" in CliRunner().invoke(main, ["matrix"], env={"COLUMNS": "200"}).output.split("deepspeed")[0]
+
+
 def test_how_far_a_release_is_tested_is_read_from_what_drives_the_tests() -> None:
     assert matrix.tested_levels()[Release("verl", "0.9.1")] == "end to end"
     assert {release.package for release in matrix.tested_levels()} >= {"verl", "openrlhf"}

@@ -1,4 +1,4 @@
-"""Is this machine, and this command line, fit for the plan? Facts first, a verdict for each, the reason at the top."""
+"""Decides whether this machine, and a command line, are fit for the plan: collects facts and judges each."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Examination:
     """What the doctor found.
 
     Attributes:
-        mode: of the plan it was examined for.
-        problems: why this is not fit, most important first; empty when it is.
+        mode: the plan's.
+        problems: reasons not to train, most important first; empty if it is fit.
         versions: package → installed release, or None.
         hardware: device name → whether it computes FP16 natively, and what is known of it.
         patches: patch → verdict.
@@ -53,7 +53,7 @@ class Examination:
 
 
 def examine(plan: Plan, command: Sequence[str] = ()) -> Examination:
-    """Look at what is installed and, given a framework's command line, at what it configures; starts nothing.
+    """Check what is installed and, given a training command, what it configures. Starts nothing.
 
     Args:
         command: as for a shell, e.g. `python -m verl.trainer.main_ppo actor_rollout_ref.actor.strategy=fsdp2`.
@@ -75,7 +75,7 @@ def examine(plan: Plan, command: Sequence[str] = ()) -> Examination:
 
 
 def compose_verl(command: list[str]) -> Any:
-    """The configuration a `main_ppo` command line composes, without starting Ray.
+    """Compose the configuration of a `main_ppo` command line, without starting Ray.
 
     Raises:
         PlanError: this is not a verl command line, or hydra rejects it.

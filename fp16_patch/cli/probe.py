@@ -70,8 +70,9 @@ def command(json_path: Path | None, html: Path | None, device: str | None, **set
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120
     console = Console(stderr=json_path == Path("-"), width=width)
     try:
-        from fp16_patch.probe.examining import ProbeRequest, examine
+        from fp16_patch.probe.examining import examine
         from fp16_patch.probe.progress import on_terminal
+        from fp16_patch.probe.request import ProbeRequest
         from fp16_patch.probe.terminal import print_result
 
         if html is not None:

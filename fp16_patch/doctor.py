@@ -123,7 +123,7 @@ def _examine_command(examination: Examination, command: list[str], plan: Plan) -
     framework = _framework_of(command)
     if framework is not None and examination.versions[framework] is None:
         fix = f"Fix: pip install {_extra(framework)}"
-        examination.problems.insert(0, f"{framework} is not installed here, and the command is of it. {fix}")
+        examination.problems.insert(0, f"{framework} is not installed here, but the command runs it. {fix}")
         return
     try:
         with _only_asked():

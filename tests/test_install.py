@@ -131,8 +131,11 @@ def test_what_needs_no_torch_works_without(alone: Path) -> None:
     ("command", "first"),
     [
         ([], "neither verl nor OpenRLHF is installed here. Fix: pip install 'fp16-patch[verl]' or 'fp16-patch[openrl"),
-        (["--", "python", "-m", "verl.trainer.main_ppo"], "verl is not installed here, and the command is of it."),
-        (["--", "python", "-m", "openrlhf.cli.train_ppo_ray"], "openrlhf is not installed here, and the command is"),
+        (["--", "python", "-m", "verl.trainer.main_ppo"], "verl is not installed here, but the command runs it."),
+        (
+            ["--", "python", "-m", "openrlhf.cli.train_ppo_ray"],
+            "openrlhf is not installed here, but the command runs it",
+        ),
     ],
     ids=["machine", "verl", "openrlhf"],
 )

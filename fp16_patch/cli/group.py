@@ -22,6 +22,8 @@ class Failure(click.ClickException):
 
 
 class Group(click.Group):
+    """The commands, in the order they are declared in."""
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
 

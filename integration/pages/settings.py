@@ -13,23 +13,15 @@ from pathlib import Path
 from fp16_patch.plan import settings as table_of_settings
 from fp16_patch.plan.setting import Setting
 from fp16_patch.plan.settings import SETTINGS
+from integration.pages.places import with_table
 
 PAGE = Path(table_of_settings.__file__).with_name("README.md")
-BEGIN, END = "<!-- settings -->\n", "<!-- /settings -->\n"
+PLACE = "settings"
 
 
 def written() -> str:
-    """Return the page as it has to be.
-
-    Raises:
-        ValueError: the page has no place for the tables.
-    """
-    page = PAGE.read_text(encoding="utf-8")
-    before, _, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not end:
-        raise ValueError(f"{PAGE}: no place for the settings between {BEGIN.strip()} and {END.strip()}")
-    return before + BEGIN + tables() + END + after
+    """Return the page as it has to be."""
+    return with_table(PAGE.read_text(encoding="utf-8"), tables(), PLACE)
 
 
 def tables() -> str:

@@ -17,7 +17,7 @@ class Failure(click.ClickException):
 
     def __init__(self, problem: object, exit_code: int = 1) -> None:
         super().__init__(str(problem))
-        # click reads it of the instance, and declares it of the class.
+        # click reads it from the instance, but declares it for the class alone.
         vars(self)["exit_code"] = exit_code
 
 
@@ -39,7 +39,7 @@ class Group(click.Group):
 
 
 def is_ours(missing: ModuleNotFoundError) -> bool:
-    """Whether the module is one of this package, so that its absence is a defect and no matter of installation."""
+    """Return whether the module is one of this package: its absence is a defect then, not a matter of installation."""
     return missing.name is None or missing.name.partition(".")[0] == "fp16_patch"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ class OutputFile(click.Path):
         return path
 
 
-def check_folder(folder: Path, fail: Any) -> None:
+def check_folder(folder: Path, fail: Callable[[str], object]) -> None:
     """Call `fail` with the reason if no file can be written to `folder`."""
     if not folder.is_dir():
         fail(f"there is no folder {folder}. Fix: mkdir -p {folder}")

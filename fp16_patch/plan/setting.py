@@ -132,7 +132,7 @@ class Setting:
         help: what it does; names and values are in backticks.
         group: the heading that it is listed under.
         where: the learners, or the runs, that it applies to.
-        default_text: how the default is shown, where its value says little.
+        default_text: what holds while the setting is not given, where its default value says little.
         check: what else a value has to be.
         aliases: word → the word that it stands for.
     """
@@ -181,9 +181,6 @@ class Setting:
         if isinstance(value, float):
             return f"{value:.15g}"
         return "none" if value is None else str(value)
-
-    def shown_default(self) -> str:
-        return self.default_text or self.show(self.default)
 
 
 def setting(

@@ -25,7 +25,7 @@ unexport PYTHONDONTWRITEBYTECODE
 INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile --no-deps
 TORCH := ^(torch|typing-extensions|sympy|mpmath|networkx|jinja2|markupsafe|fsspec|filelock|setuptools|numpy|wheel)==
 
-.PHONY: demo demo-openrlhf test test-verl test-openrlhf fingerprints test-learners test-releases matrix session unit lint bench bench-full bench-mismatch bench-monitor bench-step clean
+.PHONY: demo demo-openrlhf test test-verl test-openrlhf fingerprints test-learners test-releases matrix session unit lint dist bench bench-full bench-mismatch bench-monitor bench-step clean
 
 demo: $(READY)
 	$(BIN)/python -m integration.demo.run
@@ -66,6 +66,11 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The wheel and the source distribution.
+dist: $(READY)
+	rm -rf dist
+	$(BIN)/python -m hatchling build -d dist
 
 # What is left in evidence.json goes onto a page of plots and into the README's tables.
 bench: $(READY)
@@ -117,4 +122,4 @@ $(1)/bin/python $(INSTALL) --no-build-isolation -e .
 endef
 
 clean:
-	rm -rf .venv .venv-openrlhf .venv-verl-old integration/demo/out integration/demo/out-openrlhf integration/bench/out/*/
+	rm -rf dist .venv .venv-openrlhf .venv-verl-old integration/demo/out integration/demo/out-openrlhf integration/bench/out/*/

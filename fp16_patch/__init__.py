@@ -9,7 +9,7 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from fp16_patch.plan.errors import Fp16PatchError, LossScaleCollapse, PatchError, PlanError, PrecisionError
@@ -42,12 +42,12 @@ __all__ = [
 
 
 def wanted() -> bool:
-    """Whether the environment names a mode other than `off`."""
-    return os.environ.get("FP16_PATCH", "off").strip().lower() not in ("", "0", "off", "false")
+    """Return whether the environment names a mode other than `off`."""
+    return os.environ.get("FP16_PATCH", "off").strip().lower() not in ("", "0", "off", "false", "no")
 
 
 def _nothing() -> None:
-    """What an entry point is when nobody asked for us."""
+    """Stand in for an entry point when nobody asked for us."""
 
 
 def __getattr__(name: str) -> Any:

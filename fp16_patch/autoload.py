@@ -1,4 +1,4 @@
-"""Activation in a process that was asked by its environment: imported by the entry points, or by name.
+"""Activates the plan that the environment of this process names. Imported by the entry points, or by name.
 
 The entry points are looked up in `fp16_patch/__init__.py`, which comes here only where `FP16_PATCH` asks for it.
 """
@@ -9,7 +9,7 @@ from fp16_patch import wanted
 
 
 def load() -> None:
-    """Activate the plan the environment names, or do nothing when it names none."""
+    """Activate the plan that the environment names; do nothing if it names none."""
     if wanted():
         from fp16_patch.runtime.activation import activate
 
@@ -17,7 +17,7 @@ def load() -> None:
 
 
 def load_in_vllm() -> None:
-    """As `load`, in a process vLLM started: its attestation goes to the process that started it."""
+    """Do as `load` in a process that vLLM started, and send its attestation to the process that started it."""
     if wanted():
         load()
         from fp16_patch.vllm import attest_this_process

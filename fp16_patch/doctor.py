@@ -1,9 +1,10 @@
-"""Is this machine, and this command line, fit for the plan? Facts first, a verdict for each, the reason at the top."""
+"""Decides whether this machine, and a command line, are fit for the plan: collects facts and judges each."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 from fp16_patch.patching.declarations import declared_patches, installed_release
 from fp16_patch.plan.errors import Conflict, Fp16PatchError, PlanError
-from fp16_patch.plan.plan import MODE_ENV, Plan
+from fp16_patch.plan.plan import ENVIRONMENT, MODE_ENV, PLAN_ENV, Plan
 
 PACKAGES = ("torch", "transformers", "ray", "verl", "vllm", "openrlhf", "deepspeed", "wrapt")
 _MAIN_PPO = "verl.trainer.main_ppo"
@@ -24,7 +25,8 @@ class Examination:
     """What the doctor found.
 
     Attributes:
-        problems: why this is not fit, most important first; empty when it is.
+        mode: the plan's.
+        problems: reasons not to train, most important first; empty if it is fit.
         versions: package → installed release, or None.
         hardware: device name → whether it computes FP16 natively, and what is known of it.
         patches: patch → verdict.
@@ -33,6 +35,7 @@ class Examination:
         overridden: keys of the command line's configuration that say something else than the plan.
     """
 
+    mode: str
     problems: list[str]
     versions: dict[str, str | None]
     hardware: list[dict[str, Any]]
@@ -50,7 +53,7 @@ class Examination:
 
 
 def examine(plan: Plan, command: Sequence[str] = ()) -> Examination:
-    """Look at what is installed and, given a framework's command line, at what it configures; starts nothing.
+    """Check what is installed and, given a training command, what it configures. Starts nothing.
 
     Args:
         command: as for a shell, e.g. `python -m verl.trainer.main_ppo actor_rollout_ref.actor.strategy=fsdp2`.
@@ -59,11 +62,11 @@ def examine(plan: Plan, command: Sequence[str] = ()) -> Examination:
     problems = [str(verdict) for verdict in verdicts if verdict.unknown]
     versions = {name: _release(name) for name in PACKAGES}
     if not any(versions[name] for name in _FRAMEWORKS):
-        problems.append("neither verl nor OpenRLHF is installed here. Fix: pip install one of them")
+        fix = " or ".join(map(_extra, _FRAMEWORKS))
+        problems.append(f"neither verl nor OpenRLHF is installed here. Fix: pip install {fix}")
     concerned = [verdict for verdict in verdicts if versions.get(verdict.patch.framework)]
-    examination = Examination(
-        problems, versions, list(_devices()), {verdict.patch.name: str(verdict) for verdict in concerned}
-    )
+    patches = {verdict.patch.name: str(verdict) for verdict in concerned}
+    examination = Examination(plan.mode, problems, versions, list(_devices()), patches)
     problems += [str(conflict) for conflict in _hardware_conflicts(examination.hardware, plan)]
     problems += [str(conflict) for conflict in _loading_conflicts()]
     if command:
@@ -72,7 +75,7 @@ def examine(plan: Plan, command: Sequence[str] = ()) -> Examination:
 
 
 def compose_verl(command: list[str]) -> Any:
-    """The configuration a `main_ppo` command line composes, without starting Ray.
+    """Compose the configuration of a `main_ppo` command line, without starting Ray.
 
     Raises:
         PlanError: this is not a verl command line, or hydra rejects it.
@@ -99,13 +102,59 @@ def compose_verl(command: list[str]) -> Any:
         raise PlanError([Conflict("command", " ".join(arguments), str(problem), "mend the override")]) from problem
 
 
+def configured_settings(command: Sequence[str]) -> tuple[dict[str, Any], str]:
+    """Return the plan's settings that a training command configures, and the name of the section they are in.
+
+    Only verl's configuration has such a section.
+
+    Raises:
+        PlanError: this is not a command line of verl or OpenRLHF, or hydra rejects it.
+    """
+    if _framework_of(command) == "openrlhf":
+        return {}, ENVIRONMENT
+    with _only_asked():
+        config = compose_verl(list(command))
+        from fp16_patch.verl.config import settings
+
+        return settings.plan_settings(config), settings.SECTION
+
+
 def _examine_command(examination: Examination, command: list[str], plan: Plan) -> None:
-    # Importing the framework's folder activates it; here it is only asked.
+    framework = _framework_of(command)
+    if framework is not None and examination.versions[framework] is None:
+        fix = f"Fix: pip install {_extra(framework)}"
+        examination.problems.insert(0, f"{framework} is not installed here, but the command runs it. {fix}")
+        return
+    try:
+        with _only_asked():
+            (_examine_openrlhf if framework == "openrlhf" else _examine_verl)(examination, command, plan)
+    except ModuleNotFoundError as missing:
+        if str(missing.name).startswith("fp16_patch"):
+            raise
+        fix = f"Fix: pip install {_extra(framework or 'verl')}"
+        examination.problems.insert(0, f"{missing.name} is not installed here, which the command needs. {fix}")
+
+
+def _framework_of(command: Sequence[str]) -> str | None:
+    if _MAIN_PPO in command:
+        return "verl"
+    return "openrlhf" if any(word.startswith(_OPENRLHF) for word in command) else None
+
+
+def _extra(name: str) -> str:
+    return f"'fp16-patch[{name}]'"
+
+
+@contextmanager
+def _only_asked() -> Iterator[None]:
+    """Let a framework's folder be imported without activating anything."""
+    kept = {name: os.environ.pop(name, None) for name in (MODE_ENV, PLAN_ENV)}
     os.environ[MODE_ENV] = "off"
-    if any(word.startswith(_OPENRLHF) for word in command):
-        _examine_openrlhf(examination, command, plan)
-    else:
-        _examine_verl(examination, command, plan)
+    try:
+        yield
+    finally:
+        del os.environ[MODE_ENV]
+        os.environ.update({name: value for name, value in kept.items() if value is not None})
 
 
 def _examine_openrlhf(examination: Examination, command: list[str], plan: Plan) -> None:

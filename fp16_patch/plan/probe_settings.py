@@ -1,8 +1,7 @@
-"""What a plan takes from the result of `fp16-patch probe`: a starting scale, or a refusal."""
+"""Takes from the result of `fp16-patch probe` what a plan needs: a starting scale, or a refusal."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ RUN_ANYWAY = "use FP16_PATCH=bf16, or leave FP16_PATCH_PROBE out to run in fp16 
 
 
 def settings_of(path: str) -> dict[str, Any]:
-    """The settings of a plan in fp16 that follow from the probe written to `path`.
+    """Return the settings of a plan in fp16 that follow from the probe written to `path`.
 
     Raises:
         PlanError: there is no such result, or it says that the model does not bear fp16.
@@ -32,7 +31,7 @@ def settings_of(path: str) -> dict[str, Any]:
 
 
 def conflict_with(path: str | None, key: str, model: object) -> Conflict | None:
-    """Whether a run trains another model than the one that was probed; unknown, where one is not on this machine."""
+    """Return a conflict if a run trains another model than was probed; None too if one of them is not here to see."""
     if (
         path is None
         or not Path(path).is_file()
@@ -46,7 +45,9 @@ def conflict_with(path: str | None, key: str, model: object) -> Conflict | None:
 
 
 def config_digest(model: Path) -> str:
-    """Of a model's `config.json`: its weights change while it is trained, its shape does not."""
+    """Hash a model's `config.json`: training changes its weights, not its shape."""
+    import hashlib
+
     return hashlib.sha256((model / "config.json").read_bytes()).hexdigest()[:16]
 
 

@@ -1,4 +1,4 @@
-"""A probe's result in the terminal."""
+"""Draws a probe's result in the terminal."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def print_result(result: ProbeResult, console: Console) -> None:
 
 
 def mismatch_table(result: ProbeResult) -> Table:
-    """A row a pair of dtypes, the learner's first; under the mean its 95 % interval, then the unlikely tokens alone."""
+    """Build a table with a row for each pair of dtypes, the learner's first; under the mean is its 95 % interval."""
     title = f"d = log π_learner − log μ_sampler; unlikely: log μ < {LOW_LOG_PROB:g}"
     head = ("mean |d|", "max |d|", "mean |Σd|", "k3", "p99 |d|", "unlikely")
     table = Table("π / μ", *head, title=title, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
@@ -42,7 +42,7 @@ def mismatch_table(result: ProbeResult) -> Table:
 
 
 def _interval_text(low: float, high: float) -> str:
-    """Both ends under one exponent: 2.8–4.8e-03."""
+    """Write both ends under one exponent: 2.8–4.8e-03."""
     if not low > 0:
         return f"{low:.1e}–{high:.1e}"
     exponent = math.floor(math.log10(low))
@@ -62,7 +62,7 @@ def _measured_lines(result: ProbeResult) -> list[str]:
 
 
 def headroom_table(result: ProbeResult) -> Table:
-    """The tightest modules of each phase."""
+    """Build a table of the modules with the least headroom in each phase."""
     title = "65504 ÷ the largest number of an FP32 run; gradients at the first loss scale"
     table = Table("phase", title=title, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("module (tensor)", overflow="fold")

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-import re
+import json
 from dataclasses import fields
 from pathlib import Path
 
@@ -8,22 +8,37 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fp16_patch import Plan, PlanError
-from fp16_patch.plan.plan import PLAN_ENV
+from fp16_patch import Plan, PlanError, wanted
+from fp16_patch.plan.in_force import misspelled_variables
+from fp16_patch.plan.plan import PLAN_ENV, resolve, resolve_environment
+from fp16_patch.plan.settings import SETTINGS
 
 
 @pytest.mark.parametrize(
     ("value", "mode", "dtype"),
-    [("1", "fp16", "float16"), ("fp16", "fp16", "float16"), ("bf16", "bf16", "bfloat16"), ("FP32", "fp32", "float32")],
+    [("1", "fp16", "float16"), ("fp16", "fp16", "float16"), ("bf16", "bf16", "bfloat16"), ("FP32", "fp32", "float32")]
+    + [(word, "fp16", "float16") for word in ("float16", "half", "yes", "on", "True")]
+    + [("bfloat16", "bf16", "bfloat16"), ("float32", "fp32", "float32")],
 )
 def test_one_knob_names_mode_and_dtype(value: str, mode: str, dtype: str) -> None:
     plan = Plan.from_environment({"FP16_PATCH": value})
     assert (plan.mode, plan.dtype, plan.overrides_dtype) == (mode, dtype, True)
 
 
-@pytest.mark.parametrize("value", ["0", "off", "", "false"])
-def test_off_is_not_active(value: str) -> None:
+@pytest.mark.parametrize("value", ["0", "off", "", "false", "no"])
+def test_off_is_not_active(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not Plan.from_environment({"FP16_PATCH": value}).active
+    # The entry points ask without loading the plan.
+    monkeypatch.setenv("FP16_PATCH", value)
+    assert not wanted()
+
+
+@pytest.mark.parametrize(
+    ("word", "value"), [("1", True), ("TRUE", True), ("yes", True), ("on", True), ("0", False), ("off", False)]
+)
+def test_every_switch_takes_the_same_words(word: str, value: bool) -> None:
+    plan = Plan.from_settings({"strict": word, "monitor": word, "fused_step": word}, "fp16_patch")
+    assert (plan.strict, plan.monitor, plan.fused_step) == (value, value, value)
 
 
 def test_unset_is_off() -> None:
@@ -86,6 +101,8 @@ def test_an_unknown_setting_is_named_with_the_nearest_known_one() -> None:
         ("FP16_PATCH_INIT_SCALE", "high", "the value cannot be read. Fix: give a number"),
         ("FP16_PATCH_STRICT", "maybe", "the value cannot be read. Fix: give true or false"),
         ("FP16_PATCH_MODE", "bf16", "no such setting. Fix: set FP16_PATCH"),
+        ("FP16_PATCH_GROWTH_INTERVAL", "0", "out of range. Fix: use at least 1 step, 400 by default"),
+        ("FP16_PATCH", "fp8", "no such mode. Fix: use one of fp16, bf16, fp32, observe, off (1 = fp16)"),
     ],
 )
 def test_a_wrong_variable_is_named_as_it_was_given(name: str, value: str, message: str) -> None:
@@ -128,10 +145,46 @@ def test_all_wrong_settings_are_named_at_once() -> None:
     assert len(caught.value.conflicts) == 2
 
 
-def test_the_readme_lists_every_setting() -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    table = readme.partition("| setting | default | |")[2].partition("\n\n")[0]
-    listed = {
-        name for row in table.splitlines() for name in re.findall(r"`(\w+)`", row.split("|")[1] if "|" in row else "")
+def test_a_setting_says_where_its_value_came_from(tmp_path: Path) -> None:
+    probe = tmp_path / "probe.json"
+    advice = {"precision": "fp16", "init_scale": 512.0, "reasons": [], "fp32_modules": []}
+    probe.write_text(json.dumps({"version": 1, "recommendation": advice}))
+    environ = {"FP16_PATCH_PROBE": str(probe), "FP16_PATCH_STRICT": "0"}
+
+    plan, origins = resolve_environment(environ, "fp16")
+    assert (plan.mode, plan.init_scale) == ("fp16", 512.0)
+    assert origins == {
+        "probe": "FP16_PATCH_PROBE",
+        "strict": "FP16_PATCH_STRICT",
+        "init_scale": str(probe),
+        "first_scale": str(probe),
     }
-    assert listed == {field.name for field in fields(Plan)} - {"mode"}
+    assert resolve({"init_scale": 8}, "fp16_patch", plan)[1] == {
+        "init_scale": "fp16_patch.init_scale",
+        "first_scale": "fp16_patch.init_scale",
+    }
+    assert resolve_environment({PLAN_ENV: Plan(max_retries=2).to_json()}, "off")[1] == {"max_retries": PLAN_ENV}
+
+
+def test_a_plans_settings_are_the_tables() -> None:
+    assert {field.name for field in fields(Plan)} == set(SETTINGS)
+    for name, setting in SETTINGS.items():
+        assert setting.default == getattr(Plan(), name)
+        assert setting.problem(setting.default) is None
+        assert setting.parse(setting.show(setting.default)) == setting.default or setting.default is None
+        assert setting.help and setting.group and setting.where
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("FP16PATCH", "FP16_PATCH"),
+        ("fp16_patch", "FP16_PATCH"),
+        ("fp16_patch_init_scale", "FP16_PATCH_INIT_SCALE"),
+        ("FP16PATCH_MAXRETRIES", "FP16_PATCH_MAX_RETRIES"),
+        ("FP16PATCH_INTERVAL", "FP16_PATCH_…"),
+    ],
+)
+def test_a_variable_that_looks_like_ours_is_named(given: str, meant: str) -> None:
+    environ = {"FP16_PATCH": "1", "FP16_PATCH_STRICT": "0", "PATH": "", given: "1"}
+    assert list(misspelled_variables(environ)) == [(given, meant)]

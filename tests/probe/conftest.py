@@ -13,7 +13,8 @@ pytest.importorskip("transformers")
 import torch
 
 import fp16_patch
-from fp16_patch.probe.examining import ProbeRequest, examine
+from fp16_patch.probe.examining import examine
+from fp16_patch.probe.request import ProbeRequest
 from fp16_patch.probe.result import ProbeResult
 from integration.cpu import tiny_families
 

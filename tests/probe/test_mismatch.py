@@ -10,9 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from fp16_patch.probe.comparing import Pair, ratio
-from fp16_patch.probe.examining import ProbeRequest, examine
+from fp16_patch.probe.examining import examine
 from fp16_patch.probe.learning import score
 from fp16_patch.probe.precision import DTYPES, ProductsInFloat32, computing_in, in_dtype
+from fp16_patch.probe.request import ProbeRequest
 from fp16_patch.probe.result import ProbeResult
 from fp16_patch.probe.sampling import Sampling, decode
 from fp16_patch.probe.sequences import Sampled

@@ -145,7 +145,9 @@ def test_an_unsafe_model_ends_it_with_1(written: Callable[[str], Path]) -> None:
     ("arguments", "said"),
     [
         (("no/such/model",), "MODEL=no/such/model: no config.json there"),
-        (("MODEL", "--dtypes", "fp8"), "--dtypes=['fp8']: no such dtype"),
+        (("MODEL", "--mode", "fp8"), "--mode=['fp8']: no such dtype"),
+        # As it was called before.
+        (("MODEL", "--dtypes", "fp8"), "--mode=['fp8']: no such dtype"),
         (("MODEL", "--prompts", "no.txt"), "--prompts=no.txt: there is no such file"),
         (("MODEL", "--temperature", "0"), "--temperature=0.0: no sampling"),
     ],

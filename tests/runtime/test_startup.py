@@ -53,3 +53,30 @@ def test_without_another_ours_keeps_the_name(tmp_path: Path) -> None:
     name = said(tmp_path, FP16_PATCH="fp16").split()[1]
     # The interpreter may have one of its own; it must not be lost either.
     assert name.endswith("sitecustomize.py")
+
+
+# Without site-packages, as an interpreter that never saw `pip install fp16-patch`.
+ALONE = "import sitecustomize; import json; print('goes on'); import {0}"
+
+
+@pytest.mark.parametrize("framework", ["verl", "openrlhf"])
+@pytest.mark.parametrize("root", [ROOT, Path("/nowhere")], ids=["without-wrapt", "without-us"])
+def test_where_we_cannot_start_no_framework_trains(tmp_path: Path, framework: str, root: Path) -> None:
+    package = tmp_path / framework
+    package.mkdir()
+    (package / "__init__.py").write_text("print('trains')")
+    command = [sys.executable, "-S", "-c", ALONE.format(framework)]
+    path = os.pathsep.join(map(str, [STARTUP, tmp_path, root]))
+
+    run = subprocess.run(
+        command, cwd=tmp_path, env={"PYTHONPATH": path, "FP16_PATCH": "fp16"}, capture_output=True, text=True
+    )
+    assert (run.returncode, run.stdout) == (1, "goes on\n")
+    last = run.stderr.splitlines()[-1]
+    assert f"{framework} is not imported: fp16_patch cannot start in {sys.executable} (No module named" in last
+    assert "Fix: install fp16-patch there, or set FP16_PATCH=off" in last
+
+    off = subprocess.run(
+        command, cwd=tmp_path, env={"PYTHONPATH": path, "FP16_PATCH": "off"}, capture_output=True, text=True
+    )
+    assert (off.returncode, off.stdout) == (0, "goes on\ntrains\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 
@@ -70,4 +71,34 @@ def test_what_is_wrong_is_said(arguments: tuple[str, ...], env: dict[str, str], 
 def test_a_wrong_setting_in_the_environment_is_named() -> None:
     run = doctor(FP16_PATCH="fp8")
     assert run.returncode == 1
-    assert "mode=fp8" in run.stderr
+    assert "FP16_PATCH=fp8: no such mode" in run.stderr
+
+
+def test_the_example_of_its_help_is_fit() -> None:
+    shown = doctor("--help").stdout.replace("\\\n", " ")
+    (example,) = [line for line in shown.splitlines() if "verl.trainer.main_ppo" in line]
+    arguments = shlex.split(example)
+    assert arguments[:3] == ["fp16-patch", "doctor", "--"]
+    run = doctor(*arguments[2:])
+    assert (run.returncode, run.stdout.splitlines()[0]) == (0, "fit for fp16")
+
+
+def test_patches_that_are_not_needed_are_counted_and_listed_on_demand() -> None:
+    short, long = doctor().stdout, doctor("--verbose").stdout
+    assert "are not needed here, `doctor --verbose` says why" in short
+    assert len(short.splitlines()) < 8
+    assert sum(f"not needed in verl {RELEASE}" in line for line in long.splitlines()) > 10
+
+
+def test_off_is_said_to_change_nothing() -> None:
+    assert doctor(FP16_PATCH="off").stdout.startswith("off: nothing will change")
+
+
+def test_the_settings_of_a_command_line_are_shown_with_their_key() -> None:
+    arguments = ("settings", "--json", "--", *COMMAND, "+fp16_patch.max_retries=3")
+    command = [sys.executable, "-m", "fp16_patch", *arguments]
+    env = {**verl_environment(), "FP16_PATCH_MIN_SCALE": "2"}
+    run = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
+    found = json.loads(run.stdout)
+    assert (found["max_retries"]["value"], found["max_retries"]["from"]) == (3, "fp16_patch.max_retries")
+    assert (found["min_scale"]["value"], found["min_scale"]["from"]) == (2.0, "FP16_PATCH_MIN_SCALE")

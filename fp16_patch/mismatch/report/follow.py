@@ -1,4 +1,4 @@
-"""Where the lines of running trainings come from: the files of a record, or the roots in a Ray cluster."""
+"""Reads the lines of running trainings: from the files of a record, or from the root actors in a Ray cluster."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fp16_patch.mismatch.record.reading import MISMATCH, RECORD_FOLDER, STEPS
 from fp16_patch.mismatch.report.live import HISTORY, SourceLost
 
 TAIL_BYTES = 1 << 24
-"""So much of the end of a file is read at first: some hundred lines."""
+"""Bytes at the end of a file that are read at first: some hundred lines."""
 
 ANSWER_TIMEOUT_S = 10.0
 TOKEN_HINT = (
@@ -37,7 +37,7 @@ class RecordFiles:
         self._tails: dict[Path, _Tail] = {}
 
     def poll(self) -> dict[str, list[Line]]:
-        """The lines that were added since the last call."""
+        """Return the lines that were added since the last call."""
         if not self._path.is_dir():
             raise SourceLost(f"{self._path} is gone")
         folder = self._path / RECORD_FOLDER if (self._path / RECORD_FOLDER).is_dir() else self._path
@@ -46,7 +46,7 @@ class RecordFiles:
 
 
 class _Tail:
-    """The lines added to a file since it was read last; a file that was replaced is read anew."""
+    """Reads the lines added to a file since the last read; a file that was replaced is read anew."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -67,7 +67,7 @@ class _Tail:
 
 
 class Cluster:
-    """Asks the roots of all runs in a Ray cluster.
+    """Asks the root actors of all runs in a Ray cluster.
 
     Raises:
         SourceLost: there is no Ray here, or no cluster at the address.
@@ -88,7 +88,7 @@ class Cluster:
             ) from problem
 
     def poll(self) -> dict[str, list[Line]]:
-        """The last lines of every run that answers. A run that is over is not in it any more."""
+        """Return the last lines of every run that answers; one that is over does not."""
         import ray
 
         self._require_cluster()
@@ -101,7 +101,7 @@ class Cluster:
             raise SourceLost(f"the Ray cluster at {self._address} is gone: {_first_line(problem)}") from problem
 
     def _require_cluster(self) -> None:
-        """Ray itself waits a minute for a cluster that is gone, and then ends this process."""
+        """Raise at once if the cluster is gone: Ray itself would wait a minute and then end this process."""
         import ray
 
         host, port = ray.get_runtime_context().gcs_address.rsplit(":", 1)
@@ -122,7 +122,7 @@ class Cluster:
         return self._roots
 
     def _lines(self, name: str, answer: Any) -> list[Line] | None:
-        """None from a run that is over, or that does not answer in time."""
+        """Return a root's lines; None if its run is over or it does not answer in time."""
         import ray
 
         try:
@@ -135,7 +135,7 @@ class Cluster:
 
 
 def records(history: Iterable[dict[str, Any]]) -> list[Line]:
-    """The lines in a root's history, each in an envelope with the name of its file, or as it is."""
+    """Take the lines out of a root's history, where each is in an envelope with its file's name, or as it is."""
     lines = (entry.get("record", entry) for entry in history)
     return [line for line in lines if isinstance(line, dict) and isinstance(line.get("step"), int)]
 

@@ -1,4 +1,4 @@
-"""The live terminal: what runs measure while they train."""
+"""Draws what runs measure while they train, in a terminal."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ QUANTILES = {"p50": "abs_p50", "p90": "abs_p90", "p99": "abs_p99", "p99.9": "abs
 RATIOS = {"k1": "k1", "k3": "k3", "ESS": "ess", "mean r": "is_mean"}
 
 Poll = Callable[[], Mapping[str, Iterable[Line]]]
-"""Each run's lines, those of ``mismatch.jsonl`` and of ``steps.jsonl``: the last ones again, or only what is new."""
+"""Returns run → lines of its ``mismatch.jsonl`` and ``steps.jsonl``: the last ones again, or only the new ones."""
 
 
 class SourceLost(Fp16PatchError):
-    """What was watched is gone. The message is one line."""
+    """Raised when what was watched is gone. The message is one line."""
 
 
 @dataclass
 class Step:
-    """What is known of a step so far; its two lines come one after the other, in either order, and again."""
+    """What is known of a step so far. Its two lines come in either order, and may come again."""
 
     measured: dict[str, float] = field(default_factory=dict)
     trained: dict[str, float] = field(default_factory=dict)
@@ -43,7 +43,7 @@ class Step:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """A correction of the mismatch goes before what the trainer knew at the step's end."""
+        """The step's metrics; a late correction of the mismatch wins over what the trainer wrote at the step's end."""
         return self.trained | self.measured
 
     def add(self, line: Line) -> None:
@@ -55,7 +55,7 @@ class Step:
 
 @dataclass
 class View:
-    """A run as it is shown: its last ``HISTORY`` steps, ascending."""
+    """A run as it is shown: its last ``HISTORY`` steps in ascending order."""
 
     steps: dict[int, Step] = field(default_factory=dict)
     written: float | None = None
@@ -71,7 +71,7 @@ class View:
         self.steps = dict(sorted(self.steps.items())[-HISTORY:])
 
     def _forget_abandoned(self, line: Line) -> None:
-        """A trainer that was started again goes over the last steps once more: what is known of them is void."""
+        """Drop the steps that a restarted trainer takes again."""
         attempt = line.get("attempt")
         if attempt is None or attempt == self.attempt:
             return
@@ -83,16 +83,19 @@ class View:
         return {number: step.metrics[metric] for number, step in self.steps.items() if metric in step.metrics}
 
     def last(self, metric: str) -> float | None:
-        """The latest value, NaN included; None if the metric was never recorded."""
+        """Return the latest value, NaN included; None if the metric was never recorded."""
         return next(reversed(self.series(metric).values()), None)
 
     def measured(self) -> int | None:
-        """The latest step whose mismatch is known; its coverage and alerts are those that are shown."""
+        """Return the latest step whose mismatch is known: its coverage and alerts are shown."""
         return next(reversed(self.series("mismatch/tokens")), None)
 
 
-def watch(poll: Poll, console: Console, once: bool = False, every: float = POLL_EVERY_S) -> None:
-    """Show the runs until the user ends it with Ctrl-C; ``once``: one frame.
+def watch(poll: Poll, console: Console, once: bool = False, every: float = POLL_EVERY_S) -> bool:
+    """Show the runs until the user presses Ctrl-C; with ``once``, show one frame.
+
+    Returns:
+        Whether there was a step to show.
 
     Raises:
         SourceLost: nothing is left to watch.
@@ -100,14 +103,18 @@ def watch(poll: Poll, console: Console, once: bool = False, every: float = POLL_
     views: dict[str, View] = {}
     if once:
         console.print(_polled(poll, views))
-        return
+        return _anything(views)
     try:
         with Live(_frame(views), console=console, auto_refresh=False) as live:
             while True:
                 live.update(_polled(poll, views), refresh=True)
                 time.sleep(every)
     except KeyboardInterrupt:
-        return
+        return _anything(views)
+
+
+def _anything(views: Mapping[str, View]) -> bool:
+    return any(view.steps for view in views.values())
 
 
 def _polled(poll: Poll, views: dict[str, View]) -> RenderableType:
@@ -158,7 +165,16 @@ def _rows(view: View) -> list[tuple[str, Text]]:
 
 
 def _age(view: View) -> str:
-    return "" if view.written is None else f"   {max(0, round(time.time() - view.written))} s ago"
+    return "" if view.written is None else f"   {duration_text(max(0, round(time.time() - view.written)))} ago"
+
+
+def duration_text(seconds: int) -> str:
+    """Write a time in its two largest units: 42 s, 3 min 5 s, 1 h 9 min, 2 d 4 h."""
+    minutes, seconds = divmod(seconds, 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    counted = {"d": days, "h": hours, "min": minutes, "s": seconds}
+    return " ".join([f"{count} {unit}" for unit, count in counted.items() if count][:2]) or "0 s"
 
 
 def _covered(view: View) -> str:
@@ -210,7 +226,7 @@ def _alerts(view: View) -> list[str]:
 
 
 def sparkline(values: Sequence[float]) -> str:
-    """The last values as bars between their least and their greatest; a blank where a value is not finite."""
+    """Draw the last values as bars between the least and the greatest; a blank stands for one that is not finite."""
     shown = values[-SPARKLINE_STEPS:]
     finite = [value for value in shown if math.isfinite(value)]
     if not finite:

@@ -20,7 +20,7 @@ from rich.console import Console
 
 from fp16_patch.cli import main
 from fp16_patch.mismatch.report.follow import Cluster, RecordFiles, records
-from fp16_patch.mismatch.report.live import HISTORY, SourceLost, View, sparkline, watch
+from fp16_patch.mismatch.report.live import HISTORY, SourceLost, View, duration_text, sparkline, watch
 
 
 def mismatch_line(step: int, mean_abs: float = 1e-3, **more: Any) -> dict[str, Any]:
@@ -153,6 +153,13 @@ def test_a_resumed_run_goes_over_its_last_steps_again() -> None:
 )
 def test_sparkline(values: list[float], bars: str) -> None:
     assert sparkline(values) == bars
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0 s"), (59, "59 s"), (185, "3 min 5 s"), (4123, "1 h 8 min"), (187200, "2 d 4 h")]
+)
+def test_a_time_is_in_its_two_largest_units(seconds: int, text: str) -> None:
+    assert duration_text(seconds) == text
 
 
 @pytest.fixture

@@ -1,0 +1,77 @@
+"""`fp16-patch analyze`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from fp16_patch.cli.group import Failure
+from fp16_patch.cli.options import FormerlyOption, OutputFile
+from fp16_patch.cli.runs import labelled, require_page_writer, show
+
+
+@click.command("analyze")
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FILE...")
+@click.option("--html", type=OutputFile(), help="Write a self-contained page with plots here.")
+@click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON instead of the table.")
+@click.option("--sampler-key", help="Name of the sampler's log-probs in FILE, where it is none of the known ones.")
+@click.option("--learner-key", help="Name of the learner's log-probs, likewise.")
+@click.option(
+    "--tokenizer",
+    metavar="FOLDER",
+    type=click.Path(path_type=Path, exists=True),
+    help="Name the worst tokens by this tokenizer.",
+)
+@click.option(
+    "--output",
+    cls=FormerlyOption,
+    formerly=["--out"],
+    metavar="FOLDER",
+    type=click.Path(path_type=Path),
+    help="Write a run record here, for `report`; of several FILEs, one a folder.",
+)
+def command(
+    files: tuple[Path, ...],
+    html: Path | None,
+    as_json: bool,
+    sampler_key: str | None,
+    learner_key: str | None,
+    tokenizer: Path | None,
+    output: Path | None,
+) -> None:
+    """Compare sampler and learner from log-probs in JSON lines.
+
+    FILE holds the log-probs of each token, as any trainer may have written them, one line a sequence:
+
+    \b
+    {"step": 0, "sampler_log_probs": [-0.1, …], "learner_log_probs": [-0.2, …],
+     "mask": [1, …], "token_ids": [17, …]}
+
+    step, mask and token_ids may be left out; null and NaN are non-finite. The names of verl, OpenRLHF, slime, TRL,
+    NeMo-RL and prime-rl are known as well. FILE may be a .jsonl, a .jsonl.gz, or a directory of them. Several are set
+    side by side.
+
+    \b
+    Examples:
+      fp16-patch analyze log_probs.jsonl
+      fp16-patch analyze bf16.jsonl.gz fp16.jsonl.gz --html compare.html
+      fp16-patch analyze outputs/token_exports --output runs/before
+    """
+    from fp16_patch.mismatch.report import offline
+    from fp16_patch.mismatch.report.dump import DumpError
+
+    if html is not None:
+        require_page_writer()
+    try:
+        records = {label: offline.analyze(path, sampler_key, learner_key) for label, path in labelled(files).items()}
+        if output is not None:
+            for label, record in records.items():
+                folder = output / label.strip("/").replace("/", "_") if len(records) > 1 else output
+                offline.write_record(record, folder)
+    except (DumpError, FileNotFoundError, FileExistsError) as problem:
+        raise Failure(problem) from problem
+    if as_json:
+        click.echo(json.dumps({label: offline.figures(record) for label, record in records.items()}, indent=1))
+    show(records, html, tokenizer, quiet=as_json)

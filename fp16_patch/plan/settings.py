@@ -1,0 +1,248 @@
+"""The table of settings: each is declared here, once; its parsing, checks and pages follow from that.
+
+`python -m integration.pages.settings` writes `README.md` from it, `fp16-patch settings` prints it with the values in
+force.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from fp16_patch.plan.setting import (
+    FALSE_WORDS,
+    TRUE_WORDS,
+    Choice,
+    Modes,
+    Range,
+    Setting,
+    at_least_one,
+    not_negative,
+    positive,
+    setting,
+)
+
+DTYPE_OF_MODE = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "observe": None, "off": None}
+FIRST_SCALE = 65536.0
+"""Of torch and of DeepSpeed, too."""
+
+_SPELLINGS = {
+    "fp16": ("float16", "half", *TRUE_WORDS),
+    "bf16": ("bfloat16",),
+    "fp32": ("float32",),
+    "off": ("", *FALSE_WORDS),
+}
+
+_PRECISION, _SCALE, _PROOF = "Precision", "Loss scale", "Checks"
+_MONITOR, _ALERTS = "Mismatch monitor", "Alerts"
+_VERL_FSDP = "verl's FSDP engine"
+_RETRYING = "verl's FSDP engine, OpenRLHF's PPO"
+_RL = "RL runs"
+_THRESHOLD = Range(not_negative, "a threshold of 0 (no such alert) or above")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Every setting of a plan, in the order in which they are listed."""
+
+    mode: str = setting(
+        "fp16",
+        "`fp16`, `bf16` and `fp32` put every role in that dtype; `observe` changes nothing and measures; "
+        "`off` does nothing",
+        group=_PRECISION,
+        check=Modes(DTYPE_OF_MODE),
+        aliases={word: mode for mode, words in _SPELLINGS.items() for word in words},
+    )
+    probe: str | None = setting(
+        None,
+        "file that `fp16-patch probe` wrote: the run starts at the loss scale measured there, and does not start if "
+        "the model was found unsafe in FP16",
+        group=_PRECISION,
+    )
+    init_scale: float = setting(
+        FIRST_SCALE,
+        "first loss scale; giving one sets `first_scale=fixed`",
+        group=_SCALE,
+        default_text="measured, else 65536",
+        check=Range(positive, "a finite scale above 0"),
+    )
+    first_scale: str = setting(
+        "measured",
+        "`measured` starts where the gradients of the first mini-batch fit, `fixed` at `init_scale`",
+        group=_SCALE,
+        where=_VERL_FSDP,
+        check=Choice(("measured", "fixed"), "start"),
+    )
+    growth_interval: int = setting(
+        400,
+        "optimizer steps without overflow before the scale grows",
+        group=_SCALE,
+        check=Range(at_least_one, "at least 1 step"),
+    )
+    growth_factor: float = setting(
+        2.0,
+        "factor by which the scale grows (DeepSpeed: 2 only)",
+        group=_SCALE,
+        check=Range(lambda value: math.isfinite(value) and value > 1, "a factor above 1"),
+    )
+    backoff_factor: float = setting(
+        0.5,
+        "factor by which an overflow lowers the scale (DeepSpeed: 0.5 only)",
+        group=_SCALE,
+        check=Range(lambda value: 0 < value < 1, "a factor between 0 and 1"),
+    )
+    hysteresis: int = setting(
+        1,
+        "overflows before the scale is lowered; torch's scaler lowers it at the first",
+        group=_SCALE,
+        where="DeepSpeed, Megatron",
+        check=Range(at_least_one, "at least 1 overflow"),
+    )
+    min_scale: float = setting(
+        1.0,
+        "floor of the scale. An overflow there stops the run; after the first step that was taken, only if the update "
+        "began there",
+        group=_SCALE,
+        check=Range(positive, "a finite scale above 0"),
+    )
+    on_overflow: str = setting(
+        "retry",
+        "`retry` computes the same mini-batch again at the lowered scale, `skip` drops it",
+        group=_SCALE,
+        where=_RETRYING,
+        check=Choice(("retry", "skip"), "action"),
+    )
+    max_retries: int = setting(
+        8,
+        "retries of one optimizer step; then it is skipped",
+        group=_SCALE,
+        where=_RETRYING,
+        check=Range(not_negative, "a number of retries", zero="none"),
+    )
+    scale_rule: str = setting(
+        "ahead",
+        "`ahead` lets the scale grow only if the gradients seen lately would fit at the larger scale; `torch` grows "
+        "it after `growth_interval` steps in any case, as every other learner does",
+        group=_SCALE,
+        where=_VERL_FSDP,
+        check=Choice(("torch", "ahead"), "rule"),
+    )
+    gradient_look_every: int = setting(
+        25,
+        "optimizer steps between measurements of the FP16 gradients: the largest, and how many underflow. `ahead` "
+        "takes its own in any case",
+        group=_SCALE,
+        where=_VERL_FSDP,
+        check=Range(not_negative, "a number of steps", zero="never"),
+    )
+    max_consecutive_skips: int = setting(
+        20,
+        "skipped steps in a row that stop the run",
+        group=_SCALE,
+        check=Range(at_least_one, "at least 1 step"),
+    )
+    fused_step: bool = setting(
+        True,
+        "run Adam and AdamW on torch's fused kernel, which unscales and clips in it: two passes over the gradients "
+        "instead of five. A kernel named in `optim.override_optimizer_config` stays",
+        group=_SCALE,
+        where=_VERL_FSDP,
+    )
+    strict: bool = setting(
+        True,
+        "refuse framework code that no patch was written for; `false` makes that a warning. Environment only: "
+        "`FP16_PATCH_STRICT=0`",
+        group=_PROOF,
+    )
+    ledger_every: int = setting(
+        50,
+        "optimizer steps between checks of every process's dtypes. The first two updates are always checked",
+        group=_PROOF,
+        where=_RL,
+        check=Range(at_least_one, "at least 1 step"),
+    )
+    out_dir: str | None = setting(
+        None,
+        "folder where the measurements go",
+        group=_MONITOR,
+        where=_RL,
+        default_text="`fp16_patch` in `trainer.default_local_dir` (verl), in `--ckpt.path` (OpenRLHF)",
+    )
+    monitor: bool = setting(True, "measure the mismatch of sampler and learner", group=_MONITOR, where=_RL)
+    monitor_timeout_s: float = setting(
+        2.0,
+        "longest wait of a step for its own figures; without them it goes on",
+        group=_MONITOR,
+        where=_RL,
+        check=Range(positive, "a finite number of seconds above 0"),
+    )
+    noise_floor_every: int = setting(
+        10,
+        "steps between comparisons of the learner with itself",
+        group=_MONITOR,
+        where=_RL,
+        check=Range(not_negative, "a number of steps", zero="never"),
+    )
+    noise_floor_share: float = setting(
+        0.03,
+        "share of the sequences that the learner scores once more for that",
+        group=_MONITOR,
+        where=_RL,
+        check=Range(lambda value: 0 < value <= 1, "a share of the sequences, above 0 and at most 1"),
+    )
+    on_alert: str = setting(
+        "log",
+        "`log` writes an alert to log and record, `stop` ends the run as well",
+        group=_ALERTS,
+        where=_RL,
+        check=Choice(("log", "stop"), "action"),
+    )
+    alert_k1: float = setting(0.1, "alert if |k1| is above", group=_ALERTS, where=_RL, check=_THRESHOLD)
+    alert_ess: float = setting(
+        0.3,
+        "alert if the effective sample size, as a share of the tokens, is below",
+        group=_ALERTS,
+        where=_RL,
+        check=_THRESHOLD,
+    )
+    alert_chi2: float = setting(
+        1.0,
+        "alert if the χ² divergence of the tokens' importance weights is above",
+        group=_ALERTS,
+        where=_RL,
+        check=_THRESHOLD,
+    )
+    alert_token_mult_prob_error: float = setting(
+        1.05, "alert if mean exp|d| is above", group=_ALERTS, where=_RL, check=_THRESHOLD
+    )
+    alert_prob_diff: float = setting(
+        0.95,
+        "alert if sampler and learner differ by more in the probability of some token",
+        group=_ALERTS,
+        where=_RL,
+        check=_THRESHOLD,
+    )
+    alert_doubling_steps: int = setting(
+        100, "alert if mean |d| has doubled within so many steps", group=_ALERTS, where=_RL, check=_THRESHOLD
+    )
+    alert_after: int = setting(
+        2,
+        "steps in a row beyond a threshold before its alert fires, and within it before it clears",
+        group=_ALERTS,
+        where=_RL,
+        check=Range(at_least_one, "at least 1 step"),
+    )
+
+
+SETTINGS: Mapping[str, Setting] = {declared.name: Setting.of(declared) for declared in fields(Settings)}
+
+
+def problems_of(values: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Yield (setting, what is wrong with its value, the fix) for all that cannot be had."""
+    found = {name: problem for name, each in SETTINGS.items() if (problem := each.problem(values[name])) is not None}
+    yield from ((name, *problem) for name, problem in found.items())
+    floor, first = values["min_scale"], values["init_scale"]
+    if not found.keys() & {"min_scale", "init_scale"} and floor > first:
+        yield "min_scale", "above init_scale", f"use at most init_scale={first}"

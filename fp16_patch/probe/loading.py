@@ -1,0 +1,66 @@
+"""The model that is probed, as transformers loads it: in FP32, on the learner's device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from packaging.version import Version
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from fp16_patch.plan.errors import Conflict, PlanError
+
+BATCH_TOKENS = 2048
+BATCH_LOGITS = 1 << 27
+"""A forward's logits, 512 MB of them in FP32, bound its tokens where the vocabulary is large."""
+
+
+def load_model(path: Path, device: str) -> nn.Module:
+    """Load a causal language model in FP32 for evaluation; its parameters ask for no gradient.
+
+    Raises:
+        PlanError: transformers does not load it.
+    """
+    dtype = "dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype"
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(path, **{dtype: torch.float32})
+    except (ImportError, OSError, ValueError, RuntimeError) as problem:
+        fix = "give a causal language model that transformers loads"
+        raise PlanError([Conflict("MODEL", path, f"cannot be loaded: {problem}", fix)]) from problem
+    loaded: nn.Module = model.to(device).requires_grad_(False).eval()
+    return loaded
+
+
+@contextmanager
+def by_its_parts(model: Any) -> Iterator[None]:
+    """Compute attention and experts by separate operations for a while: fused kernels do not show their scores."""
+    names = [name for name in ("_attn_implementation", "_experts_implementation") if hasattr(model.config, name)]
+    kept = {name: getattr(model.config, name) for name in names}
+    try:
+        for name in names:
+            setattr(model.config, name, "eager")
+        yield
+    finally:
+        for name, value in kept.items():
+            setattr(model.config, name, value)
+
+
+def batch_tokens(config: Any) -> int:
+    """Bound the tokens of a forward, so that its logits stay within ``BATCH_LOGITS`` numbers."""
+    vocabulary = int(config.get_text_config().vocab_size)
+    return max(1, min(BATCH_TOKENS, BATCH_LOGITS // vocabulary))
+
+
+def stop_ids(model: Path, tokenizer: Any) -> frozenset[int]:
+    """Return the tokens that end a response: those of the model's generation settings, else of its tokenizer."""
+    try:
+        ends = transformers.GenerationConfig.from_pretrained(model).eos_token_id
+    except OSError:
+        ends = None
+    ends = tokenizer.eos_token_id if ends is None else ends
+    return frozenset(() if ends is None else [ends] if isinstance(ends, int) else ends)

@@ -35,14 +35,14 @@ class Ledger:
         kind: what the process is: `driver`, `task_runner`, `worker`, `server`, `engine_core`, `sampler_worker`;
             `task_runner_v0` runs verl's V0 trainer.
         rank: its rank in the learner's process group, if it has one.
-        cleared: the driver has judged the whole job and allows optimizer steps.
+        training_granted: the driver has judged the whole job and allows optimizer steps.
         sampler_keeps: what the samplers of this job keep in another dtype than the plan's, as the driver told; None
             before, or if it does not know.
     """
 
     kind: str = "process"
     rank: int | None = None
-    cleared: bool = False
+    training_granted: bool = False
     sampler_keeps: Kept | None = None
     problem: str | None = None
     _seen: dict[str, dict[str, set[str]]] = field(default_factory=dict)

@@ -4,9 +4,9 @@ Out: the plan travels as an environment variable. Child processes inherit it; Ra
 machine or the job's runtime environment names it, so it is added to `ray.init` and to each actor we see created. In
 each process an entry point (`autoload`) or the framework's own import of `fp16_patch.<framework>` activates it.
 
-Back: the driver asks every Ray actor for its record (`census`). Processes that are no Ray actors, vLLM's EngineCore and
-workers, leave theirs in a folder their server opened (`expect_children`, `publish`), and the server answers for them.
-Then the driver allows each worker to step; one that was never allowed refuses (`census.require_clearance`).
+Back: the driver asks every Ray actor for its record (`preflight`). Processes that are no Ray actors, vLLM's EngineCore
+and workers, leave theirs in a folder their server opened (`expect_children`, `publish`), and the server answers for
+them. Then the driver allows each worker to step; one that was never allowed refuses (`require_training_grant`).
 """
 
 from __future__ import annotations

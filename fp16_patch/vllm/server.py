@@ -32,7 +32,7 @@ def request_records(engines: Sequence[Any]) -> None:
 
 
 def refresh_records(engines: Sequence[Any]) -> None:
-    """Have each engine fetch its workers' records now; an engine that cannot is found out by the census."""
+    """Have each engine fetch its workers' records now; an engine that cannot is found out by the preflight check."""
     import ray
 
     if not engines:
@@ -48,7 +48,7 @@ def _fetched(ray: Any, engine: Any) -> bool:
     try:
         return bool(ray.get(engine.__ray_call__.remote(_is_idle), timeout=FETCH_TIMEOUT_S))
     except Exception:
-        return True  # the census asks the same actor, and says what is wrong with it
+        return True  # the preflight check asks the same actor, and says what is wrong with it
 
 
 def _fetch(actor: Any) -> None:

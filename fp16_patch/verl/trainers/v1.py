@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from fp16_patch.patching.call_arguments import argument
 from fp16_patch.runtime import propagation
 from fp16_patch.runtime.activation import attestation, ledger
+from fp16_patch.runtime.driver import log_caveats
 from fp16_patch.runtime.preflight import inside_ray_actor
-from fp16_patch.verl.trainers import driver
+from fp16_patch.verl.trainers.driver import VerlDriver, caveats_of, prepare
 
 
 def validate_config(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
@@ -18,7 +20,9 @@ def validate_config(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     if inside_ray_actor():
         return wrapped(*args, **kwargs)
     ledger().kind = "driver"
-    driver.prepare(kwargs.get("config", args[0] if args else None))
+    config = argument(wrapped, args, kwargs, "config")
+    prepare(config)
+    log_caveats(caveats_of(config))
     propagation.carry_driver_record(attestation())
     return wrapped(*args, **kwargs)
 
@@ -28,38 +32,40 @@ def init_dataloader(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
 
     With `external_lib` alone, verl has imported us one call earlier, in this process only.
     """
-    driver.begin(trainer, "task_runner")
+    VerlDriver.of(trainer).begin()
     return wrapped(*args, **kwargs)
 
 
 def update_actor(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
     """`PPOTrainer._update_actor`: no update before every process is judged."""
-    return driver.judged_update("actor", wrapped, trainer, args, kwargs)
+    return VerlDriver.of(trainer).update("actor", wrapped, args, kwargs)
 
 
 def update_critic(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
     """`PPOTrainer._update_critic`: as for the actor; the critic is updated first."""
-    return driver.judged_update("critic", wrapped, trainer, args, kwargs)
+    return VerlDriver.of(trainer).update("critic", wrapped, args, kwargs)
 
 
 def compute_old_log_prob(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
     """`PPOTrainer._compute_old_log_prob`: the ranks are told to observe, with this batch and in this pass only."""
-    batch = kwargs["batch"] if "batch" in kwargs else args[0]
-    with driver.observed(batch.extra_info):
+    batch = argument(wrapped, args, kwargs, "batch")
+    with VerlDriver.of(trainer).ordering(batch.extra_info):
         return wrapped(*args, **kwargs)
 
 
 def calculate_debug_metrics(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> dict[str, Any]:
     """`calculate_debug_metrics`, where verl has the tokens just scored: how many the ranks must have observed."""
     metrics: dict[str, Any] = wrapped(*args, **kwargs)
-    driver.expect(kwargs.get("data", args[0] if args else None).batch)
+    driver = VerlDriver.running()
+    if driver is not None:
+        driver.expect_batch(argument(wrapped, args, kwargs, "data").batch)
     return metrics
 
 
 def compute_metrics(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
     """`PPOTrainer._compute_metrics`, the end of a step: our metrics join verl's, and the step goes on record."""
     result = wrapped(*args, **kwargs)
-    driver.end_step(trainer.global_steps, kwargs["metrics"] if "metrics" in kwargs else args[1])
+    VerlDriver.of(trainer).end_step(trainer.global_steps, argument(wrapped, args, kwargs, "metrics"))
     return result
 
 
@@ -68,4 +74,4 @@ def fit(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
     try:
         return wrapped(*args, **kwargs)
     finally:
-        driver.flush()
+        VerlDriver.of(trainer).flush()

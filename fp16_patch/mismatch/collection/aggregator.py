@@ -5,13 +5,18 @@ from __future__ import annotations
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from fp16_patch.mismatch.collection import actors
 from fp16_patch.mismatch.collection.part import Message, Part, join
 
 Stamp = tuple[str, int]
 """Which aggregator process, and how many reports it had of the round."""
+
+MAX_PENDING_CALLS = 16
+"""Calls that one rank may leave with an aggregator that does not answer."""
 
 OPEN_ROUNDS = 8
 KNOWN_SENDERS = 1024
@@ -80,3 +85,12 @@ class _Round:
 def _keep_latest(entries: dict[str, int], count: int) -> None:
     while len(entries) > count:
         del entries[next(iter(entries))]
+
+
+def aggregator_here(run: str) -> Any:
+    """Return the handle of the run's aggregator on this node, created if there is none."""
+    import ray
+
+    name = actors.node_prefix(run) + ray.get_runtime_context().get_node_id()
+    options = actors.options_here(name, max_task_retries=0, max_pending_calls=MAX_PENDING_CALLS)
+    return ray.remote(Aggregator).options(**options).remote()

@@ -16,6 +16,7 @@ from fp16_patch.mismatch.collection import actors
 from fp16_patch.mismatch.collection.guard import Guard
 from fp16_patch.mismatch.collection.part import Message, Part, join
 from fp16_patch.mismatch.collection.patience import Patience
+from fp16_patch.mismatch.collection.root import root_of
 from fp16_patch.mismatch.record.reading import STEPS
 from fp16_patch.mismatch.statistics.summary import MismatchStats
 
@@ -130,7 +131,7 @@ class Monitor:
 
     def _begin(self) -> None:
         if self.run:
-            self._root = actors.root_of(self.run, self._out_dir, self._sinks)
+            self._root = root_of(self.run, self._out_dir, self._sinks)
             self._send("begin", str(self._out_dir))
 
     def _take_local(self) -> Message | None:
@@ -251,7 +252,7 @@ class Monitor:
             return ray.get(call)
         except ActorDiedError:
             # Dead for good. A former trainer's root dies with it, and its name may lead there for a moment longer.
-            self._root = actors.root_of(self.run, self._out_dir, self._sinks)
+            self._root = root_of(self.run, self._out_dir, self._sinks)
             raise
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fp16_patch.mismatch.collection import actors
+from fp16_patch.mismatch.collection.aggregator import aggregator_here
 from fp16_patch.mismatch.collection.background import Background
 from fp16_patch.mismatch.collection.guard import Guard
 from fp16_patch.mismatch.collection.part import Part
@@ -84,7 +84,7 @@ class Observer:
         until = time.monotonic() + RESTART_TIMEOUT_S
         while True:
             try:
-                self._aggregator = self._aggregator or actors.aggregator_here(self._run)
+                self._aggregator = self._aggregator or aggregator_here(self._run)
                 ray.get(self._aggregator.report.remote(self._sender, *report), timeout=ANSWER_TIMEOUT_S)
                 return
             except (ActorDiedError, ActorUnavailableError) as failure:

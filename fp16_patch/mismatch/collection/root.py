@@ -17,6 +17,9 @@ from fp16_patch.mismatch.collection.sinks import Sinks
 from fp16_patch.mismatch.collection.writer import Writer
 from fp16_patch.mismatch.record.reading import MISMATCH
 
+ROOT_RETRIES = 3
+"""What is asked of a restarting root is asked again: no question to it does harm when asked twice."""
+
 POLL_S = 0.02
 MAX_PAUSE_S = 0.2
 LATE_REPORTS_S = 1.0
@@ -166,3 +169,11 @@ class Root:
             former = self._history.line(MISMATCH, line["step"])
             self._recovered |= bool(former and line["coverage"]["complete"] and not former["coverage"]["complete"])
             self.append(MISMATCH, line)
+
+
+def root_of(run: str, out_dir: Path, sinks: tuple[str, ...] = ()) -> Any:
+    """Return the handle of the run's root, created on this node if there is none."""
+    import ray
+
+    options = actors.options_here(actors.root_name(run), max_task_retries=ROOT_RETRIES)
+    return ray.remote(Root).options(**options).remote(run, str(out_dir), sinks)

@@ -139,11 +139,10 @@ def test_a_process_that_was_reached_too_late_does_not_train(made: Any) -> None:
 
 @sits_in("trainer-v0-observation", "RayPPOTrainer._compute_old_log_prob")
 def test_the_order_reaches_the_ranks_and_the_sampled_tokens_are_observed(
-    made: Any, monitor: Any, batch: Any, reports_of: Callable[[Any], list[Any]]
+    made: Any, monitor: Any, batch: Any, reports: list[Any]
 ) -> None:
     from fp16_patch.verl.trainers import observation
 
-    reports = reports_of(observation)
     made.actor_rollout_wg = Workers()
     learner = made._compute_old_log_prob(batch)[0].batch["old_log_probs"]
     ((who, number, stats, floor),) = reports

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from fp16_patch.patching.call_arguments import argument
 from fp16_patch.plan.plan import ROLE_ENV
 from fp16_patch.runtime import propagation
 from fp16_patch.runtime.activation import attestation, ledger
@@ -17,10 +18,9 @@ def build_cli_args(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
 
     Not a method of the server: Ray sends an actor's class by value, and a wrapper on its methods is lost on the way.
     """
-    arguments = kwargs.get("config", args[0] if args else {})
     ledger().kind = "server"
     os.environ[ROLE_ENV] = _role_of_this_server()
-    propagation.expect_children(_children_of(arguments))
+    propagation.expect_children(_children_of(argument(wrapped, args, kwargs, "config")))
     return wrapped(*args, **kwargs)
 
 
@@ -35,7 +35,7 @@ def monkey_patch_model(wrapped: Any, worker: Any, args: Any, kwargs: Any) -> Any
 
 def update_weights(wrapped: Any, worker: Any, args: Any, kwargs: Any) -> Any:
     """`vLLMColocateWorkerExtension._update_weights`: note what came over the wire and what it became."""
-    weights = kwargs.get("weights", args[0] if args else ())
+    weights = argument(wrapped, args, kwargs, "weights")
     result = wrapped(*args, **kwargs)
     arrived = {weight.dtype for _, weight in weights if weight.is_floating_point()}
     if ledger().note(_role(), "wire", *arrived) or note_engine(_role(), worker):

@@ -10,11 +10,11 @@ from types import SimpleNamespace
 from typing import Any
 
 from fp16_patch.plan import probe_settings
+from fp16_patch.plan.dtypes import BFLOAT16, FLOAT32, is_half, spelling_of, torch_name
 from fp16_patch.plan.errors import Conflict, PlanError
 from fp16_patch.plan.plan import MODE_ENV, Plan
 
-_PARAM_DTYPE = {"float16": "fp16", "bfloat16": "bf16"}
-_GRADIENT_DTYPE = "fp32"
+_GRADIENT_DTYPE = FLOAT32.short
 # vLLM's own list where it is installed; this is vLLM 0.29's, for a driver without vLLM.
 _NOT_IN_FLOAT16 = ("gemma2", "gemma3", "gemma3_text", "glm4")
 _MODELS = tuple(f"{role}.model_name_or_path" for role in ("actor", "critic", "reward", "model", "ref"))
@@ -47,7 +47,7 @@ _WITHOUT_SECTIONS = {
     "vllm.num_engines": "vllm_num_engines",
 }
 # Up to 0.9.1, for half precision: whichever the patches make of it.
-_HALF = "bf16"
+_HALF = BFLOAT16.short
 
 
 def check(args: Any, plan: Plan) -> None:
@@ -67,7 +67,7 @@ def check(args: Any, plan: Plan) -> None:
 def conflicts_of(args: Any, plan: Plan) -> Iterator[Conflict]:
     """Settings of the command line, and of the plan, that cannot be had together."""
     stage_flag = flag(args, "ds.zero_stage")
-    if plan.dtype not in _PARAM_DTYPE:
+    if not is_half(plan.dtype):
         yield Conflict(MODE_ENV, plan.mode, "OpenRLHF trains in bf16 or fp16 only", "use bf16, fp16 or observe")
     if get(args, "ds.load_in_4bit"):
         reason = "OpenRLHF computes 4-bit weights in bfloat16"
@@ -148,9 +148,9 @@ def apply_to(args: Any, plan: Plan) -> list[str]:
     Returns:
         One line for each flag that said something else, `--flag: before → after`.
     """
-    dtype, changed = _PARAM_DTYPE[str(plan.dtype)], []
+    dtype, changed = spelling_of(plan.dtype).short, []
     if hasattr(args, _HALF):
-        if not args.bf16 or dtype != "bf16":
+        if not args.bf16 or dtype != _HALF:
             changed.append(f"--{_HALF}: {args.bf16} → {dtype}")
         args.bf16 = True
         forced = {_ACCUMULATION: _GRADIENT_DTYPE}
@@ -184,13 +184,13 @@ def from_command(flags: Sequence[str]) -> Any:
 
 def effective_dtypes(args: Any, plan: Plan) -> dict[str, str]:
     """Role → the dtype it computes in, with the plan or (mode `observe`) without it."""
-    learner = {"fp16": "float16"}.get(get(args, _DTYPE), "bfloat16")
+    learner = torch_name(get(args, _DTYPE) or BFLOAT16.torch)
     roles = ["actor", *(["ref"] if float(get(args, "algo.kl.init_coef") or 0.01) > 0 else [])]
     if (get(args, "algo.advantage.estimator") or "gae") == "gae":
         roles.append("critic")
     if not get(args, "reward.remote_url") and not get(args, "train.agent_func_path"):
         roles.append("reward")
-    return {**{role: str(plan.dtype or learner) for role in roles}, "rollout": str(plan.dtype or "bfloat16")}
+    return {**{role: str(plan.dtype or learner) for role in roles}, "rollout": str(plan.dtype or BFLOAT16.torch)}
 
 
 def spelled(args: Any, key: str) -> str | None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fp16_patch.plan import probe_settings
+from fp16_patch.plan.dtypes import is_half, spelling_of, torch_name
 from fp16_patch.plan.errors import Conflict, PlanError
 from fp16_patch.plan.plan import Plan
 from fp16_patch.runtime.activation import current_plan
@@ -34,7 +35,6 @@ ENGINE_CONFLICT = Conflict(
     "verl's engine of this release computes in bfloat16 and scales no loss",
     "use auto, or verl 0.8.0 or newer",
 )
-_ALIASES = {"float16": ("float16", "fp16", "half"), "bfloat16": ("bfloat16", "bf16"), "float32": ("float32", "fp32")}
 
 
 def mixed_precision(plan: Plan) -> dict[str, str]:
@@ -83,11 +83,7 @@ def _storage_dtype(config: Any, plan: Plan) -> str:
 
 def stored_dtype(configured: object, *, trains: bool, plan: Plan) -> str:
     """The dtype parameters are kept in, apart from the dtype they are computed in."""
-    return str(plan.dtype) if not trains and _is_half(configured) else "float32"
-
-
-def _is_half(dtype: object) -> bool:
-    return str(dtype).removeprefix("torch.") in _ALIASES["float16"] + _ALIASES["bfloat16"]
+    return str(plan.dtype) if not trains and is_half(configured) else "float32"
 
 
 def plan_settings(config: Any) -> dict[str, Any]:
@@ -155,7 +151,8 @@ def _sampler_conflicts(config: Any, plan: Plan) -> Iterator[Conflict]:
 
 def _engine_argument_conflicts(config: Any, section: str, plan: Plan) -> Iterator[Conflict]:
     # These go to vLLM's command line after everything else, past the rollout's own dtype.
-    accepted = {"dtype": _ALIASES[str(plan.dtype)], "kv_cache_dtype": ("auto", *_ALIASES[str(plan.dtype)])}
+    names = spelling_of(plan.dtype).all
+    accepted = {"dtype": names, "kv_cache_dtype": ("auto", *names)}
     for argument, values in accepted.items():
         key = f"{section}.engine_kwargs.vllm.{argument}"
         value = _select(config, key)
@@ -216,10 +213,10 @@ def effective_dtypes(config: Any, plan: Plan) -> dict[str, str]:
         # The FSDP engine reads mixed_precision and nothing else: its `dtype` key is accepted and ignored.
         key = "dtype" if _on_megatron(config, role) else "mixed_precision.param_dtype"
         stock = _select(config, f"{engine_config}.{key}") or "bfloat16"
-        roles[role.rpartition(".")[2]] = str(plan.dtype or _long_name(stock))
+        roles[role.rpartition(".")[2]] = str(plan.dtype or torch_name(stock))
     for section in sampler_sections(config):
         role = "rollout" if section == ROLLOUT else "reward"
-        roles[role] = str(plan.dtype or _long_name(_select(config, f"{section}.dtype")))
+        roles[role] = str(plan.dtype or torch_name(_select(config, f"{section}.dtype")))
     return roles
 
 
@@ -284,11 +281,7 @@ def _forced_keys(config: Any, plan: Plan) -> dict[str, Any]:
 def _same_dtype(before: object, after: object) -> bool:
     if before is None or isinstance(after, dict):
         return before is None
-    return _long_name(before) == after
-
-
-def _long_name(dtype: object) -> str:
-    return next((name for name, aliases in _ALIASES.items() if str(dtype) in aliases), str(dtype))
+    return torch_name(before) == after
 
 
 def _select(config: Any, key: str) -> Any:

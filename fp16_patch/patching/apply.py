@@ -100,12 +100,12 @@ class PatchSet:
         wrapt.register_post_import_hook(on_import, variant.module)
 
     def _apply(self, variant: Variant, module: ModuleType) -> None:
-        owner, name = owner_of(module, variant.qualname)
+        # Of a class's attribute that is the descriptor, inherited or not: a classmethod is wrapped as one.
+        owner, name, descriptor = wrapt.resolve_path(module, variant.qualname)
         if variant.edit:
-            self._undo.append(edit(_descriptor(owner, name), variant.edit, variant.edit_to or str(self.dtype)))
+            self._undo.append(edit(descriptor, variant.edit, variant.edit_to or str(self.dtype)))
             return
         original = getattr(owner, name)
-        descriptor = _descriptor(owner, name)
         wrapper = _wrapper_of(descriptor, owner)(descriptor, variant.load_hook())
         self._replace(owner, name, wrapper)
         for reference in variant.bound:
@@ -146,17 +146,3 @@ class _MethodWrapper(_Wrapper):
 
 def _wrapper_of(descriptor: Any, owner: Any) -> type[_Wrapper]:
     return _MethodWrapper if isinstance(owner, type) and isinstance(descriptor, FunctionType) else _Wrapper
-
-
-def owner_of(module: ModuleType, qualname: str) -> tuple[Any, str]:
-    """The class or module that holds a symbol, and the symbol's name there."""
-    *path, name = qualname.split(".")
-    owner: Any = module
-    for part in path:
-        owner = getattr(owner, part)
-    return owner, name
-
-
-def _descriptor(owner: Any, name: str) -> Any:
-    # vars, not getattr: a classmethod or staticmethod must be wrapped as the descriptor it is.
-    return vars(owner).get(name, getattr(owner, name))

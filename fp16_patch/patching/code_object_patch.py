@@ -1,4 +1,4 @@
-"""A dtype that a framework's function spells out becomes the plan's, in the function's own code.
+"""Replaces a dtype that a framework's function spells out by the plan's, in the function's own code.
 
 For functions that are right but for a `torch.bfloat16` in their middle, where no wrapper reaches. Only names and
 constants of the compiled code are exchanged, so decorators, bound references and signatures stay what they are.
@@ -53,7 +53,7 @@ def edit(symbol: Any, spellings: tuple[str, ...], dtype: str) -> Callable[[], No
 
 
 def function_of(symbol: Any) -> Any:
-    """The Python function behind a descriptor, decorators and wrappers.
+    """Return the Python function behind a descriptor, decorators and wrappers.
 
     Raises:
         PatchError: there is none.

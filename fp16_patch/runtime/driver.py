@@ -1,4 +1,4 @@
-"""A framework's driver: opens the run's record, checks every process before the first update, records each step."""
+"""Drives a run of any framework: opens its record, checks every process before the first update, records steps."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _running: FrameworkDriver | None = None
 
 
 class FrameworkDriver(ABC):
-    """All we keep about a run in the process that drives it; one instance lies in one slot of the framework's trainer.
+    """Keeps all that is ours of a run in the process that drives it: one instance, in one slot of the trainer.
 
     A framework subclasses it and says what its processes are, what they must have computed, and where its settings
     stand. Its hooks get the instance by `of`, or by `running` where the framework passes no trainer.
@@ -102,7 +102,7 @@ class FrameworkDriver(ABC):
         return self.monitor is not None and self.monitor.measures
 
     def expect(self, tokens: int) -> None:
-        """The ranks must have observed so many more sampled tokens in this step."""
+        """Expect the ranks to have observed so many more sampled tokens in this step."""
         if self.monitor is not None:
             self.monitor.expect(tokens)
 

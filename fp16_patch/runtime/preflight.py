@@ -1,4 +1,4 @@
-"""The check before the first update: every process of the job is asked, and training granted if all is as planned.
+"""Asks every process of a job before its first update, and grants training if all is as planned.
 
 The functions that run in other processes live here, outside the framework folders: unpickling them must not activate a
 process that failed to activate by itself.

@@ -1,4 +1,4 @@
-"""Records of vLLM's workers, fetched by the Ray actor that holds the engine: `collective_rpc` reaches them anywhere."""
+"""Fetches the records of vLLM's workers into the Ray actor that holds the engine, by `collective_rpc`."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ async def _keep_workers_records(llm: Any) -> None:
 
 
 def record_of_worker(worker: Any) -> Record:
-    """Runs in vLLM's worker: note what it holds, watch its next forward, and attest."""
+    """Note what this worker holds, watch its next forward, and attest; it runs in vLLM's worker."""
     role = os.environ.get(ROLE_ENV, "rollout")
     if ledger().kind == "process":
         ledger().kind = "sampler_worker"

@@ -1,4 +1,4 @@
-"""The node's actor: joins what the node's ranks report, and keeps it for the root to ask for."""
+"""Runs on each node: joins what the node's ranks report, and keeps it until the root asks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ KNOWN_SENDERS = 1024
 
 
 class Aggregator:
-    """Nothing is handed over for good: the root may ask again for what an answer lost or a restart forgot.
+    """Hands nothing over for good: the root may ask again for what an answer lost or a restart forgot.
 
     After its own restart an aggregator knows nothing of before; the root keeps what it had from the former process.
     """
@@ -53,7 +53,7 @@ class Aggregator:
         known.part, known.reports = join([known.part, part]), known.reports + 1
 
     def take(self, known: Mapping[int, Stamp | None]) -> dict[int, tuple[Stamp, Message]]:
-        """All that is here of these rounds, where that is more than the asker knows of."""
+        """Return all that is here of these rounds, where that is more than the asker knows of."""
         found = {number: self._rounds[number] for number in known if number in self._rounds}
         answer = {}
         for number, round in found.items():
@@ -64,7 +64,7 @@ class Aggregator:
         return answer
 
     def forget(self) -> None:
-        """Another attempt at the run begins, which counts its rounds anew."""
+        """Forget all rounds: another attempt at the run begins, which counts them anew."""
         self._rounds.clear()
 
     def _give_up_oldest(self) -> int:

@@ -1,4 +1,4 @@
-"""The job's actor: asks every node for its part of a round, and puts the step on record."""
+"""Runs once a job: asks every node for its part of a round, and puts the step on record."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Root:
         self._recovered = False
 
     async def begin(self, out_dir: str) -> None:
-        """Another attempt at the run begins, which counts its rounds anew and may have another directory."""
+        """Begin another attempt at the run, which counts its rounds anew and may have another directory."""
         self._rounds.clear()
         if Path(out_dir) != self._writer.out_dir:
             self._writer = Writer(Path(out_dir))
@@ -62,7 +62,7 @@ class Root:
     async def gather(
         self, number: int, tokens: int | None, ranks: int | None, driver: Message | None, wait_s: float
     ) -> dict[str, Any]:
-        """What there is of a round, once it is complete or the time is over.
+        """Return what there is of a round, once it is complete or the time is over.
 
         Args:
             tokens: expected; None if nobody knows. The same for ``ranks``.
@@ -90,7 +90,7 @@ class Root:
     def close(
         self, number: int, tokens: int | None, ranks: int | None, driver: Message | None, closing: dict[str, Any]
     ) -> None:
-        """The step has ended: its line goes on record, and once more when late reports change it.
+        """End the step: put its line on record, and once more when late reports change it.
 
         Args:
             closing: fields of the line: step, time, attempt, and what else the driver knows.
@@ -117,7 +117,7 @@ class Root:
         return await asyncio.to_thread(self._writer.flush, wait_s)
 
     def history(self, last: int) -> list[dict[str, Any]]:
-        """The lines of the last so many steps, of `mismatch.jsonl` and `steps.jsonl`, without their statistics."""
+        """Return the lines of the last so many steps, of `mismatch.jsonl` and `steps.jsonl`, without statistics."""
         return self._history.lines(last)
 
     def _open(self, number: int, tokens: int | None, ranks: int | None, driver: Message | None) -> Round:

@@ -1,4 +1,4 @@
-"""The figures that a diagnosis rests on, computed once from the summaries of a run.
+"""Computes once, from the summaries of a run, the figures that a diagnosis rests on.
 
 Identities used, for tokens x sampled from μ, both sides normalized, ``d = log π − log μ`` and ``r = exp(d)``:
     E[r] = 1            whatever the two differ in: rounding, temperature, weights. It fails where the log-probs are not

@@ -1,4 +1,4 @@
-"""Reading a run record, the directory that a monitored run leaves."""
+"""Reads a run record, the directory that a monitored run leaves."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The mismatch under the names that the frameworks give it.
+"""Names the mismatch as the frameworks name it.
 
 Means are over finite tokens, or over sequences with finite tokens only; ``r = exp(d)``, ``R = exp(Σ_t d)``, and
 ``w = min(r, 2)``. Each equals the framework's own function on one batch, where every row has a token and every token is

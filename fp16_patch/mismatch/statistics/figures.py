@@ -1,4 +1,4 @@
-"""The figures of a state that are one number each, declared once: what each is of, and how two of them merge.
+"""Declares each single number of a state once: what it is of, and how two of them merge.
 
 ``d = log π_learner − log μ_sampler``, ``r = exp(d)``, ``w = min(r, 2)``, ``D = Σ_t d``, ``p = exp(log-prob)``.
 """

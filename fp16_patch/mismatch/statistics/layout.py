@@ -1,4 +1,4 @@
-"""Where each figure and each table of the mismatch lies in one flat vector of float64.
+"""Lays out every figure and every table of the mismatch in one flat vector of float64.
 
 Every part is merged in one way: added, the lesser, the greater. The worst tokens, at the end, are merged by
 ``fp16_patch.mismatch.statistics.worst``. Counts are exact up to 2^53.
@@ -86,20 +86,20 @@ WORST_PART = SLICES["worst"]
 
 
 def table(vector: Tensor, name: str) -> Tensor:
-    """A part of a vector, flat; counts as int64."""
+    """Return a table's part of a vector, flat; counts as int64."""
     part = vector[SLICES[name]]
     return part.to(torch.int64) if name in COUNT_TABLES else part
 
 
 def start_of(name: str) -> float:
-    """The value of a figure that has seen no token: the neutral element of its merging."""
+    """Return the value of a figure that has seen no token: the neutral element of its merging."""
     if name in LEAST:
         return math.inf
     return -math.inf if name in GREATEST else 0.0
 
 
 def empty_vector(device: torch.device | str = "cpu") -> Tensor:
-    """The state of no tokens, float64 of shape ``(STATE_SIZE,)``."""
+    """Make the state of no tokens, float64 of shape ``(STATE_SIZE,)``."""
     vector = torch.zeros(STATE_SIZE, dtype=torch.float64, device=device)
     for name in (*LEAST, *GREATEST):
         vector[SLICES[name]] = start_of(name)

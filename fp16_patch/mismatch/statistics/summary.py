@@ -1,4 +1,4 @@
-"""A fixed-size, mergeable summary of the mismatch between sampler and learner log-probs.
+"""Summarizes the mismatch between sampler and learner log-probs, in a fixed size that merges.
 
 The mismatch of a sampled token is ``d = log π_learner − log μ_sampler``: positive where the learner finds the token
 likelier than the sampler did. ``r = exp(d)`` is the importance ratio, ``D = Σ_t d`` the sum over a sequence.
@@ -96,7 +96,7 @@ class MismatchStats(Figures):
 
     @classmethod
     def empty(cls) -> MismatchStats:
-        """The summary of no tokens: the neutral element of ``merge``."""
+        """Make the summary of no tokens: the neutral element of ``merge``."""
         return cls(empty_vector())
 
     @classmethod
@@ -146,18 +146,18 @@ class MismatchStats(Figures):
         return cls(vector)
 
     def to_host(self) -> MismatchStats:
-        """The same summary in the host's memory: one copy, or this object if it is there."""
+        """Return the same summary in the host's memory: one copy, or this object if it is there."""
         return self if self.vector.device.type == "cpu" else type(self)(self.vector.cpu())
 
     def merge(self, other: MismatchStats) -> MismatchStats:
-        """The summary of both sets of tokens, on this one's device. Neither operand changes."""
+        """Return the summary of both sets of tokens, on this one's device. Neither operand changes."""
         return type(self)(_merged(torch.stack([self.vector, other.vector.to(self.vector.device)])))
 
     __add__ = merge
 
     @classmethod
     def merge_all(cls, summaries: Iterable[MismatchStats]) -> MismatchStats:
-        """The summary of all sets of tokens, on the first one's device; of none, the empty one."""
+        """Return the summary of all sets of tokens, on the first one's device; of none, the empty one."""
         vectors = (stats.vector for stats in summaries)
         total: Tensor | None = None
         while block := list(islice(vectors, MERGED_AT_ONCE)):
@@ -167,7 +167,7 @@ class MismatchStats(Figures):
         return cls.empty() if total is None else cls(total)
 
     def __reduce__(self) -> tuple[Callable[[bytes], MismatchStats], tuple[bytes]]:
-        """Pickled compactly, and read back on the host wherever it was."""
+        """Pickle compactly; what is read back is on the host, wherever it was."""
         return type(self).from_bytes, (self.to_bytes(),)
 
     @cached_property
@@ -279,7 +279,7 @@ class MismatchStats(Figures):
         return sample_std(n, self.expm1_sum, self.expm1_square_sum) / math.sqrt(n) if n else math.nan
 
     def metrics(self, prefix: str = "mismatch/") -> dict[str, float]:
-        """The metrics under ``prefix``; with no finite token (or sequence), counts as they are and NaN for the rest.
+        """Return the metrics under ``prefix``; NaN for all but counts where there is no finite token (or sequence).
 
         Means are over finite tokens, ``p = exp(log-prob)``, ``Δp = p_learner − p_sampler``, ``D = Σ_t d``,
         ``R = exp(D)``, n their number.
@@ -333,7 +333,7 @@ class MismatchStats(Figures):
         return {prefix + name: value for name, value in values.items()}
 
     def aliases(self) -> dict[str, float]:
-        """The same figures under the frameworks' own names; see ``fp16_patch.mismatch.statistics.aliases``."""
+        """Return the same figures under the frameworks' own names; see ``fp16_patch.mismatch.statistics.aliases``."""
         return framework_names(self, self.metrics(prefix=""))
 
     def _token_metrics(self) -> dict[str, float]:
@@ -382,7 +382,7 @@ class MismatchStats(Figures):
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able state: ``version``, and what is not as in the empty summary.
+        """Return the state for JSON: ``version``, and what is not as in the empty summary.
 
         Scalars by name. ``histogram`` is ``{"bins": [...], "counts": [...]}``, bins counted from the zero bin, negative
         for ``d < 0``; the other tables are ``{"cells": [...], "values": [...]}``. ``worst`` is a list of rows: sampler,
@@ -392,7 +392,7 @@ class MismatchStats(Figures):
 
     @classmethod
     def from_dict(cls, state: dict[str, Any]) -> MismatchStats:
-        """The inverse of ``to_dict``. It reads version 1 too, whose missing parts are empty.
+        """Read what ``to_dict`` wrote; of version 1 too, whose missing parts are empty.
 
         Raises:
             ValueError: a version that is not read, a field that this version does not have, a table with
@@ -401,12 +401,12 @@ class MismatchStats(Figures):
         return cls(serial.of_dict(state))
 
     def to_bytes(self) -> bytes:
-        """The state for a message: a magic, the version, and the vector compressed by zlib, a few KB."""
+        """Return the state for a message: a magic, the version, and the vector compressed by zlib, a few KB."""
         return serial.as_bytes(self._host)
 
     @classmethod
     def from_bytes(cls, message: bytes) -> MismatchStats:
-        """The inverse of ``to_bytes``, on the host.
+        """Read what ``to_bytes`` wrote, on the host.
 
         Raises:
             ValueError: not a message of ``to_bytes``, another version, or a damaged one.

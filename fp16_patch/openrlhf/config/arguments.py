@@ -1,4 +1,4 @@
-"""OpenRLHF's command line under the plan: what is forced, and what is refused with the flag and the fix."""
+"""Brings OpenRLHF's command line under the plan: forces flags, and refuses others with the fix."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def check(args: Any, plan: Plan) -> None:
 
 
 def conflicts_of(args: Any, plan: Plan) -> Iterator[Conflict]:
-    """Settings of the command line, and of the plan, that cannot be had together."""
+    """Yield the settings of the command line, and of the plan, that cannot be had together."""
     stage_flag = flag(args, "ds.zero_stage")
     if not is_half(plan.dtype):
         yield Conflict(MODE_ENV, plan.mode, "OpenRLHF trains in bf16 or fp16 only", "use bf16, fp16 or observe")
@@ -92,7 +92,7 @@ def conflicts_of(args: Any, plan: Plan) -> Iterator[Conflict]:
 
 
 def _scaled_gradient_conflicts(args: Any, stage: int) -> Iterator[Conflict]:
-    """Settings under which DeepSpeed does to scaled FP16 gradients what only unscaled or FP32 ones bear."""
+    """Yield settings under which DeepSpeed does to scaled FP16 gradients what only unscaled or FP32 ones bear."""
     for key in ("actor.optim", "critic.optim", "optim"):
         if get(args, key) == "muon":
             reason = "DeepSpeed orthogonalizes scaled gradients and divides the result by the scale"
@@ -131,7 +131,7 @@ def _refused_in_float16() -> tuple[str, ...]:
 
 
 def _scaler_conflicts(plan: Plan) -> Iterator[Conflict]:
-    """Settings of the plan that DeepSpeed's scaler does not have."""
+    """Yield settings of the plan that DeepSpeed's scaler does not have."""
     if not math.log2(plan.init_scale).is_integer():
         yield Conflict("fp16_patch.init_scale", plan.init_scale, "DeepSpeed starts at a power of two", "use 65536")
     if plan.min_scale != int(plan.min_scale):
@@ -183,7 +183,7 @@ def from_command(flags: Sequence[str]) -> Any:
 
 
 def effective_dtypes(args: Any, plan: Plan) -> dict[str, str]:
-    """Role → the dtype it computes in, with the plan or (mode `observe`) without it."""
+    """Map each role to the dtype it computes in, with the plan or (mode `observe`) without it."""
     learner = torch_name(get(args, _DTYPE) or BFLOAT16.torch)
     roles = ["actor", *(["ref"] if float(get(args, "algo.kl.init_coef") or 0.01) > 0 else [])]
     if (get(args, "algo.advantage.estimator") or "gae") == "gae":
@@ -194,17 +194,17 @@ def effective_dtypes(args: Any, plan: Plan) -> dict[str, str]:
 
 
 def spelled(args: Any, key: str) -> str | None:
-    """A flag of the newest OpenRLHF as this command line spells it; None if it has no such flag."""
+    """Spell a flag of the newest OpenRLHF as this command line does; None if it has no such flag."""
     return key if _has_sections(args) else _WITHOUT_SECTIONS.get(key)
 
 
 def flag(args: Any, key: str) -> str:
-    """The same, as it is typed."""
+    """Spell a flag as it is typed on this command line."""
     return f"--{spelled(args, key) or key}"
 
 
 def get(args: Any, key: str) -> Any:
-    """The value of a flag of the newest OpenRLHF, None where this command line has no such flag."""
+    """Return the value of a flag of the newest OpenRLHF; None where this command line has no such flag."""
     name = spelled(args, key)
     return None if name is None else _at(args, name.split("."))
 

@@ -1,4 +1,4 @@
-"""OpenRLHF's driver: reads its arguments, and finds its actor groups and engines."""
+"""Drives OpenRLHF's runs: reads the arguments, and finds actor groups and engines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The learner's ranks observe the mismatch in what they are about to train on: both log-probs are there."""
+"""Observes the mismatch on the learner's ranks, in what they are about to train on: both log-probs are there."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ def has_sampler_log_probs(experience: Any) -> bool:
 
 
 def samples_hold_log_probs() -> bool:
-    """Whether they can have them, in the installed release."""
+    """Whether experiences can have them, in the installed release."""
     from openrlhf.trainer.ppo_utils.experience_maker import Experience
 
     return "rollout_log_probs" in inspect.signature(Experience).parameters
 
 
 def compare(items: list[Any], other: str, first_sequence: int = 0) -> MismatchStats:
-    """The learner's log-probs against another field's, over OpenRLHF's `Experience` items of one sequence each.
+    """Compare the learner's log-probs with another field's, over OpenRLHF's `Experience` items of one sequence each.
 
     Their actions start at the second token.
     """
@@ -70,7 +70,7 @@ def compare(items: list[Any], other: str, first_sequence: int = 0) -> MismatchSt
 
 
 def _noise_floor(trainer: Any) -> MismatchStats | None:
-    """The learner against itself: a few sequences scored once more, each alone.
+    """Measure the learner against itself: a few sequences are scored once more, each alone.
 
     As many forward passes on every rank, whatever its items: under ZeRO-3 each gathers parameters.
     """

@@ -1,4 +1,4 @@
-"""The PPO trainer: every process is judged before the first update, and what happened is recorded."""
+"""Hooks into OpenRLHF's PPO trainers: checks every process before the first update, and records steps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _ACTOR_TRAINED = "actor_lr"
 
 
 def init(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
-    """`BasePPOTrainer.__init__`: the record is opened, and the engines are asked to watch their first rollout."""
+    """`BasePPOTrainer.__init__`: open the record, and have the engines watch their first rollout."""
     _drop_copies(type(trainer))
     result = wrapped(*args, **kwargs)
     if hasattr(trainer, "generate_samples"):
@@ -30,7 +30,7 @@ def init(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
 
 
 def make_experience(wrapped: Any, maker: Any, args: Any, kwargs: Any) -> Any:
-    """`RemoteExperienceMaker.make_experience`: how many tokens the ranks must have observed once they train on them."""
+    """`RemoteExperienceMaker.make_experience`: expect the ranks to observe these tokens when they train on them."""
     experiences = wrapped(*args, **kwargs)
     driver = OpenRLHFDriver.running()
     if driver is not None and driver.measures:
@@ -40,12 +40,12 @@ def make_experience(wrapped: Any, maker: Any, args: Any, kwargs: Any) -> Any:
 
 
 def ppo_train(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
-    """`BasePPOTrainer.ppo_train`: no update before every process is judged."""
+    """`BasePPOTrainer.ppo_train`: check every process before the update."""
     return OpenRLHFDriver.of(trainer).update(_steps_before(wrapped, args, kwargs) + 1, wrapped, args, kwargs)
 
 
 def whole_step(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
-    """`BasePPOTrainer.ppo_train` up to 0.9.0, a step and its number: the same, and it goes on record."""
+    """`BasePPOTrainer.ppo_train` up to 0.9.0, a whole step: check every process before it, and put it on record."""
     step = _steps_before(wrapped, args, kwargs)
     status = OpenRLHFDriver.of(trainer).update(step, wrapped, args, kwargs)
     _record(trainer, step, status)
@@ -53,27 +53,27 @@ def whole_step(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
 
 
 def train_step(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
-    """`BasePPOTrainer.train_step`: our metrics join OpenRLHF's status, and the step goes on record."""
+    """`BasePPOTrainer.train_step`: add our metrics to OpenRLHF's status, and put the step on record."""
     status, step = wrapped(*args, **kwargs)
     _record(trainer, step, status)
     return status, step
 
 
 def save_logs_and_checkpoints(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
-    """`BasePPOTrainer.save_logs_and_checkpoints`, a step's end: the job's end comes without notice after the last."""
+    """`BasePPOTrainer.save_logs_and_checkpoints`, a step's end: write the record, as the job ends without notice."""
     result = wrapped(*args, **kwargs)
     OpenRLHFDriver.of(trainer).flush()
     return result
 
 
 def train_actor(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
-    """`ActorPPOTrainer.ppo_train`: what it trains on is observed, what becomes of its steps goes into the status."""
+    """`ActorPPOTrainer.ppo_train`: observe what it trains on, and add what becomes of its steps to the status."""
     observe_buffer(trainer)
     return _reported("actor", "fp16/", inner(trainer.actor), lambda: wrapped(*args, **kwargs))
 
 
 def train_critic(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
-    """`CriticPPOTrainer.ppo_train`: as for the actor."""
+    """`CriticPPOTrainer.ppo_train`: add what becomes of its steps to the status."""
     return _reported("critic", "fp16/critic/", inner(trainer.critic), lambda: wrapped(*args, **kwargs))
 
 

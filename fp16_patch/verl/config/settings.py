@@ -1,4 +1,4 @@
-"""verl's configuration under the plan: what is forced, what is refused, and where the plan's own settings are."""
+"""Brings verl's configuration under the plan: forces settings, refuses others, and finds the plan's own."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ ENGINE_CONFLICT = Conflict(
 
 
 def mixed_precision(plan: Plan) -> dict[str, str]:
-    """FSDP's mixed precision under the plan: forward and backward in its dtype, reductions and buffers in FP32."""
+    """Return FSDP's mixed precision: forward and backward in the plan's dtype, reductions and buffers in FP32."""
     return {"param_dtype": str(plan.dtype), "reduce_dtype": "float32", "buffer_dtype": "float32"}
 
 
 def fsdp_engine_config(wrapped: Any, config: Any, args: Any, kwargs: Any) -> None:
-    """`FSDPEngineConfig.__post_init__`: actor, ref and critic take the plan's dtype, whatever their keys say."""
+    """`FSDPEngineConfig.__post_init__`: give actor, ref and critic the plan's dtype, whatever their keys say."""
     wrapped(*args, **kwargs)
     plan = current_plan()
     if not plan.overrides_dtype:
@@ -52,7 +52,7 @@ def fsdp_engine_config(wrapped: Any, config: Any, args: Any, kwargs: Any) -> Non
 
 
 def rollout_config(wrapped: Any, config: Any, args: Any, kwargs: Any) -> None:
-    """`RolloutConfig.__post_init__`: rollout and reward-model servers take the plan's dtype."""
+    """`RolloutConfig.__post_init__`: give rollout and reward-model servers the plan's dtype."""
     wrapped(*args, **kwargs)
     plan = current_plan()
     if plan.overrides_dtype:
@@ -82,12 +82,12 @@ def _storage_dtype(config: Any, plan: Plan) -> str:
 
 
 def stored_dtype(configured: object, *, trains: bool, plan: Plan) -> str:
-    """The dtype parameters are kept in, apart from the dtype they are computed in."""
+    """Return the dtype parameters are kept in, apart from the dtype they are computed in."""
     return str(plan.dtype) if not trains and is_half(configured) else "float32"
 
 
 def plan_settings(config: Any) -> dict[str, Any]:
-    """The `fp16_patch.*` settings that ride in a run's configuration (`+fp16_patch.init_scale=1024`)."""
+    """Return the `fp16_patch.*` settings that ride in a run's configuration (`+fp16_patch.init_scale=1024`)."""
     section = _select(config, SECTION)
     return dict(section) if isinstance(section, Mapping) or hasattr(section, "items") else {}
 
@@ -104,7 +104,7 @@ def check(config: Any, plan: Plan) -> None:
 
 
 def conflicts_of(config: Any, plan: Plan) -> Iterator[Conflict]:
-    """Settings of a composed verl configuration that cannot be had under the plan."""
+    """Yield the settings of a composed verl configuration that cannot be had under the plan."""
     yield from _engine_conflicts(config, plan)
     yield from _sampler_conflicts(config, plan)
     yield from _model_conflicts(config, plan)
@@ -207,7 +207,7 @@ def apply_to(config: Any, plan: Plan) -> list[str]:
 
 
 def effective_dtypes(config: Any, plan: Plan) -> dict[str, str]:
-    """Role → the dtype it computes in on verl 0.9.1, with the plan or (mode `observe`) without it."""
+    """Map each role to the dtype it computes in on verl 0.9.1, with the plan or (mode `observe`) without it."""
     roles = {}
     for role, engine_config in _engine_sections(config):
         # The FSDP engine reads mixed_precision and nothing else: its `dtype` key is accepted and ignored.
@@ -221,7 +221,7 @@ def effective_dtypes(config: Any, plan: Plan) -> dict[str, str]:
 
 
 def sampler_sections(config: Any) -> list[str]:
-    """Keys of the sampler configurations this run starts servers for."""
+    """Return the keys of the sampler configurations this run starts servers for."""
     return [ROLLOUT, *([REWARD] if _select(config, "reward.reward_model.enable") else [])]
 
 

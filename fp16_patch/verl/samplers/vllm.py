@@ -1,4 +1,4 @@
-"""The sampler's processes: what a vLLM server expects of its children, and the dtypes its workers hold."""
+"""Hooks into verl's vLLM processes: what a server expects of its children, and the dtypes its workers hold."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fp16_patch.vllm.engine import note_engine, watch_hidden_states
 
 
 def build_cli_args(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    """`build_cli_args_from_config`, what a vLLM server calls last before it starts EngineCore and the workers.
+    """`build_cli_args_from_config`, a vLLM server's last call before it starts children: expect them to attest.
 
     Not a method of the server: Ray sends an actor's class by value, and a wrapper on its methods is lost on the way.
     """
@@ -48,7 +48,7 @@ def _role() -> str:
 
 
 def _children_of(arguments: Mapping[str, Any]) -> dict[str, int]:
-    """Kind → number of processes a vLLM server with these arguments starts on its node."""
+    """Return how many processes of each kind a vLLM server with these arguments starts on its node."""
     replicas = int(arguments.get("data_parallel_size", 1))
     on_this_node = int(arguments.get("data_parallel_size_local", replicas))
     workers = int(arguments["tensor_parallel_size"]) * int(arguments.get("pipeline_parallel_size", 1)) * replicas

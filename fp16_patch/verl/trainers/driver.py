@@ -1,4 +1,4 @@
-"""verl's driver: reads its composed configuration, and finds its workers and servers."""
+"""Drives verl's runs: reads the composed configuration, and finds workers and servers."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class VerlDriver(FrameworkDriver):
             extra.pop(ORDER, None)
 
     def expect_batch(self, batch: Any) -> None:
-        """The ranks must have observed this batch's sampled tokens."""
+        """Expect the ranks to have observed this batch's sampled tokens."""
         if self.measures:
             self.expect(int(batch["response_mask"].sum()))
 
@@ -119,12 +119,12 @@ def rename_outcomes(metrics: dict[str, Any]) -> None:
 
 
 def _servers(trainer: Any) -> list[Any]:
-    """The servers of every sampler that this run has started: hybrid and standalone rollout, reward model, teachers."""
+    """Find the servers of every sampler of this run: hybrid and standalone rollout, reward model, teachers."""
     return [server for manager in _sampler_managers(trainer) for server in _servers_of(manager)]
 
 
 def _sampler_managers(trainer: Any) -> list[Any]:
-    """Whatever the trainer keeps servers in, which differs between trainers and releases; some of it has none."""
+    """Find whatever the trainer keeps servers in, which differs between trainers and releases; some of it has none."""
     agents, rewards = getattr(trainer, "async_rollout_manager", None), getattr(trainer, "reward_loop_manager", None)
     listed = getattr(trainer, "_rollout_server_managers", None)
     managers = listed() if listed else [getattr(trainer, "llm_server_manager", None), agents]

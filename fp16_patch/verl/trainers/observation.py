@@ -1,4 +1,4 @@
-"""The learner's ranks observe the mismatch where they compute the log-probs of the tokens just sampled."""
+"""Observes the mismatch on the learner's ranks, where they compute the log-probs of the tokens just sampled."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ORDER = "fp16_patch_observe"
 
 
 def infer_batch(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
-    """`BaseEngine.infer_batch`: where the driver ordered it, sampler and learner log-probs are compared in place."""
+    """`BaseEngine.infer_batch`: compare sampler and learner log-probs in place, where the driver ordered it."""
     data = argument(wrapped, args, kwargs, "data")
     order = _order_in(data)
     outputs = wrapped(*args, **kwargs)
@@ -35,7 +35,7 @@ def infer_batch(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
 
 
 def response_log_probs(log_probs: Tensor, lengths: Tensor, sequence_lengths: Tensor) -> Tensor:
-    """The sampled tokens' part of a model's log-probs, padded with 0.
+    """Cut the sampled tokens' part out of a model's log-probs, padded with 0.
 
     Args:
         log_probs: jagged, one row a sequence of prompt and response; the entry at t is of the token at t + 1.
@@ -55,7 +55,7 @@ def response_log_probs(log_probs: Tensor, lengths: Tensor, sequence_lengths: Ten
 
 
 def _order_in(data: Any) -> tuple[str, int, bool] | None:
-    """The driver's order, taken out of the data; None for a pass that is not over freshly sampled tokens."""
+    """Take the driver's order out of the data; None for a pass that is not over freshly sampled tokens."""
     from verl.utils import tensordict_utils
 
     order = tensordict_utils.pop(data, key=ORDER, default=None)
@@ -78,7 +78,7 @@ def _compare(data: Any, outputs: Any, first_sequence: int) -> MismatchStats:
 
 
 def _lengths(data: Any) -> tuple[Tensor, Tensor]:
-    """Tokens of each response and of each whole sequence, on the host."""
+    """Return the tokens of each response and of each whole sequence, on the host."""
     sequences, responses = data["input_ids"].offsets().diff(), data["responses"]
     if responses.is_nested:
         return responses.offsets().diff().cpu(), sequences.cpu()
@@ -92,7 +92,7 @@ def _padded(values: Tensor, width: int) -> Tensor:
 
 
 def _noise_floor(infer: Any, data: Any, outputs: Any) -> MismatchStats | None:
-    """The learner against itself: a few sequences scored once more, each alone."""
+    """Measure the learner against itself: a few sequences are scored once more, each alone."""
     from verl.utils import tensordict_utils
 
     def choose() -> tuple[list[int], Any] | None:

@@ -1,4 +1,4 @@
-"""verl's V0 trainer (`RayPPOTrainer`): the same as in `v1`, where this trainer has the place for it."""
+"""Hooks into verl's V0 trainer (`RayPPOTrainer`): the same as in `v1`, where this trainer has the place for it."""
 
 from __future__ import annotations
 
@@ -19,37 +19,37 @@ class VerlV0Driver(VerlDriver):
 
 
 def create_dataloader(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
-    """`RayPPOTrainer._create_dataloader`, in its construction: no worker has been started."""
+    """`RayPPOTrainer._create_dataloader`, before workers start: reconcile plan and configuration, open the record."""
     VerlV0Driver.of(trainer).begin()
     return wrapped(*args, **kwargs)
 
 
 def update_actor(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
-    """`RayPPOTrainer._update_actor`: no update before every process is judged."""
+    """`RayPPOTrainer._update_actor`: check every process before the update."""
     return VerlV0Driver.of(trainer).update("actor", wrapped, args, kwargs)
 
 
 def update_critic(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
-    """`RayPPOTrainer._update_critic`: as for the actor; the critic is updated first."""
+    """`RayPPOTrainer._update_critic`: do as for the actor; the critic is updated first."""
     return VerlV0Driver.of(trainer).update("critic", wrapped, args, kwargs)
 
 
 def compute_old_log_prob(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
-    """`RayPPOTrainer._compute_old_log_prob`: the ranks are told to observe, with this batch and in this pass only."""
+    """`RayPPOTrainer._compute_old_log_prob`: order the ranks to observe, with this batch and in this pass only."""
     batch = argument(wrapped, args, kwargs, "batch")
     with VerlV0Driver.of(trainer).ordering(batch.meta_info):
         return wrapped(*args, **kwargs)
 
 
 def actor_workers(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
-    """`RayPPOTrainer.init_workers`, where `fit` itself calls the actor's workers: they are not to update unjudged."""
+    """`RayPPOTrainer.init_workers`, where `fit` calls the workers itself: check every process before it does."""
     result = wrapped(*args, **kwargs)
     _check_before(trainer, trainer.actor_rollout_wg, "update_actor", "actor")
     return result
 
 
 def critic_workers(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
-    """`RayPPOTrainer.init_workers`: as `actor_workers`, for the critic's."""
+    """`RayPPOTrainer.init_workers`: do as `actor_workers`, for the critic's."""
     result = wrapped(*args, **kwargs)
     if trainer.use_critic:
         _check_before(trainer, trainer.critic_wg, "update_critic", "critic")
@@ -57,14 +57,14 @@ def critic_workers(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
 
 
 def observing_workers(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
-    """`RayPPOTrainer.init_workers`, where `fit` itself has the actor's workers score what was sampled."""
+    """`RayPPOTrainer.init_workers`, where `fit` has the actor's workers score samples itself: order them to observe."""
     result = wrapped(*args, **kwargs)
     _observe_in(trainer, trainer.actor_rollout_wg, "compute_log_prob")
     return result
 
 
 def fit(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
-    """`RayPPOTrainer.fit`: what was recorded reaches the disk before the job's processes end.
+    """`RayPPOTrainer.fit`: wait until what was recorded is on disk, before the job's processes end.
 
     With `external_lib` alone, older releases import us after the trainer has started its workers.
 
@@ -81,7 +81,7 @@ def fit(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
 
 
 def log(wrapped: Any, tracking: Any, args: Any, kwargs: Any) -> Any:
-    """`Tracking.log`, by which a step of `fit` ends: our metrics join verl's, and the step goes on record."""
+    """`Tracking.log`, by which a step of `fit` ends: add our metrics to verl's, and put the step on record."""
     driver, metrics = VerlV0Driver.running(), argument(wrapped, args, kwargs, "data")
     # A validation before the first step is logged, too.
     if driver is not None and "perf/throughput" in metrics:
@@ -90,7 +90,7 @@ def log(wrapped: Any, tracking: Any, args: Any, kwargs: Any) -> Any:
 
 
 def too_late(config: Any) -> Conflict:
-    """What is wrong where this process has been reached after the workers were started."""
+    """Say what is wrong where this process has been reached after the workers were started."""
     key = "actor_rollout_ref.model.external_lib"
     reason = "this release imports it in the trainer's process after the workers have started"
     return Conflict(key, config.actor_rollout_ref.model.get("external_lib"), reason, "start with `fp16-patch run --`")

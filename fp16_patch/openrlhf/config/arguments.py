@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from fp16_patch.plan import probe_settings
@@ -165,23 +164,6 @@ def apply_to(args: Any, plan: Plan) -> list[str]:
     return changed
 
 
-def from_command(flags: Sequence[str]) -> Any:
-    """The nested arguments of a command line, without OpenRLHF's own parser, which runs the training.
-
-    Args:
-        flags: what follows the module's name; values stay strings, a flag without one is True.
-    """
-    given: dict[str, Any] = {}
-    name = None
-    for word in flags:
-        if word.startswith("--"):
-            name, _, value = word.removeprefix("--").partition("=")
-            given[name] = value or True
-        elif name is not None and given[name] is True:
-            given[name] = word
-    return _nested(given)
-
-
 def effective_dtypes(args: Any, plan: Plan) -> dict[str, str]:
     """Map each role to the dtype it computes in, with the plan or (mode `observe`) without it."""
     learner = torch_name(get(args, _DTYPE) or BFLOAT16.torch)
@@ -218,18 +200,3 @@ def _at(args: Any, path: Sequence[str]) -> Any:
     for part in path:
         value = getattr(value, part, None)
     return value
-
-
-def _nested(given: Mapping[str, Any]) -> Any:
-    root = SimpleNamespace()
-    if not given.keys() & _WITHOUT_SECTIONS.values():
-        root.ds = SimpleNamespace()
-    for name, value in given.items():
-        *path, last = name.split(".")
-        space = root
-        for part in path:
-            if not hasattr(space, part):
-                setattr(space, part, SimpleNamespace())
-            space = getattr(space, part)
-        setattr(space, last, value)
-    return root

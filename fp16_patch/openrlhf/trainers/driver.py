@@ -26,7 +26,7 @@ class OpenRLHFDriver(FrameworkDriver):
     framework = "openrlhf"
 
     def reconcile(self) -> None:
-        """Nothing: the strategy has done so, from the arguments that were parsed."""
+        """Do nothing: the strategy met the plan when it was built from the arguments."""
 
     def caveats(self) -> list[str]:
         return caveats_of(self.trainer.args)

@@ -29,7 +29,7 @@ class VerlDriver(FrameworkDriver):
         prepare(self.trainer.config)
 
     def refresh_attestations(self) -> None:
-        """Nothing: workers of verl's servers publish what they hold whenever it changes."""
+        """Do nothing: the workers of verl's servers publish what they hold whenever it changes."""
 
     def caveats(self) -> list[str]:
         return caveats_of(self.trainer.config)

@@ -158,10 +158,14 @@ def _only_asked() -> Iterator[None]:
 
 
 def _examine_openrlhf(examination: Examination, command: list[str], plan: Plan) -> None:
-    from fp16_patch.openrlhf.config import arguments
+    from fp16_patch.openrlhf.config import arguments, parser
 
     main = next(index for index, word in enumerate(command) if word.startswith(_OPENRLHF))
-    args = arguments.from_command(command[main + 1 :])
+    try:
+        args = parser.parsed(command[main], command[main + 1 :])
+    except Fp16PatchError as problem:
+        examination.problems.append(str(problem))
+        return
     examination.stock_roles.update(arguments.effective_dtypes(args, Plan(mode="observe")))
     examination.roles.update(arguments.effective_dtypes(args, plan))
     if plan.overrides_dtype:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,21 +71,19 @@ def tiny_reward_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.fixture
-def reports_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[Any], list[Any]]:
-    """Given a framework's module of observation: what its observers report, each (who, *what)."""
+def reports(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What this process's observers report, each (who, *what)."""
+    from fp16_patch.mismatch.collection import rank
 
-    def reports(observation: Any) -> list[Any]:
-        seen: list[Any] = []
+    seen: list[Any] = []
 
-        class Observer:
-            def __init__(self, *who: Any) -> None:
-                self.who = who
+    class Observer:
+        def __init__(self, *who: Any) -> None:
+            self.who = who
 
-            def observe(self, *what: Any) -> None:
-                seen.append((self.who, *what))
+        def observe(self, *what: Any) -> None:
+            seen.append((self.who, *what))
 
-        monkeypatch.setattr(observation, "Observer", Observer)
-        monkeypatch.setattr(observation, "_observers", type(observation._observers)())
-        return seen
-
-    return reports
+    monkeypatch.setattr(rank, "Observer", Observer)
+    monkeypatch.setattr(rank, "_observers", {})
+    return seen

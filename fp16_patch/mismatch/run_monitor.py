@@ -1,4 +1,4 @@
-"""A run's monitor as its plan wants it: what is measured when, which alerts there are, and what one does."""
+"""Runs the monitor as the plan wants it: what is measured when, which alerts there are, and what one does."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SINKS = ("fp16_patch.mismatch.collection.prometheus:PrometheusSink",)
 
 
 class RunMonitor:
-    """The driver's view of the monitor. Nothing here reaches training but an alert under `on_alert=stop`.
+    """Is the monitor as a driver sees it. Nothing here reaches training but an alert under `on_alert=stop`.
 
     Args:
         out_dir: where the record goes.
@@ -35,7 +35,7 @@ class RunMonitor:
 
     @property
     def run(self) -> str:
-        """The name by which the ranks report."""
+        """Return the name by which the ranks report."""
         return self._monitor.run
 
     @property
@@ -44,12 +44,12 @@ class RunMonitor:
 
     @property
     def order(self) -> tuple[str, int, bool]:
-        """What a rank is told to observe: run, round, and whether to measure the learner against itself."""
+        """Return what a rank is told to observe: run, round, and whether to measure the learner against itself."""
         every = self._plan.noise_floor_every
         return self.run, self._monitor.round, every > 0 and self._monitor.round % every == 0
 
     def expect(self, tokens: int) -> None:
-        """The open round has so many more sampled tokens."""
+        """Expect so many more sampled tokens in the open round."""
         self._tokens += tokens
         self._monitor.expect(self._tokens)
 

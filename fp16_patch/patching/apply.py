@@ -1,4 +1,4 @@
-"""The declared patches of one process: checked against what is installed, applied, reported, undone.
+"""Checks the declared patches against what is installed, applies and reports them, and undoes them.
 
 A hook is a wrapt wrapper `(wrapped, instance, args, kwargs)`. It, or an edit, is applied when the symbol's module is
 imported, now or later, and taken off again by `PatchSet.undo`.
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class PatchSet:
-    """The patches of one process and what became of them."""
+    """Holds the patches of one process and what became of them."""
 
     patches: tuple[Patch, ...]
     strict: bool = True
@@ -38,7 +38,7 @@ class PatchSet:
 
     @classmethod
     def of(cls, plan: Plan) -> PatchSet:
-        """All declared patches; only the observing ones when the plan changes nothing."""
+        """Make the set of all declared patches; only of the observing ones when the plan changes nothing."""
         patches = tuple(patch for patch in declared_patches() if plan.overrides_dtype or patch.observes)
         return cls(patches, plan.strict, plan.dtype)
 
@@ -73,11 +73,11 @@ class PatchSet:
         self.applied.clear()
 
     def report(self) -> dict[str, str]:
-        """Patch name → `applied`, `waiting` (its module is not imported in this process), `exempt` or `absent`."""
+        """Map patch names to `applied`, `waiting` (its module is not imported here), `exempt` or `absent`."""
         return {verdict.patch.name: self._state_of(verdict) for verdict in self.verdicts}
 
     def owed(self, framework: str, kind: str) -> tuple[str, ...]:
-        """Patches that must be live in a process of this kind, in the installed release."""
+        """Name the patches that must be live in a process of this kind, in the installed release."""
         return tuple(
             verdict.patch.name
             for verdict in self.verdicts
@@ -100,12 +100,12 @@ class PatchSet:
         wrapt.register_post_import_hook(on_import, variant.module)
 
     def _apply(self, variant: Variant, module: ModuleType) -> None:
-        owner, name = owner_of(module, variant.qualname)
+        # Of a class's attribute that is the descriptor, inherited or not: a classmethod is wrapped as one.
+        owner, name, descriptor = wrapt.resolve_path(module, variant.qualname)
         if variant.edit:
-            self._undo.append(edit(_descriptor(owner, name), variant.edit, variant.edit_to or str(self.dtype)))
+            self._undo.append(edit(descriptor, variant.edit, variant.edit_to or str(self.dtype)))
             return
         original = getattr(owner, name)
-        descriptor = _descriptor(owner, name)
         wrapper = _wrapper_of(descriptor, owner)(descriptor, variant.load_hook())
         self._replace(owner, name, wrapper)
         for reference in variant.bound:
@@ -125,14 +125,14 @@ class PatchSet:
 
 
 class _Wrapper(wrapt.FunctionWrapper):  # type: ignore[type-arg]
-    """Pickled by its name, as a function is: Ray sends an actor's class with all that its methods refer to."""
+    """Is pickled by its name, as a function is: Ray sends an actor's class with all that its methods refer to."""
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return resolve_name, (f"{self.__module__}:{self.__qualname__}",)
 
 
 class _MethodWrapper(_Wrapper):
-    """On a class it is itself, as a function is, and not a new object each time: pickle compares what it has with that.
+    """Is itself when read from a class, as a function is: pickle compares what it has with what it finds there.
 
     Without it, Ray would send the function that we wrapped, to workers that then run it.
     """
@@ -146,17 +146,3 @@ class _MethodWrapper(_Wrapper):
 
 def _wrapper_of(descriptor: Any, owner: Any) -> type[_Wrapper]:
     return _MethodWrapper if isinstance(owner, type) and isinstance(descriptor, FunctionType) else _Wrapper
-
-
-def owner_of(module: ModuleType, qualname: str) -> tuple[Any, str]:
-    """The class or module that holds a symbol, and the symbol's name there."""
-    *path, name = qualname.split(".")
-    owner: Any = module
-    for part in path:
-        owner = getattr(owner, part)
-    return owner, name
-
-
-def _descriptor(owner: Any, name: str) -> Any:
-    # vars, not getattr: a classmethod or staticmethod must be wrapped as the descriptor it is.
-    return vars(owner).get(name, getattr(owner, name))

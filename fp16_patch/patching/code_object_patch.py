@@ -1,4 +1,4 @@
-"""A dtype that a framework's function spells out becomes the plan's, in the function's own code.
+"""Replaces a dtype that a framework's function spells out by the plan's, in the function's own code.
 
 For functions that are right but for a `torch.bfloat16` in their middle, where no wrapper reaches. Only names and
 constants of the compiled code are exchanged, so decorators, bound references and signatures stay what they are.
@@ -11,17 +11,15 @@ from collections.abc import Callable, Iterator
 from types import CodeType
 from typing import Any
 
+from fp16_patch.plan.dtypes import BFLOAT16, spelling_of, torch_name
 from fp16_patch.plan.errors import PatchError
-
-_METHODS = {"float16": "half", "bfloat16": "bfloat16", "float32": "float"}
-_SHORT = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}
 
 # Spelling in a declaration → table of the code object, what stands there, and what is to stand there for a dtype.
 SPELLINGS: dict[str, tuple[str, str, Callable[[str], str]]] = {
-    "torch.bfloat16": ("co_names", "bfloat16", lambda dtype: dtype),
-    ".bfloat16()": ("co_names", "bfloat16", lambda dtype: _METHODS[dtype]),
-    '"bf16"': ("co_consts", "bf16", lambda dtype: _SHORT[dtype]),
-    '"bfloat16"': ("co_consts", "bfloat16", lambda dtype: dtype),
+    "torch.bfloat16": ("co_names", BFLOAT16.torch, torch_name),
+    ".bfloat16()": ("co_names", BFLOAT16.method, lambda dtype: spelling_of(dtype).method),
+    '"bf16"': ("co_consts", BFLOAT16.short, lambda dtype: spelling_of(dtype).short),
+    '"bfloat16"': ("co_consts", BFLOAT16.torch, torch_name),
 }
 
 
@@ -55,7 +53,7 @@ def edit(symbol: Any, spellings: tuple[str, ...], dtype: str) -> Callable[[], No
 
 
 def function_of(symbol: Any) -> Any:
-    """The Python function behind a descriptor, decorators and wrappers.
+    """Return the Python function behind a descriptor, decorators and wrappers.
 
     Raises:
         PatchError: there is none.

@@ -1,4 +1,4 @@
-"""A hash of one function's source that is the same on every Python, and changes when the code does.
+"""Hashes one function's source: the same on every Python, another when the code changes.
 
 `ast.dump`, `ast.unparse` and the token stream of f-strings differ between Python releases; positions in the source do
 not. So the text between a definition's positions is hashed, without its comments, docstring and blank space.
@@ -18,13 +18,13 @@ _DIGITS = 16
 
 
 def fingerprint(source: str, qualname: str) -> str | None:
-    """The fingerprint of the definition `qualname` (`Class.method` or `function`) in `source`; None if it is absent."""
+    """Return the fingerprint of `qualname` (`Class.method` or `function`) in `source`; None if it is absent."""
     node = _definitions_of(source).get(qualname)
     return None if node is None else _digest(node, source.splitlines())
 
 
 def definition(source: str, qualname: str) -> str | None:
-    """The text of the definition, for people to read; None if it is absent."""
+    """Return the text of the definition, for people to read; None if it is absent."""
     node = _definitions_of(source).get(qualname)
     if node is None:
         return None
@@ -32,7 +32,7 @@ def definition(source: str, qualname: str) -> str | None:
 
 
 def parsed(source: str, qualname: str) -> Definition | None:
-    """The definition's syntax tree; None if it is absent."""
+    """Return the definition's syntax tree; None if it is absent."""
     return _definitions_of(source).get(qualname)
 
 

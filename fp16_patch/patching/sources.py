@@ -1,4 +1,4 @@
-"""Where the source of a framework's modules is read, without importing it: what is installed, or a source tree.
+"""Reads the source of a framework's modules without importing it: of what is installed, or of a source tree.
 
 A wheel is one too, see `releases.wheels`.
 """
@@ -13,14 +13,14 @@ from fp16_patch.plan.errors import SourceError
 
 
 class Sources(Protocol):
-    """Something that holds Python modules."""
+    """Holds Python modules."""
 
     def read(self, module: str) -> str | None:
-        """The source of a module, by its dotted name; None if it is not there."""
+        """Return the source of a module, by its dotted name; None if it is not there."""
 
 
 class Installed:
-    """What this Python would import."""
+    """Holds what this Python would import."""
 
     def read(self, module: str) -> str | None:
         path = installed_file(module)
@@ -28,7 +28,7 @@ class Installed:
 
 
 class Tree:
-    """A checkout: packages lie in it, or in its `src`.
+    """Is a checkout: packages lie in it, or in its `src`.
 
     Raises:
         SourceError: there is no such directory.
@@ -44,12 +44,12 @@ class Tree:
         return None if path is None else path.read_text(encoding="utf-8")
 
     def file(self, module: str) -> Path | None:
-        """Where the source of a module lies; None if it is not there."""
+        """Find where the source of a module lies; None if it is not there."""
         return _first_file(self._roots, module.split("."))
 
 
 def installed_file(module: str) -> Path | None:
-    """Where the installed source of `module` lies, found without importing it; None when it is not installed."""
+    """Find where the installed source of `module` lies, without importing it; None when it is not installed."""
     package, *rest = module.split(".")
     spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:
@@ -63,6 +63,6 @@ def _first_file(roots: list[Path] | tuple[Path, ...], parts: list[str]) -> Path 
 
 
 def file_names(parts: list[str]) -> tuple[str, str]:
-    """The files that a module of these parts may be."""
+    """Name the files that a module of these parts may be."""
     stem = "/".join(parts)
     return f"{stem}.py", f"{stem}/__init__.py".lstrip("/")

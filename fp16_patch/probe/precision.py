@@ -13,7 +13,6 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 HALF = (torch.float16, torch.bfloat16)
 
 _aten = torch.ops.aten

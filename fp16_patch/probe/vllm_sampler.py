@@ -16,9 +16,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from fp16_patch.plan.dtypes import torch_name
 from fp16_patch.plan.errors import Fp16PatchError
 from fp16_patch.probe.extremes import Range
-from fp16_patch.probe.precision import NAMES
 from fp16_patch.probe.sampling import Sampling
 from fp16_patch.probe.sequences import Sampled
 from fp16_patch.probe.watching import Site
@@ -50,7 +50,7 @@ def sample(
     """
     request = {
         "model": str(model),
-        "dtype": NAMES[dtype],
+        "dtype": torch_name(dtype),
         "prompts": [list(prompt) for prompt in prompts],
         "temperature": sampling.temperature,
         "max_new_tokens": sampling.max_new_tokens,

@@ -1,4 +1,4 @@
-"""Which patch holds for which release, and how a release is added.
+"""Tells which patch holds for which release, and adds a release.
 
 The declarations in `patches/` are the data: a patch holds for a release if its target has, in that release, the
 fingerprint of one that the patch was written for.
@@ -67,12 +67,12 @@ class Release:
 
 
 def known_releases(patches: Iterable[Patch]) -> list[str]:
-    """Every release that one of the patches names, oldest first."""
+    """List every release that one of the patches names, oldest first."""
     return sorted({release for patch in patches for release in patch.releases}, key=Version)
 
 
 def tested_levels() -> dict[Release, str]:
-    """How far each declared release of a framework is tested: `fingerprint`, `worker` or `end to end`.
+    """Tell how far each declared release of a framework is tested: `fingerprint`, `worker` or `end to end`.
 
     From the file that drives the tests themselves; an installed package has a copy of it.
     """
@@ -92,7 +92,7 @@ def check(sources: Sources, patches: Iterable[Patch], release: str | None) -> li
 
 
 def check_releases(releases: Sequence[Release]) -> list[list[Verdict]]:
-    """The same for releases that pip downloads, several at a time, and does not install.
+    """Check releases that pip downloads, several at a time, and does not install.
 
     Raises:
         SourceError: pip finds no wheel of one.
@@ -108,7 +108,7 @@ def _check_release(release: Release) -> list[Verdict]:
 
 
 def check_tree(path: Path) -> list[Verdict]:
-    """The same for the packages of which a source tree holds something that is patched.
+    """Check the packages of which a source tree holds something that is patched.
 
     Raises:
         SourceError: there is no such directory, or nothing in it is patched.
@@ -181,7 +181,7 @@ def _differences(verdicts: Sequence[Verdict], release: Release, new: Sources, fo
 
 
 def difference(variant: Variant, old: tuple[str, Sources], new: tuple[str, Sources]) -> str:
-    """What differs in the target between two named sources, as a unified diff."""
+    """Return what differs in the target between two named sources, as a unified diff."""
     before, after = (_lines(variant, sources) for _, sources in (old, new))
     names = [f"{variant.target} {name}" for name, _ in (old, new)]
     return "\n".join(difflib.unified_diff(before, after, names[0], names[1], lineterm=""))

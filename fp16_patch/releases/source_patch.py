@@ -1,4 +1,4 @@
-"""A module's text with a declared edit in one of its functions; every other character stays what it is."""
+"""Writes a declared edit into one function of a module's text; every other character stays what it is."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SCOPES = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def rewritten(source: str, qualname: str, edit: ByEdit, plan: Plan) -> str:
-    """The source with the edit made in one of its functions.
+    """Return the source with the edit made in one of its functions.
 
     Args:
         plan: whose dtype and settings are written in.
@@ -43,7 +43,7 @@ def rewritten(source: str, qualname: str, edit: ByEdit, plan: Plan) -> str:
 
 
 def filled_in(text: str, plan: Plan) -> str:
-    """What a declaration writes, with the plan's values for `{dtype}` and for the names of its settings."""
+    """Put the plan's values for `{dtype}` and the names of its settings into what a declaration writes."""
     values = {**asdict(plan), "dtype": plan.dtype}
     return _NAMES.sub(lambda name: str(values.get(name[1], name[0])), text)
 
@@ -65,7 +65,7 @@ def _applied(source: str, changes: Iterable[_Change]) -> str:
 
 
 class _Writing:
-    """One function's edits as changes of the text it stands in."""
+    """Turns one function's edits into changes of the text it stands in."""
 
     def __init__(self, source: str, function: ast.FunctionDef | ast.AsyncFunctionDef, plan: Plan) -> None:
         self.source, self.function, self.plan = source, function, plan
@@ -184,7 +184,7 @@ def _ends(body: list[ast.stmt]) -> bool:
 
 
 def _returns(body: list[ast.stmt]) -> Iterator[ast.Return]:
-    """Those that a body ends with, in each branch of an `if` that ends it."""
+    """Yield the returns that a body ends with, in each branch of an `if` that ends it."""
     last = body[-1]
     if isinstance(last, ast.Return):
         yield last

@@ -1,4 +1,4 @@
-"""A fork's source tree, edited to do what the patches do at run time: a unified diff, and what there is none for."""
+"""Makes the diff that lets a fork's source tree do what the patches do at run time, and says what it leaves out."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Outcome:
 
 
 def diff_of(path: Path, plan: Plan) -> tuple[str, list[Outcome]]:
-    """A unified diff for `patch -p1` in a source tree, and what it does of each patch.
+    """Return a unified diff for `patch -p1` in a source tree, and what it does of each patch.
 
     Raises:
         SourceError: there is no such directory, nothing in it is patched, or the plan cannot be had there.
@@ -101,7 +101,7 @@ def _diff(file: Path, root: Path, text: str) -> str:
 
 
 def unified(before: str, after: str, name: str) -> str:
-    """The difference of two texts of a file, as `patch` reads it."""
+    """Return the difference of two texts of a file, as `patch` reads it."""
     old, new = (list(filter(None, _LINES.split(text))) for text in (before, after))
     lines = difflib.unified_diff(old, new, f"a/{name}", f"b/{name}")
     return "".join(line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n" for line in lines)

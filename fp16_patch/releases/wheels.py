@@ -1,4 +1,4 @@
-"""Releases of a framework that are not installed, read from their wheels."""
+"""Reads releases of a framework that are not installed from their wheels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fp16_patch.plan.errors import SourceError
 
 
 class Wheel:
-    """A wheel that is not installed."""
+    """Holds the modules of a wheel that is not installed."""
 
     def __init__(self, path: Path) -> None:
         self._archive = zipfile.ZipFile(path)
@@ -30,7 +30,7 @@ class Wheel:
 
 
 def download(package: str, release: str, into: Path) -> Wheel:
-    """The wheel of a release, without what it depends on, as pip finds it.
+    """Download the wheel of a release, without what it depends on, as pip finds it.
 
     Raises:
         SourceError: pip finds no wheel of it; the message ends with pip's.
@@ -39,7 +39,7 @@ def download(package: str, release: str, into: Path) -> Wheel:
 
 
 def newest(package: str) -> str:
-    """The newest release of which pip finds a wheel for this Python.
+    """Return the newest release of which pip finds a wheel for this Python.
 
     Raises:
         SourceError: there is none.

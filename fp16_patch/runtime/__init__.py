@@ -1,1 +1,1 @@
-"""A plan in this process and the ones it starts: activation, propagation, ledger, preflight check, FP32 weights."""
+"""A plan in this process and those it starts: activation, propagation, ledger, preflight check, driver, FP32 parts."""

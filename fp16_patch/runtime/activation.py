@@ -1,4 +1,4 @@
-"""Turning a plan on in this process: once, in any order of imports, and off again."""
+"""Turns a plan on in this process, once and in any order of imports, and off again."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _CANNOT_TRAIN_WITHOUT = (
 
 
 class _State:
-    """This process's plan, patches and ledger."""
+    """Holds this process's plan, patches and ledger."""
 
     def __init__(self) -> None:
         self.plan = Plan(mode="off")
@@ -66,7 +66,7 @@ def activate(plan: Plan | None = None) -> Plan:
 
 
 def deactivate() -> None:
-    """Take off every patch and forget the plan; environment variables set for children are removed."""
+    """Take off every patch, forget the plan, and remove the environment variables set for children."""
     global _state
     _state.patches.undo()
     propagation.stop_carrying()
@@ -75,17 +75,17 @@ def deactivate() -> None:
 
 
 def current_plan() -> Plan:
-    """The plan in force in this process; mode `off` when there is none."""
+    """Return the plan in force in this process; one of mode `off` when there is none."""
     return _state.plan
 
 
 def ledger() -> Ledger:
-    """This process's ledger."""
+    """Return this process's ledger."""
     return _state.ledger
 
 
 def attestation() -> Record:
-    """This process's record: whether our patches are live here, and the dtypes seen."""
+    """Return this process's record: whether our patches are live here, and the dtypes seen."""
     record = _state.ledger.record(_state.plan, _state.patches.report())
     if not _state.plan.active:
         record["problem"] = str(_state.refusal) if _state.refusal else "fp16_patch is not active in this process"
@@ -93,7 +93,7 @@ def attestation() -> Record:
 
 
 def owed_patches(framework: str, kind: str) -> tuple[str, ...]:
-    """Patches that must be live in a process of this kind once it computes; without them its dtypes prove little."""
+    """Name the patches that must be live in a process of this kind once it computes: its dtypes prove little else."""
     return _state.patches.owed(framework, kind)
 
 

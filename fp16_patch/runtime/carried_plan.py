@@ -1,4 +1,4 @@
-"""A plan inside an object that a framework pickles: it activates itself in whichever process the object arrives."""
+"""Carries a plan inside an object that a framework pickles, and activates it wherever the object arrives."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from fp16_patch.runtime.activation import activate
 
 
 class CarriedPlan:
-    """Put one into what a framework sends to its workers; unpickling it raises what `activate` raises."""
+    """Goes into what a framework sends to its workers; unpickling it raises what `activate` raises."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan

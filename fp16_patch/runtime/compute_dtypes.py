@@ -1,4 +1,4 @@
-"""The dtypes a model really computes in, noted by forward hooks."""
+"""Notes by forward hooks which dtypes a model really computes in."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def watch_linear(linear: nn.Module, role: str) -> None:
 
 
 def _first_linear_of_each_tower(module: nn.Module) -> list[nn.Linear]:
-    """One linear layer of each stack of blocks: of several (vision, audio, language) a batch may use only some."""
+    """Pick a linear layer of each stack of blocks: a batch may use only some of vision, audio and language."""
     towers: dict[str, nn.Linear] = {}
     for name, child in module.named_modules():
         if isinstance(child, nn.Linear):
@@ -34,7 +34,7 @@ def _first_linear_of_each_tower(module: nn.Module) -> list[nn.Linear]:
 
 
 class _ComputeWatch:
-    """A forward hook that notes the dtypes a linear layer really computes in."""
+    """Notes, as a forward hook, the dtypes a linear layer really computes in."""
 
     def __init__(self, role: str) -> None:
         self.role = role

@@ -1,4 +1,4 @@
-"""Which weights a sampler keeps in another dtype than the plan's, and so which ones a learner may round to it.
+"""Tells which weights a sampler keeps in another dtype than the plan's; a learner may round only the others.
 
 Sampler and learner call a weight differently where the sampler joins several, so both go by the end of its name. What
 cannot be told apart so stays in the dtype that it has: the sampler rounds it.
@@ -14,7 +14,7 @@ Kept = dict[str, list[str]]
 
 
 def end_of(name: str) -> str:
-    """The last two parts of a weight's name: `gate.weight` of `model.layers.3.mlp.gate.weight`."""
+    """Return the last two parts of a weight's name: `gate.weight` of `model.layers.3.mlp.gate.weight`."""
     return ".".join(name.split(".")[-2:])
 
 
@@ -24,12 +24,12 @@ def stays(name: str, kept: Kept) -> bool:
 
 
 def unmatched(kept: Kept, sent_ends: Collection[str]) -> list[str]:
-    """Kept parameters of which nobody knows what they are made of; buffers are mostly the sampler's own."""
+    """List the kept parameters that no sent weight matches; buffers are mostly the sampler's own."""
     return [end for end in kept["parameters"] if end not in sent_ends]
 
 
 def kept_by_samplers(records: Sequence[Mapping[str, Any]], role: str = "rollout") -> Kept | None:
-    """What any of this role's samplers keeps; None if one has not said so."""
+    """Return what any of this role's samplers keeps; None if one of them has not said so."""
     samplers = [record for record in records if _may_sample(record, role)]
     if not samplers or any(role not in record.get("keeps", {}) for record in samplers):
         return None

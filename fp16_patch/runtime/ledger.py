@@ -1,4 +1,4 @@
-"""The dtypes each process really used, its proof that our patches are live, and the judgement of both.
+"""Records the dtypes each process really used and whether our patches are live there, and judges both.
 
 Every process keeps one `Ledger`. The driver reads all of them before it lets an optimizer step happen: a process that
 does not answer, whose patches are not live, or that computed in another dtype than the plan's stops the run.
@@ -29,20 +29,20 @@ COMPUTE_OR_FP32 = ("wire", "engine_weight", "value")
 
 @dataclass
 class Ledger:
-    """What this process saw.
+    """Holds what this process saw.
 
     Attributes:
         kind: what the process is: `driver`, `task_runner`, `worker`, `server`, `engine_core`, `sampler_worker`;
             `task_runner_v0` runs verl's V0 trainer.
         rank: its rank in the learner's process group, if it has one.
-        cleared: the driver has judged the whole job and allows optimizer steps.
+        training_granted: the driver has judged the whole job and allows optimizer steps.
         sampler_keeps: what the samplers of this job keep in another dtype than the plan's, as the driver told; None
             before, or if it does not know.
     """
 
     kind: str = "process"
     rank: int | None = None
-    cleared: bool = False
+    training_granted: bool = False
     sampler_keeps: Kept | None = None
     problem: str | None = None
     _seen: dict[str, dict[str, set[str]]] = field(default_factory=dict)
@@ -82,7 +82,7 @@ class Ledger:
             return {role: {name: sorted(values) for name, values in row.items()} for role, row in noted.items()}
 
     def record(self, plan: Plan, patches: Mapping[str, str]) -> Record:
-        """This process's attestation and dtypes, as plain data."""
+        """Return this process's attestation and dtypes, as plain data."""
         return {
             "host": socket.gethostname(),
             "pid": os.getpid(),
@@ -97,13 +97,13 @@ class Ledger:
 
 
 def missing_record(kind: str, problem: str, host: str = "?", pid: int | None = None) -> Record:
-    """What stands in the ledger for a process that left no attestation."""
+    """Make the record that stands for a process that left no attestation."""
     absent: dict[str, Any] = {"roles": {}, "keeps": {}, "patches": {}, "mode": None}
     return {"host": host, "pid": pid, "kind": kind, "problem": problem, **absent}
 
 
 def merged(records: Iterable[Record]) -> Roles:
-    """All dtypes seen anywhere, by role and quantity."""
+    """Merge the dtypes of all records, by role and quantity."""
     together: dict[str, dict[str, set[str]]] = {}
     for record in records:
         for role, row in record["roles"].items():
@@ -118,7 +118,7 @@ def judge(
     required: Mapping[str, Sequence[str]],
     owed: Callable[[str], Sequence[str]] = lambda kind: (),
 ) -> list[PrecisionFinding]:
-    """Everything that speaks against training: empty when all processes attest and compute as planned.
+    """List everything that speaks against training: nothing when all processes attest and compute as planned.
 
     Args:
         records: one for every process that takes part, `missing_record` for one that did not answer.
@@ -132,7 +132,7 @@ def judge(
 
 
 def allowed_dtypes(plan: Plan, quantity: str) -> set[str]:
-    """The dtypes a quantity may have under a plan that decides one."""
+    """Return the dtypes a quantity may have under a plan that decides one."""
     compute = {str(plan.dtype)}
     if quantity in STAYS_FP32:
         return {"float32"}

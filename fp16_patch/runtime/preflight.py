@@ -1,7 +1,7 @@
-"""The driver's question to every process of the job, and the leave to train that follows a good answer.
+"""Asks every process of a job before its first update, and grants training if all is as planned.
 
-What is sent to other processes lives here, outside the framework folders: unpickling it must not activate a process
-that failed to activate by itself.
+The functions that run in other processes live here, outside the framework folders: unpickling them must not activate a
+process that failed to activate by itself.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ _UNCHECKED = (
 )
 
 
-class Census:
-    """A trainer's checks of all its processes: before its first update, and again now and then.
+class PreflightCheck:
+    """Checks all processes of a run before its first update, and again now and then.
 
     Attributes:
-        updated: the engines that have taken part in an update; a driver's hook adds to it.
+        updated: roles whose engines have taken part in an update; the driver's hooks add to it.
     """
 
     def __init__(self, framework: str) -> None:
@@ -45,24 +45,24 @@ class Census:
         self._asked_with: frozenset[str] = frozenset()
 
     def due(self, step: int) -> bool:
-        """At first, again once an engine has updated (gradients exist then), and each `ledger_every` steps."""
+        """Whether to check now: first, once an engine has updated (gradients exist then), each `ledger_every` steps."""
         if self._first_step is None or self._asked_with != self.updated:
             return True
         return step != self._last_step and (step - self._first_step) % current_plan().ledger_every == 0
 
-    def take(
+    def run(
         self,
         step: int,
         actors: Sequence[tuple[str, Any]],
         required: Mapping[str, Sequence[str]],
         publish: Callable[[dict[str, Any]], None],
     ) -> None:
-        """Ask every process what it is and what it computed in; before the first step, only a clean answer allows it.
+        """Ask every process what it is and what it computed in; grant training once, if all answers are as planned.
 
         Args:
             actors: kind and handle of every Ray actor that computes.
             required: role → quantities somebody must have seen by now.
-            publish: is given the answers, whatever they are.
+            publish: called with the answers, whatever they say.
 
         Raises:
             PrecisionError: with host, pid, role, quantity, what was seen and what was wanted.
@@ -74,7 +74,7 @@ class Census:
             raise PrecisionError(findings)
         if self._first_step is None:
             if plan.overrides_dtype:
-                clear(actors, kept_by_samplers(records))
+                grant_training(actors, kept_by_samplers(records))
             logger.info("%d processes attest mode %s: %s", len(records), plan.mode, _summary(records))
         self._first_step = step if self._first_step is None else self._first_step
         self._last_step, self._asked_with = step, frozenset(self.updated)
@@ -83,8 +83,8 @@ class Census:
         return owed_patches(self.framework, kind)
 
 
-def answer(actor: Any) -> list[Record]:
-    """This process's record and those its child processes left, with one for each child that left none."""
+def collect_attestations(actor: Any) -> list[Record]:
+    """Return this process's record and those its child processes left, with one for each child that left none."""
     del actor  # what Ray passes to a function it calls inside an actor
     record = attestation()
     children = propagation.children()
@@ -95,13 +95,13 @@ def answer(actor: Any) -> list[Record]:
 
 
 def allow_training(actor: Any, sampler_keeps: Kept | None) -> None:
-    """Let this process take optimizer steps, and send the samplers' weights in the dtypes that these have there."""
+    """Allow this process to take optimizer steps, and tell it which weights the samplers keep in other dtypes."""
     del actor
-    ledger().cleared, ledger().sampler_keeps = True, sampler_keeps
+    ledger().training_granted, ledger().sampler_keeps = True, sampler_keeps
 
 
 def ask(actors: Sequence[tuple[str, Any]]) -> list[Record]:
-    """The records of all processes behind these Ray actors.
+    """Ask these Ray actors for the records of all processes behind them.
 
     Args:
         actors: kind and handle of each; one that fails to answer becomes a record with a problem.
@@ -123,12 +123,12 @@ def ask(actors: Sequence[tuple[str, Any]]) -> list[Record]:
 
 def _call(handle: Any) -> Any:
     try:
-        return handle.__ray_call__.remote(answer)
+        return handle.__ray_call__.remote(collect_attestations)
     except Exception as failure:  # the handle of a dead actor may fail at once
         return failure
 
 
-def clear(actors: Sequence[tuple[str, Any]], sampler_keeps: Kept | None) -> None:
+def grant_training(actors: Sequence[tuple[str, Any]], sampler_keeps: Kept | None) -> None:
     """Tell every process that the whole job was judged and may train, and what its samplers keep."""
     import ray
 
@@ -136,13 +136,13 @@ def clear(actors: Sequence[tuple[str, Any]], sampler_keeps: Kept | None) -> None
     ray.get([handle.__ray_call__.remote(allow) for _, handle in actors], timeout=ANSWER_TIMEOUT_S)
 
 
-def require_clearance() -> None:
+def require_training_grant() -> None:
     """Refuse an optimizer step in a Ray worker whose driver never judged the job.
 
     Raises:
         PrecisionError: the driver's own check is not live, so nobody vouches for the other processes.
     """
-    if not current_plan().overrides_dtype or ledger().cleared or not inside_ray_actor():
+    if not current_plan().overrides_dtype or ledger().training_granted or not inside_ray_actor():
         return
     where = socket.gethostname(), os.getpid(), ledger().kind
     raise PrecisionError([PrecisionFinding(*where, "clearance", _UNCHECKED, "given before the first optimizer step")])

@@ -1,12 +1,12 @@
-"""Reaching every process: the environment, Ray's runtime environment, and a folder for processes without Ray.
+"""Reaches every process: by the environment, Ray's runtime environment, and a folder for processes without Ray.
 
 Out: the plan travels as an environment variable. Child processes inherit it; Ray's do where the cluster runs on this
 machine or the job's runtime environment names it, so it is added to `ray.init` and to each actor we see created. In
 each process an entry point (`autoload`) or the framework's own import of `fp16_patch.<framework>` activates it.
 
-Back: the driver asks every Ray actor for its record (`census`). Processes that are no Ray actors, vLLM's EngineCore and
-workers, leave theirs in a folder their server opened (`expect_children`, `publish`), and the server answers for them.
-Then the driver allows each worker to step; one that was never allowed refuses (`census.require_clearance`).
+Back: the driver asks every Ray actor for its record (`preflight`). Processes that are no Ray actors, vLLM's EngineCore
+and workers, leave theirs in a folder their server opened (`expect_children`, `publish`), and the server answers for
+them. Then the driver allows each worker to step; one that was never allowed refuses (`require_training_grant`).
 """
 
 from __future__ import annotations
@@ -43,18 +43,18 @@ def carry(plan: Plan) -> None:
 
 
 def carry_driver_record(record: Record) -> None:
-    """Give the launching process's attestation to the process that judges: it cannot be asked, it only waits."""
+    """Give the launching process's attestation to the process that judges, which cannot ask for it."""
     os.environ[DRIVER_ENV] = json.dumps(record)
 
 
 def driver_record() -> Record | None:
-    """The attestation of the process that launched the job; None when it was not patched (it computes nothing)."""
+    """Return the attestation of the process that launched the job; None when that was not patched."""
     carried = os.environ.get(DRIVER_ENV)
     return None if carried is None else json.loads(carried)
 
 
 def stop_carrying() -> None:
-    """Processes started from here on get what this one was started with."""
+    """Give processes started from here on what this one was started with."""
     for name in (MODE_ENV, PLAN_ENV, DRIVER_ENV):
         value = _inherited[name]
         os.environ.pop(name, None)
@@ -63,21 +63,21 @@ def stop_carrying() -> None:
 
 
 def carried_environment() -> dict[str, str]:
-    """The variables a new process needs to activate the same plan."""
+    """Return the variables a new process needs to activate the same plan."""
     if PLAN_ENV not in os.environ:
         return {}
     return {name: os.environ[name] for name in _CARRIED if name in os.environ}
 
 
 def with_carried_environment(runtime_env: Mapping[str, Any] | None) -> dict[str, Any]:
-    """A Ray runtime environment that has the plan as well as all that was in it."""
+    """Return a Ray runtime environment with the plan added."""
     extended = dict(runtime_env or {})
     extended["env_vars"] = {**(extended.get("env_vars") or {}), **carried_environment()}
     return extended
 
 
 def _submitted_names() -> set[str]:
-    """Variables that `ray job submit` has set for the whole job; Ray refuses to be told them twice."""
+    """Name the variables that `ray job submit` has set for the whole job; Ray refuses to be told them twice."""
     config = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
     return set((config.get("runtime_env") or {}).get("env_vars") or {})
 
@@ -130,7 +130,7 @@ def expect_children(counts: Mapping[str, int]) -> None:
 
 
 def expected_children() -> dict[str, int]:
-    """Kind → number of child processes that must attest."""
+    """Return how many child processes of each kind must attest."""
     return dict(_expected_children) if _spool()[0] == os.getpid() else {}
 
 
@@ -140,7 +140,7 @@ def _spool() -> tuple[int | None, Path]:
 
 
 def children() -> list[Record]:
-    """The records this process's children have left, or that were fetched from them."""
+    """Return the records this process's children have left, or that were fetched from them."""
     owner, spool = _spool()
     paths = sorted(spool.glob("*.json")) if owner == os.getpid() else []
     left = [json.loads(path.read_text(encoding="utf-8")) for path in paths]

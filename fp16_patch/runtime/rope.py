@@ -1,4 +1,4 @@
-"""The frequencies of rotary position embeddings: FP32, whatever a model's weights are stored in.
+"""Keeps the frequencies of rotary position embeddings in FP32, whatever a model's weights are stored in.
 
 A rotation turns by position × frequency, so what rounding takes from a frequency grows with the position: of a model
 that is rounded whole, buffers too, the late tokens' log-probs are another model's. vLLM computes them in FP32.
@@ -15,7 +15,7 @@ from fp16_patch.plan.errors import Conflict, PlanError
 
 
 def dtypes(module: nn.Module) -> list[torch.dtype]:
-    """Of all frequencies that the module holds."""
+    """Return the dtypes of all frequencies that the module holds."""
     return [buffer.dtype for name, buffer in module.named_buffers() if "inv_freq" in name]
 
 
@@ -37,7 +37,7 @@ def restore(module: nn.Module, key: str, value: object, fix: str) -> None:
 
 
 def _rebuilt(rotary: Any, key: str, value: object, fix: str) -> nn.Module:
-    """A rotary embedding made anew: language models' take their configuration, vision towers' a size and a base."""
+    """Make a rotary embedding anew: language models' take their configuration, vision towers' a size and a base."""
     kind = type(rotary)
     try:
         return kind(rotary.config) if hasattr(rotary, "config") else kind(rotary.dim, rotary.theta)

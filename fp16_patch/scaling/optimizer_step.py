@@ -95,7 +95,7 @@ class WatchedEngine(ABC):
             PrecisionError: the driver never judged the job.
             LossScaleCollapse: skips do not end; on every rank.
         """
-        preflight.require_clearance()
+        preflight.require_training_grant()
         scale = self.loss_scale()
         # Looked for before the step: clipping by a NaN norm makes every gradient NaN.
         culprits = self.nonfinite() if self._may_collapse(scale) else []

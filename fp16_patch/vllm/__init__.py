@@ -1,4 +1,4 @@
-"""vLLM's side of the ledger: which of its processes this is, and its record left with the process that started it."""
+"""Attests in vLLM's processes: tells which one this is, and leaves its record with the process that started it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a vLLM worker holds and computes in, by the names its model runner has had in every V1 release."""
+"""Notes what a vLLM worker holds and computes in, by names that its model runner has in every V1 release."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _note_kept(role: str, runner: Any) -> bool:
 
 
 def _kept_in(models: Iterable[Any], listing: str) -> set[str]:
-    """Ends of the names of all floating weights in another dtype than the plan's."""
+    """Return the ends of the names of all floating weights in another dtype than the plan's."""
     planned = current_plan().torch_dtype
     return {
         end_of(name)
@@ -60,7 +60,7 @@ def watch_hidden_states(role: str, worker: Any) -> None:
 
 
 def _attention_cache_dtypes(runner: Any) -> set[torch.dtype]:
-    """Dtypes of the KV cache as allocated, or as specified where other state shares its pages.
+    """Return the dtypes of the KV cache as allocated, or as specified where other state shares its pages.
 
     Next to state-space layers, vLLM allocates pages of bytes and views them as each layer needs.
     """

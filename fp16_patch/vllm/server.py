@@ -1,4 +1,4 @@
-"""Records of vLLM's workers, fetched by the Ray actor that holds the engine: `collective_rpc` reaches them anywhere."""
+"""Fetches the records of vLLM's workers into the Ray actor that holds the engine, by `collective_rpc`."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def request_records(engines: Sequence[Any]) -> None:
 
 
 def refresh_records(engines: Sequence[Any]) -> None:
-    """Have each engine fetch its workers' records now; an engine that cannot is found out by the census."""
+    """Have each engine fetch its workers' records now; an engine that cannot is found out by the preflight check."""
     import ray
 
     if not engines:
@@ -48,7 +48,7 @@ def _fetched(ray: Any, engine: Any) -> bool:
     try:
         return bool(ray.get(engine.__ray_call__.remote(_is_idle), timeout=FETCH_TIMEOUT_S))
     except Exception:
-        return True  # the census asks the same actor, and says what is wrong with it
+        return True  # the preflight check asks the same actor, and says what is wrong with it
 
 
 def _fetch(actor: Any) -> None:
@@ -76,7 +76,7 @@ async def _keep_workers_records(llm: Any) -> None:
 
 
 def record_of_worker(worker: Any) -> Record:
-    """Runs in vLLM's worker: note what it holds, watch its next forward, and attest."""
+    """Note what this worker holds, watch its next forward, and attest; it runs in vLLM's worker."""
     role = os.environ.get(ROLE_ENV, "rollout")
     if ledger().kind == "process":
         ledger().kind = "sampler_worker"

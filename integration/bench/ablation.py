@@ -20,7 +20,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fp16_patch.mismatch.record.reading import DTYPE_ALIASES, Ledger
+from fp16_patch.mismatch.record.reading import Ledger
+from fp16_patch.plan.dtypes import torch_name
 from integration.bench import offline, solvable
 from integration.bench.training import Settings, Training, ends, mean, trained
 
@@ -75,7 +76,7 @@ def proved(ledger: Ledger) -> dict[str, list[str]]:
 
 
 def wanted(pair: str) -> dict[str, list[str]]:
-    return {role: [DTYPE_ALIASES[mode]] for role, mode in zip(PROVED, pair.split("/"), strict=True)}
+    return {role: [torch_name(mode)] for role, mode in zip(PROVED, pair.split("/"), strict=True)}
 
 
 def show(measured: dict[str, Any], console: Console) -> None:

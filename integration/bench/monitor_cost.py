@@ -19,6 +19,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from fp16_patch.mismatch.collection import actors
+from fp16_patch.mismatch.collection.aggregator import aggregator_here
 from fp16_patch.mismatch.collection.monitor import Monitor
 from fp16_patch.mismatch.collection.part import Part
 from fp16_patch.mismatch.record.reading import load_run
@@ -181,7 +182,7 @@ class _Reporter:
 
     def start(self, run: str) -> None:
         # As an observer does: an actor ends with its creator's last handle.
-        self._aggregator = actors.aggregator_here(run)
+        self._aggregator = aggregator_here(run)
         ray.get(self._aggregator.take.remote({}))
 
     def report(self, number: int, ranks: list[int], world_size: int, seed: int) -> int:

@@ -10,10 +10,10 @@ from importlib import import_module
 from typing import Any
 
 import pytest
+import wrapt
 
 import fp16_patch
 from fp16_patch import Plan
-from fp16_patch.patching.apply import owner_of
 from fp16_patch.patching.code_object_patch import function_of
 from fp16_patch.patching.declarations import Patch, Status, Variant, Verdict, declared_patches, installed_release
 from fp16_patch.patching.sources import installed_file
@@ -55,8 +55,7 @@ def missing_for(module: str) -> str | None:
 def symbol(variant: Variant) -> Any:
     if missing := missing_for(variant.module):
         pytest.skip(f"{variant.module} needs {missing}")
-    owner, name = owner_of(import_module(variant.module), variant.qualname)
-    return vars(owner).get(name, getattr(owner, name))
+    return wrapt.resolve_path(import_module(variant.module), variant.qualname)[2]
 
 
 def state(variant: Variant) -> Any:

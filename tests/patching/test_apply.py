@@ -14,7 +14,7 @@ import pytest
 
 from fp16_patch.patching import declarations
 from fp16_patch.patching.apply import PatchSet
-from fp16_patch.patching.declarations import Patch, Variant
+from fp16_patch.patching.declarations import Patch, Status, Variant, Verdict
 from fp16_patch.patching.fingerprint import fingerprint
 
 SOURCE = """
@@ -24,6 +24,14 @@ class Worker:
     def step(self, value, times=1):
         return self.factor * value * times
 
+    @classmethod
+    def scaled(cls, value):
+        return cls.factor * value
+
+    @staticmethod
+    def plain(value):
+        return value
+
 class Special(Worker):
     pass
 """
@@ -31,6 +39,10 @@ class Special(Worker):
 
 def negative(wrapped: Any, worker: Any, args: Any, kwargs: Any) -> Any:
     assert worker.factor
+    return -wrapped(*args, **kwargs)
+
+
+def negative_of_class(wrapped: Any, owner: Any, args: Any, kwargs: Any) -> Any:
     return -wrapped(*args, **kwargs)
 
 
@@ -57,6 +69,39 @@ def patched(framework: ModuleType) -> Iterator[Any]:
     yield framework
     patches.undo()
     assert framework.Worker().step(1) == 3
+
+
+def applied(target: str, hook: str) -> PatchSet:
+    """A patch set that applied a hook to a target, wherever its class has it from."""
+    variant = Variant(target=f"framework_in_a_test.workers:{target}", releases={}, hook=f"{__name__}:{hook}")
+    patch = Patch("one", "framework_in_a_test", "Because.", "never", (variant,))
+    patches = PatchSet((patch,))
+    patches.verdicts = (Verdict(patch, variant, Status.APPLIES, "1.0", None),)
+    patches.install()
+    return patches
+
+
+def test_an_inherited_classmethod_is_given_the_class_that_it_is_called_on(framework: Any) -> None:
+    patches = applied("Special.scaled", "negative_of_class")
+
+    class Own(framework.Special):  # type: ignore[misc, name-defined]
+        factor = 7
+
+    assert (Own.scaled(2), Own().scaled(2), framework.Special.scaled(2)) == (-14, -14, -6)
+    assert framework.Worker.scaled(2) == 6
+    patches.undo()
+    assert "scaled" not in vars(framework.Special)
+    assert (Own.scaled(2), framework.Special.scaled(2)) == (14, 6)
+
+
+@pytest.mark.parametrize("target", ["Worker.scaled", "Worker.plain", "Special.plain", "Special.step"])
+def test_methods_of_every_kind_come_back_as_they_were(framework: Any, target: str) -> None:
+    owner, _, name = target.partition(".")
+    before = {each: dict(vars(getattr(framework, each))) for each in ("Worker", "Special")}
+    patches = applied(target, "negative_of_class")
+    assert getattr(getattr(framework, owner)(), name)(2) < 0
+    patches.undo()
+    assert {each: dict(vars(getattr(framework, each))) for each in before} == before
 
 
 @pytest.mark.parametrize("name", ["Worker", "Special"])

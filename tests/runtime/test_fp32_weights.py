@@ -1,4 +1,4 @@
-"""What samplers keep in another dtype: noted by vLLM's workers, told by the census, matched by the ends of names."""
+"""What samplers keep in another dtype: noted by vLLM's workers, told by the check, matched by the ends of names."""
 
 from __future__ import annotations
 

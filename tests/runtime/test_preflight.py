@@ -15,7 +15,7 @@ from fp16_patch.runtime.ledger import Ledger
 
 
 class Actor:
-    """A Ray actor handle, as far as the census uses one."""
+    """A Ray actor handle, as far as the check uses one."""
 
     def __init__(self, fails: bool = False) -> None:
         self.__ray_call__ = SimpleNamespace(remote=self._refuse if fails else lambda function: function(None))
@@ -77,25 +77,25 @@ def test_a_server_answers_for_children_that_left_nothing(planned: Ledger, monkey
 def test_a_worker_nobody_asked_about_refuses_to_step(planned: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "inside_ray_actor", lambda: True)
     with pytest.raises(PrecisionError, match="nobody checked this job"):
-        preflight.require_clearance()
-    preflight.clear([("worker", Actor())], None)
-    preflight.require_clearance()
+        preflight.require_training_grant()
+    preflight.grant_training([("worker", Actor())], None)
+    preflight.require_training_grant()
 
 
 def test_leave_to_train_comes_with_what_the_samplers_keep(planned: Ledger) -> None:
     planned.note("rollout", "engine_weight", "float16")
     planned.note_kept("rollout", parameters={"gate.weight"}, buffers=set())
     assert planned.sampler_keeps is None
-    preflight.Census("verl").take(1, [("worker", Actor())], {}, publish=lambda answers: None)
+    preflight.PreflightCheck("verl").run(1, [("worker", Actor())], {}, publish=lambda answers: None)
     assert planned.sampler_keeps == {"parameters": ["gate.weight"], "buffers": []}
 
 
 def test_outside_ray_there_is_no_driver_to_wait_for(planned: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preflight, "inside_ray_actor", lambda: False)
-    preflight.require_clearance()
+    preflight.require_training_grant()
 
 
 def test_observe_stops_nobody(planned: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(activation._state, "plan", Plan(mode="observe"))
     monkeypatch.setattr(preflight, "inside_ray_actor", lambda: True)
-    preflight.require_clearance()
+    preflight.require_training_grant()

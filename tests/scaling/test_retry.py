@@ -23,7 +23,7 @@ from fp16_patch.scaling.tensor_range import GRADIENT, OUTPUT, PARAMETER, Extent,
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """One process, that the driver has cleared."""
-    monkeypatch.setattr(preflight, "require_clearance", lambda: None)
+    monkeypatch.setattr(preflight, "require_training_grant", lambda: None)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
     monkeypatch.setattr(torch.distributed, "all_gather_object", lambda all_ranks, own: all_ranks.__setitem__(0, own))

@@ -17,7 +17,7 @@ from vllm.plugins import load_general_plugins
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from fp16_patch.runtime import propagation
-from fp16_patch.runtime.preflight import answer
+from fp16_patch.runtime.preflight import collect_attestations
 from fp16_patch.vllm.server import record_of_worker
 
 
@@ -44,13 +44,13 @@ def facts(arguments: argparse.Namespace) -> dict[str, Any]:
         enforce_eager=True,
         max_model_len=64,
     )
-    left = answer(None)
+    left = collect_attestations(None)
     before = llm.collective_rpc(record_of_worker)
     generated = llm.generate("1+1=", SamplingParams(max_tokens=4, ignore_eos=True), use_tqdm=False)
     after = llm.collective_rpc(record_of_worker)
     propagation.keep_children(after)
     tokens = len(generated[0].outputs[0].token_ids)
-    return {"left": left, "before": before, "after": after, "answered": answer(None), "tokens": tokens}
+    return {"left": left, "before": before, "after": after, "answered": collect_attestations(None), "tokens": tokens}
 
 
 # vLLM spawns its processes, and they import this file.

@@ -1,4 +1,4 @@
-"""The monitor's Ray actors by name: where they run, and how they are found.
+"""The names of the monitor's Ray actors: how they are found, and with which options they are created.
 
 None is detached: all end with the job. An aggregator ends with the rank that created it, too; the next rank of that
 node that reports creates it again under the same name.
@@ -9,20 +9,14 @@ from __future__ import annotations
 import contextlib
 import uuid
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 NAMESPACE = "fp16_patch"
 UNLIMITED = -1
-ROOT_RETRIES = 3
-"""What is asked of a restarting root is asked again: no question to it does harm when asked twice."""
-
-MAX_PENDING_CALLS = 16
-"""Calls that one rank may leave with an aggregator that does not answer."""
 
 
 def job_run() -> str:
-    """The run's name where workers cannot be told one: every process of the Ray job derives the same.
+    """Name the run where workers cannot be told a name: every process of the Ray job derives the same.
 
     Raises:
         RuntimeError: this process is not connected to Ray.
@@ -35,7 +29,7 @@ def job_run() -> str:
 
 
 def new_run() -> str:
-    """A name that no other run has, of another trainer in the same job included.
+    """Make a name that no other run has, not even that of another trainer in the same job.
 
     Raises:
         RuntimeError: this process is not connected to Ray.
@@ -51,29 +45,8 @@ def node_prefix(run: str) -> str:
     return f"{run}/node/"
 
 
-def root_of(run: str, out_dir: Path, sinks: tuple[str, ...] = ()) -> Any:
-    """The run's root, created on this node if there is none."""
-    import ray
-
-    from fp16_patch.mismatch.collection.root import Root
-
-    options = _options(root_name(run), max_task_retries=ROOT_RETRIES)
-    return ray.remote(Root).options(**options).remote(run, str(out_dir), sinks)
-
-
-def aggregator_here(run: str) -> Any:
-    """The run's aggregator on this node, created if there is none."""
-    import ray
-
-    from fp16_patch.mismatch.collection.aggregator import Aggregator
-
-    name = node_prefix(run) + ray.get_runtime_context().get_node_id()
-    options = _options(name, max_task_retries=0, max_pending_calls=MAX_PENDING_CALLS)
-    return ray.remote(Aggregator).options(**options).remote()
-
-
 def aggregators_of(run: str, known: Mapping[str, Any] = {}) -> dict[str, Any]:
-    """Name → handle of the run's aggregators on all nodes: one question to the cluster, and one for each unknown."""
+    """Find the run's aggregators on all nodes, name → handle: one question to the cluster, and one for each unknown."""
     import ray
     from ray.util import list_named_actors
 
@@ -89,7 +62,8 @@ def aggregators_of(run: str, known: Mapping[str, Any] = {}) -> dict[str, Any]:
     return found
 
 
-def _options(name: str, **options: Any) -> dict[str, Any]:
+def options_here(name: str, **options: Any) -> dict[str, Any]:
+    """Return Ray's options for an actor of that name on this node: the one that is there, or a new one."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 

@@ -1,24 +1,29 @@
-"""The node's actor: joins what the node's ranks report, and keeps it for the root to ask for."""
+"""Runs on each node: joins what the node's ranks report, and keeps it until the root asks."""
 
 from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from fp16_patch.mismatch.collection import actors
 from fp16_patch.mismatch.collection.part import Message, Part, join
 
 Stamp = tuple[str, int]
 """Which aggregator process, and how many reports it had of the round."""
+
+MAX_PENDING_CALLS = 16
+"""Calls that one rank may leave with an aggregator that does not answer."""
 
 OPEN_ROUNDS = 8
 KNOWN_SENDERS = 1024
 
 
 class Aggregator:
-    """Nothing is handed over for good: the root may ask again for what an answer lost or a restart forgot.
+    """Hands nothing over for good: the root may ask again for what an answer lost or a restart forgot.
 
     After its own restart an aggregator knows nothing of before; the root keeps what it had from the former process.
     """
@@ -48,7 +53,7 @@ class Aggregator:
         known.part, known.reports = join([known.part, part]), known.reports + 1
 
     def take(self, known: Mapping[int, Stamp | None]) -> dict[int, tuple[Stamp, Message]]:
-        """All that is here of these rounds, where that is more than the asker knows of."""
+        """Return all that is here of these rounds, where that is more than the asker knows of."""
         found = {number: self._rounds[number] for number in known if number in self._rounds}
         answer = {}
         for number, round in found.items():
@@ -59,7 +64,7 @@ class Aggregator:
         return answer
 
     def forget(self) -> None:
-        """Another attempt at the run begins, which counts its rounds anew."""
+        """Forget all rounds: another attempt at the run begins, which counts them anew."""
         self._rounds.clear()
 
     def _give_up_oldest(self) -> int:
@@ -80,3 +85,12 @@ class _Round:
 def _keep_latest(entries: dict[str, int], count: int) -> None:
     while len(entries) > count:
         del entries[next(iter(entries))]
+
+
+def aggregator_here(run: str) -> Any:
+    """Return the handle of the run's aggregator on this node, created if there is none."""
+    import ray
+
+    name = actors.node_prefix(run) + ray.get_runtime_context().get_node_id()
+    options = actors.options_here(name, max_task_retries=0, max_pending_calls=MAX_PENDING_CALLS)
+    return ray.remote(Aggregator).options(**options).remote()

@@ -1,4 +1,4 @@
-"""A bounded queue that one daemon thread works off, so that whoever fills it never waits."""
+"""Works off a bounded queue in one daemon thread, so that whoever fills it never waits."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Background(Generic[Item]):
 
     @property
     def dropped(self) -> int:
-        """Items that did not fit or failed, so far."""
+        """Count the items that did not fit or failed, so far."""
         return self._refused + self._failed
 
     def put(self, item: Item) -> None:

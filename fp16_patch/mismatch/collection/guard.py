@@ -1,4 +1,4 @@
-"""One warning instead of an exception: whatever happens to the monitor, its caller goes on."""
+"""Turns exceptions into one warning: whatever happens to the monitor, its caller goes on."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Guard:
         self._warned = False
 
     def run(self, action: Callable[[], Result]) -> Result | None:
-        """The action's result; None if it raised."""
+        """Return the action's result; None if it raised."""
         try:
             return action()
         except Exception as failure:

@@ -1,4 +1,4 @@
-"""The lines of the latest steps, for those who watch a run while it trains."""
+"""Keeps the lines of the latest steps, for those who watch a run while it trains."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ BULKY = ("state", "noise_floor")
 
 
 class History:
-    """Lines by step and file, without the statistics in them; a step's later line takes the place of its former."""
+    """Keeps lines by step and file, without the statistics in them; a step's later line replaces its former one."""
 
     def __init__(self) -> None:
         self._steps: dict[int, dict[str, Line]] = {}
@@ -26,9 +26,9 @@ class History:
         return self._steps.get(step, {}).get(name)
 
     def lines(self, last: int) -> list[Line]:
-        """Those of the last so many steps, in the order in which the steps ended."""
+        """Return those of the last so many steps, in the order in which the steps ended."""
         return [line for step in list(self._steps)[-last:] for line in self._steps[step].values()]
 
     def newest(self) -> int | None:
-        """The step that ended last."""
+        """Return the step that ended last."""
         return next(reversed(self._steps), None)

@@ -1,4 +1,4 @@
-"""The driver's end of the mismatch monitor: ends each step, and gets the step's figures for the framework."""
+"""Serves the driver: ends each step of the monitor, and gets the step's figures for the framework."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from fp16_patch.mismatch.collection import actors
 from fp16_patch.mismatch.collection.guard import Guard
 from fp16_patch.mismatch.collection.part import Message, Part, join
 from fp16_patch.mismatch.collection.patience import Patience
+from fp16_patch.mismatch.collection.root import root_of
 from fp16_patch.mismatch.record.reading import STEPS
 from fp16_patch.mismatch.statistics.summary import MismatchStats
 
@@ -30,7 +31,7 @@ Annotate = Callable[[int, Mapping[str, float]], Mapping[str, Any]]
 
 
 class Monitor:
-    """Nothing here raises or waits longer than it may: an error is one warning, and training goes on.
+    """Never raises, and never waits longer than it may: an error is one warning, and training goes on.
 
     A root that does not answer, and a rank that does not report, cost one timeout, see ``Patience``.
 
@@ -90,7 +91,7 @@ class Monitor:
         self._local.append(Part(stats, noise_floor))
 
     def expect(self, tokens: int | None, ranks: int | None = None) -> None:
-        """What the open round has to cover: so many sampled tokens, or so many ranks where the tokens are unknown."""
+        """Say what the open round has to cover: so many sampled tokens, or so many ranks where these are unknown."""
         self._expected = tokens, ranks
 
     def end_step(
@@ -130,7 +131,7 @@ class Monitor:
 
     def _begin(self) -> None:
         if self.run:
-            self._root = actors.root_of(self.run, self._out_dir, self._sinks)
+            self._root = root_of(self.run, self._out_dir, self._sinks)
             self._send("begin", str(self._out_dir))
 
     def _take_local(self) -> Message | None:
@@ -163,7 +164,7 @@ class Monitor:
         return {"step": step, "time": time.time(), "attempt": self.attempt}
 
     def _gather(self, question: tuple[Any, ...]) -> tuple[Part, dict[str, Any]]:
-        """The round and its coverage; without an answer, what the driver itself has measured."""
+        """Return the round and its coverage; without an answer, what the driver itself has measured."""
         ranks_s = self._patience_with_ranks.wait_s(self._timeout_s)
         answer = self._guard.run(lambda: self._in_time("gather", *question, limit_s=self._timeout_s, others_s=ranks_s))
         if answer is None:
@@ -190,7 +191,7 @@ class Monitor:
             return None
 
     def _ask(self, method: str, *arguments: Any, limit_s: float, others_s: float) -> Any:
-        """The root's answer; None if it has no room for the question.
+        """Return the root's answer; None if it has no room for the question.
 
         Args:
             limit_s: the longest to wait for the root.
@@ -222,7 +223,7 @@ class Monitor:
             self._dropped += 1
 
     def _call(self, method: str, *arguments: Any) -> Any:
-        """The call; None where too many are under way, or there is no root."""
+        """Make a call and return it; None where too many are under way, or there is no root."""
         if self._root is None:
             return None
         self._forget_done()
@@ -251,12 +252,12 @@ class Monitor:
             return ray.get(call)
         except ActorDiedError:
             # Dead for good. A former trainer's root dies with it, and its name may lead there for a moment longer.
-            self._root = actors.root_of(self.run, self._out_dir, self._sinks)
+            self._root = root_of(self.run, self._out_dir, self._sinks)
             raise
 
 
 def _share(coverage: Mapping[str, Any]) -> float | None:
-    """Of the expected tokens, or ranks, what is there; None where nobody expected anything."""
+    """Return which share of the expected tokens, or ranks, is there; None where nobody expected anything."""
     for quantity in ("tokens", "ranks"):
         expected = coverage.get(f"expected_{quantity}")
         if expected:

@@ -1,4 +1,4 @@
-"""The learner rank's end: reports what the rank measured to its node, without waiting for anything."""
+"""Serves a learner's rank: reports what the rank measured to its node, without waiting for anything."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fp16_patch.mismatch.collection import actors
+from fp16_patch.mismatch.collection.aggregator import aggregator_here
 from fp16_patch.mismatch.collection.background import Background
 from fp16_patch.mismatch.collection.guard import Guard
 from fp16_patch.mismatch.collection.part import Part
@@ -26,7 +26,7 @@ RESTART_POLL_S = 0.1
 
 
 class Observer:
-    """One a process. A thread does what may take time: Ray, the aggregator's creation, the copy's end.
+    """Reports from one process. A thread does what may take time: Ray, the aggregator's creation, the copy's end.
 
     What an aggregator that is behind cannot take is dropped; the count goes with the next report.
 
@@ -46,7 +46,7 @@ class Observer:
 
     @property
     def dropped(self) -> int:
-        """Reports that did not arrive, so far."""
+        """Count the reports that did not arrive, so far."""
         return self._reports.dropped
 
     def observe(self, round: int, stats: MismatchStats, noise_floor: MismatchStats | None = None) -> None:
@@ -73,7 +73,7 @@ class Observer:
         self._told_dropped = dropped
 
     def _send(self, *report: Any) -> None:
-        """Send, again while the aggregator restarts.
+        """Send a report, and again while the aggregator restarts.
 
         Raises:
             RayError: no answer, or no aggregator, in time.
@@ -84,7 +84,7 @@ class Observer:
         until = time.monotonic() + RESTART_TIMEOUT_S
         while True:
             try:
-                self._aggregator = self._aggregator or actors.aggregator_here(self._run)
+                self._aggregator = self._aggregator or aggregator_here(self._run)
                 ray.get(self._aggregator.report.remote(self._sender, *report), timeout=ANSWER_TIMEOUT_S)
                 return
             except (ActorDiedError, ActorUnavailableError) as failure:
@@ -97,7 +97,7 @@ class Observer:
 
 
 class HostCopy:
-    """Statistics on their way to the host; an accelerator's are there when ``wait`` returns."""
+    """Copies statistics to the host; an accelerator's are there when ``wait`` returns."""
 
     def __init__(self, stats: MismatchStats) -> None:
         self._stats = stats

@@ -1,4 +1,4 @@
-"""A part of a round: what some of the ranks measured in one batch, and how parts become one."""
+"""Holds a part of a round, what some of the ranks measured in one batch, and joins parts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _FLOOR_METRICS = ("mismatch/noise_floor_tokens", "mismatch/noise_floor_mean_abs"
 
 
 class Message(NamedTuple):
-    """A part as it travels, and as it is kept while nobody needs its figures: a few KB."""
+    """Is a part as it travels, and as it is kept while nobody needs its figures: a few KB."""
 
     stats: bytes
     noise_floor: bytes | None
@@ -24,7 +24,7 @@ class Message(NamedTuple):
 
 @dataclass(frozen=True)
 class Part:
-    """Tokens add up; ranks are a set, since a rank may report each of its micro-batches.
+    """Is what some of the ranks measured: tokens add up, ranks are a set, since a rank may report each micro-batch.
 
     Attributes:
         noise_floor: the learner against itself; None where nobody measured it.
@@ -40,7 +40,7 @@ class Part:
     dropped: int = 0
 
     def metrics(self) -> dict[str, float]:
-        """The ``mismatch/*`` of the statistics, and of the noise floor where there is one; none without tokens."""
+        """Return the ``mismatch/*`` of the statistics and of the noise floor, if there is one; none without tokens."""
         if not self.stats.tokens:
             return {}
         floor = {} if self.noise_floor is None else self.noise_floor.metrics("mismatch/noise_floor_")
@@ -64,7 +64,7 @@ class Part:
 
 
 def join(parts: Sequence[Part]) -> Part:
-    """All parts as one; of no parts, one without tokens."""
+    """Join all parts; of no parts, make one without tokens."""
     floors = [part.noise_floor for part in parts if part.noise_floor is not None]
     return Part(
         stats=MismatchStats.merge_all(part.stats for part in parts),

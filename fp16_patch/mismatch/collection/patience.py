@@ -1,4 +1,4 @@
-"""How long the driver waits, given how its waiting went before."""
+"""Decides how long the driver waits, given how its waiting went before."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ MAX_PAUSE = 1024
 
 
 class Patience:
-    """Who never answers costs one full wait; who answers late gets another chance, after ever longer pauses.
+    """Spends one full wait on who never answers; gives who answers late another chance, after ever longer pauses.
 
     After the n-th full wait in vain, the next is given once an answer has come late, and 2^(n−1)−1 short waits are
     over. Until then waits are ``IMPATIENT_S``. An answer in time restores everything.
@@ -19,7 +19,7 @@ class Patience:
         self._late = self._waits_fully = False
 
     def wait_s(self, full_s: float) -> float:
-        """How long to wait now."""
+        """Return how long to wait now."""
         self._waits_fully = self._in_vain == 0 or (self._late and self._pause == 0)
         if self._waits_fully:
             return full_s
@@ -27,16 +27,16 @@ class Patience:
         return min(full_s, IMPATIENT_S)
 
     def answered(self) -> None:
-        """The wait had an end."""
+        """Note that the wait had an end."""
         self._in_vain = 0
 
     def disappointed(self) -> None:
-        """The wait was in vain."""
+        """Note that the wait was in vain."""
         if self._waits_fully:
             self._in_vain += 1
             self._pause = min(2 ** (self._in_vain - 1) - 1, MAX_PAUSE)
             self._late = False
 
     def answered_late(self) -> None:
-        """What was waited for in vain has come since."""
+        """Note that what was waited for in vain has come since."""
         self._late = True

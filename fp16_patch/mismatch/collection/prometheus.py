@@ -1,4 +1,4 @@
-"""The newest step of a run as gauges of Ray's metrics export, which Prometheus scrapes.
+"""Shows the newest step of a run as gauges of Ray's metrics export, which Prometheus scrapes.
 
 Every value is a gauge, counts over the run included: Ray's ``Counter`` cannot show a zero, and a resumed run's count
 may step back.
@@ -90,7 +90,7 @@ DESCRIPTIONS = {
 
 
 class Series(NamedTuple):
-    """A gauge by the record's name; ``alert`` is the label of the gauge of that name, empty for every other."""
+    """Names a gauge as the record does; ``alert`` is the label of the gauge of that name, empty for every other."""
 
     name: str
     alert: str = ""
@@ -156,7 +156,7 @@ class PrometheusSink:
 
 
 def samples(line: Mapping[str, Any]) -> dict[Series, float]:
-    """The finite values that a record line stands for: of its metrics ``mismatch/*`` and ``fp16/*``."""
+    """Return the finite values of a record line: of its metrics ``mismatch/*`` and ``fp16/*``."""
     measured = "state" in line
     metrics = line.get("metrics", {})
     values = {
@@ -180,7 +180,7 @@ def gauge_name(name: str) -> str:
 
 
 def exported_name(name: str) -> str:
-    """The name in Prometheus."""
+    """Return the name in Prometheus."""
     return RAY_PREFIX + gauge_name(name)
 
 

@@ -1,4 +1,4 @@
-"""The job's actor: asks every node for its part of a round, and puts the step on record."""
+"""Runs once a job: asks every node for its part of a round, and puts the step on record."""
 
 from __future__ import annotations
 
@@ -16,6 +16,9 @@ from fp16_patch.mismatch.collection.rounds import Round, Rounds
 from fp16_patch.mismatch.collection.sinks import Sinks
 from fp16_patch.mismatch.collection.writer import Writer
 from fp16_patch.mismatch.record.reading import MISMATCH
+
+ROOT_RETRIES = 3
+"""What is asked of a restarting root is asked again: no question to it does harm when asked twice."""
 
 POLL_S = 0.02
 MAX_PAUSE_S = 0.2
@@ -48,7 +51,7 @@ class Root:
         self._recovered = False
 
     async def begin(self, out_dir: str) -> None:
-        """Another attempt at the run begins, which counts its rounds anew and may have another directory."""
+        """Begin another attempt at the run, which counts its rounds anew and may have another directory."""
         self._rounds.clear()
         if Path(out_dir) != self._writer.out_dir:
             self._writer = Writer(Path(out_dir))
@@ -59,7 +62,7 @@ class Root:
     async def gather(
         self, number: int, tokens: int | None, ranks: int | None, driver: Message | None, wait_s: float
     ) -> dict[str, Any]:
-        """What there is of a round, once it is complete or the time is over.
+        """Return what there is of a round, once it is complete or the time is over.
 
         Args:
             tokens: expected; None if nobody knows. The same for ``ranks``.
@@ -87,7 +90,7 @@ class Root:
     def close(
         self, number: int, tokens: int | None, ranks: int | None, driver: Message | None, closing: dict[str, Any]
     ) -> None:
-        """The step has ended: its line goes on record, and once more when late reports change it.
+        """End the step: put its line on record, and once more when late reports change it.
 
         Args:
             closing: fields of the line: step, time, attempt, and what else the driver knows.
@@ -114,7 +117,7 @@ class Root:
         return await asyncio.to_thread(self._writer.flush, wait_s)
 
     def history(self, last: int) -> list[dict[str, Any]]:
-        """The lines of the last so many steps, of `mismatch.jsonl` and `steps.jsonl`, without their statistics."""
+        """Return the lines of the last so many steps, of `mismatch.jsonl` and `steps.jsonl`, without statistics."""
         return self._history.lines(last)
 
     def _open(self, number: int, tokens: int | None, ranks: int | None, driver: Message | None) -> Round:
@@ -166,3 +169,11 @@ class Root:
             former = self._history.line(MISMATCH, line["step"])
             self._recovered |= bool(former and line["coverage"]["complete"] and not former["coverage"]["complete"])
             self.append(MISMATCH, line)
+
+
+def root_of(run: str, out_dir: Path, sinks: tuple[str, ...] = ()) -> Any:
+    """Return the handle of the run's root, created on this node if there is none."""
+    import ray
+
+    options = actors.options_here(actors.root_name(run), max_task_retries=ROOT_RETRIES)
+    return ray.remote(Root).options(**options).remote(run, str(out_dir), sinks)

@@ -1,4 +1,4 @@
-"""What the root knows of the last few rounds: their parts, what is missing, and the line each comes to."""
+"""Keeps what the root knows of the last few rounds: their parts, what is missing, and the line each comes to."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DRIVER = "driver"
 
 
 class Round:
-    """One batch of training: what its ranks and the driver measured.
+    """Is one batch of training: what its ranks and the driver measured.
 
     Parts are kept by the process they come from: a later part of the same process replaces its former one, and a
     restarted aggregator's joins what its former process had.
@@ -59,7 +59,7 @@ class Round:
 
     @property
     def expected_ranks(self) -> int | None:
-        """As the driver said, else as the ranks say that reported."""
+        """Return how many the driver expects, else as many as the ranks that reported say."""
         if self._expected_ranks is not None:
             return self._expected_ranks
         return max((part.world_size for part in self._parts.values() if part.world_size is not None), default=None)
@@ -70,7 +70,7 @@ class Round:
         return self.expected_tokens is not None or self.expected_ranks is not None
 
     def complete(self) -> bool:
-        """All expected tokens are here; all ranks, where no tokens were expected; else what there is."""
+        """Whether all expected tokens are here; all ranks, where no tokens were expected; true where nothing was."""
         if self.expected_tokens is not None:
             return self.tokens >= self.expected_tokens
         expected = self.expected_ranks
@@ -87,12 +87,12 @@ class Round:
         }
 
     def close(self, closing: Mapping[str, Any]) -> None:
-        """The step has ended: ``closing`` are the fields of its line that the driver knows."""
+        """End the step: ``closing`` are the fields of its line that the driver knows."""
         self._closing = dict(closing)
         self._changed = bool(self._parts or self.expected_tokens)
 
     def line(self) -> dict[str, Any] | None:
-        """The step's line on record; None before the step's end, and where it says nothing new."""
+        """Return the step's line; None before the step's end, and where it says nothing new."""
         if self._closing is None or not self._changed:
             return None
         self._changed = False
@@ -103,13 +103,13 @@ class Round:
 
 
 class Rounds:
-    """The rounds that are open, or closed so recently that late reports still count."""
+    """Keeps the rounds that are open, or closed so recently that late reports still count."""
 
     def __init__(self) -> None:
         self._rounds: dict[int, Round] = {}
 
     def __getitem__(self, number: int) -> Round:
-        """The round, opened if it is new; the oldest is given up for it."""
+        """Return the round, opened if it is new; the oldest is given up for it."""
         if number not in self._rounds:
             self._rounds[number] = Round()
             if len(self._rounds) > KEPT_ROUNDS:
@@ -120,7 +120,7 @@ class Rounds:
         return len(self._rounds)
 
     def stamps(self, name: str) -> dict[int, Stamp | None]:
-        """What is known here of each round from this aggregator."""
+        """Return what is known here of each round from this aggregator."""
         return {number: round.stamp(name) for number, round in self._rounds.items()}
 
     def put(self, number: int, name: str, stamp: Stamp, part: Message) -> None:
@@ -129,7 +129,7 @@ class Rounds:
             self._rounds[number].put(name, stamp, part)
 
     def lines(self) -> list[dict[str, Any]]:
-        """Lines to append now: of rounds just closed, and of closed rounds that late reports have changed."""
+        """Return the lines to append now: of rounds just closed, and of those that late reports have changed."""
         return [line for round in self._rounds.values() if (line := round.line()) is not None]
 
     def clear(self) -> None:

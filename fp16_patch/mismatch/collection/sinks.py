@@ -1,4 +1,4 @@
-"""Where a step's line goes besides the disk: callables that are named in the configuration."""
+"""Sends a step's line elsewhere than to the disk: to callables that are named in the configuration."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MAX_WAITING = 16
 
 
 class Sinks:
-    """Each has its own thread: one that is slow or raises keeps neither the disk nor another sink waiting.
+    """Gives each sink a thread: one that is slow or raises keeps neither the disk nor another sink waiting.
 
     Args:
         names: ``module:class``. The class is called with the run's name, what it makes is called with each line.
@@ -28,7 +28,7 @@ class Sinks:
 
     @property
     def dropped(self) -> int:
-        """Lines that a sink was too slow for, or failed on."""
+        """Count the lines that a sink was too slow for, or failed on."""
         return sum(sink.dropped for sink in self._sinks)
 
     def put(self, line: Line) -> None:
@@ -41,7 +41,7 @@ def _background(name: str, run: str) -> Background[Line]:
 
 
 class _Sink:
-    """Made in its thread, at the first line."""
+    """Makes the sink in its thread, at the first line."""
 
     def __init__(self, name: str, run: str) -> None:
         self._name, self._run = name, run

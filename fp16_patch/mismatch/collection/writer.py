@@ -1,4 +1,4 @@
-"""The record on disk, written in the background: whoever hands on a line never waits for the disk."""
+"""Writes the record in the background: whoever hands on a line never waits for the disk."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Writer:
 
     @property
     def dropped(self) -> int:
-        """Lines and documents that are not on disk."""
+        """Count the lines and documents that are not on disk."""
         return self._tasks.dropped
 
     def append(self, name: str, record: dict[str, Any]) -> None:

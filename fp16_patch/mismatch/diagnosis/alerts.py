@@ -93,11 +93,11 @@ class Alerts:
 
     @property
     def new(self) -> list[Alert]:
-        """Those that fired at the latest step."""
+        """Return the alerts that fired at the latest step."""
         return list(self._new)
 
     def update(self, step: int, metrics: Mapping[str, float]) -> list[Alert]:
-        """Take in a step's metrics, named as ``MismatchStats.metrics`` names them; the alerts now standing."""
+        """Take in a step's metrics, named as ``MismatchStats.metrics`` names them; return the alerts now standing."""
         values = {**metrics, _TREND: self._trend.update(step, metrics.get("mismatch/mean_abs", math.nan))}
         stood = {watch.rule.name for watch in self._watches if watch.alert}
         for watch in self._watches:

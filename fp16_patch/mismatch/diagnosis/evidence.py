@@ -1,4 +1,4 @@
-"""The figures that a diagnosis rests on, computed once from the summaries of a run.
+"""Computes once, from the summaries of a run, the figures that a diagnosis rests on.
 
 Identities used, for tokens x sampled from μ, both sides normalized, ``d = log π − log μ`` and ``r = exp(d)``:
     E[r] = 1            whatever the two differ in: rounding, temperature, weights. It fails where the log-probs are not
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fp16_patch.mismatch.statistics.summary import RATIO_BOUND, Band, MismatchStats, bin_values
+from fp16_patch.mismatch.statistics.summary import Band, MismatchStats, bin_values
 
 Roles = Mapping[str, Mapping[str, list[str]]]
 
@@ -49,7 +49,7 @@ class Moments:
     """Figures of ``d`` over a set of tokens; NaN where there are too few, or the state is too old to have them.
 
     Attributes:
-        mean_abs, mean, std: of d, nats. ``mean_z``: mean over its standard error.
+        mean_abs, mean, std: of d, nats.
         ratio_excess: mean r − 1; ``ratio_z``: the same over its standard error.
         large_ratios: the part of mean r from tokens with d above ``LARGE_D``.
         lean: mean tanh(d/2); ``lean_z``: the same over its standard error.
@@ -63,7 +63,6 @@ class Moments:
     tokens: int
     mean_abs: float
     mean: float
-    mean_z: float
     std: float
     ratio_excess: float
     ratio_z: float
@@ -95,7 +94,6 @@ class Moments:
             tokens=n,
             mean_abs=_quotient(stats.d_abs_sum, n),
             mean=mean,
-            mean_z=_quotient(mean * math.sqrt(n), std),
             std=std,
             ratio_excess=excess,
             ratio_z=_quotient(excess, stats.is_standard_error()),
@@ -310,10 +308,6 @@ def _expected(histogram: Tensor, function: Callable[[Tensor], Tensor]) -> tuple[
     values = function(bin_values())
     mean = float(counts @ values) / n
     return mean, math.sqrt(max(0.0, float(counts @ values.square()) / n - mean**2) / n)
-
-
-def _large_ratio(d: Tensor) -> Tensor:
-    return torch.where(d > LARGE_D, d.clamp(max=RATIO_BOUND).exp(), 0.0)
 
 
 def _mean_and_variance(count: int, total: float, squares: float) -> tuple[float, float]:

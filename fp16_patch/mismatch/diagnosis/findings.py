@@ -1,4 +1,4 @@
-"""What kind of gap a run has between sampler and learner: findings, each with the figures it rests on."""
+"""Finds what kind of gap a run has between sampler and learner, with the figures each finding rests on."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def diagnose(
     plan: Mapping[str, Any] | None = None,
     noise_floor: MismatchStats | None = None,
 ) -> list[Diagnosis]:
-    """What the gap comes from, most important first; never empty.
+    """Say what the gap comes from, most important first; never empty.
 
     Args:
         steps: step → the mismatch of its tokens. Step 0 or 1 is taken for the first of training, at which both sides
@@ -123,7 +123,7 @@ def _explains_too_little(faults: list[Diagnosis], rest: Diagnosis) -> bool:
 
 
 def diagnose_run(run: RunRecord) -> list[Diagnosis]:
-    """``diagnose`` of a recorded run."""
+    """Diagnose a recorded run."""
     return diagnose(run.step_stats, run.ledger or None, run.plan or None, run.noise_floor)
 
 

@@ -1,4 +1,4 @@
-"""What a line of a run record holds: a step's metrics, its coverage, its alerts."""
+"""Reads what a line of a run record holds: a step's metrics, its coverage, its alerts."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class StandingAlert:
 
 
 def parse_line(text: str | bytes) -> Line | None:
-    """The line's object; None for one that is cut off or has no step."""
+    """Return the line's object; None for one that is cut off or has no step."""
     try:
         content = json.loads(text.decode("utf-8", errors="replace") if isinstance(text, bytes) else text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Reading a run record, the directory that a monitored run leaves."""
+"""Reads a run record, the directory that a monitored run leaves."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from fp16_patch.mismatch.record.lines import (
     parse_line,
 )
 from fp16_patch.mismatch.statistics.summary import MismatchStats, WorstToken
+from fp16_patch.plan.dtypes import torch_name
 
 PLAN, MISMATCH, STEPS, LEDGER = "plan.json", "mismatch.jsonl", "steps.jsonl", "ledger.json"
 RECORD_FILES = (PLAN, MISMATCH, STEPS, LEDGER)
@@ -35,7 +36,6 @@ LISTED_PARTIAL_STEPS = 5
 FLOAT32_BY_DESIGN = frozenset({"master", "gradient", "wire", "logits", "log_prob", "entropy", "rope"})
 # verl's and OpenRLHF's names for the mean reward of a step.
 REWARDS = ("critic/score/mean", "rollout/reward_mean")
-DTYPE_ALIASES = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "float": "float32"}
 
 Ledger = dict[str, dict[str, list[str]]]
 Runs = Mapping[str, "RunRecord"]
@@ -129,7 +129,7 @@ class RunRecord:
     def planned_dtype(self) -> str | None:
         """The dtype the plan asks for, by its torch name; None if no plan was recorded."""
         dtype = self.plan.get("dtype")
-        return None if dtype is None else _dtype_name(dtype)
+        return None if dtype is None else torch_name(dtype)
 
     def dtypes_of(self, quantities: Iterable[str], role_prefix: str = "") -> list[str]:
         """Dtypes seen in the roles that start so, of the first of ``quantities`` that was seen at all."""
@@ -308,13 +308,8 @@ def _merge_roles(ledger: dict[str, Any]) -> Ledger:
     for table in tables:
         for role, row in table.items():
             for quantity, dtypes in row.items():
-                merged[role][quantity] |= {_dtype_name(dtype) for dtype in dtypes}
+                merged[role][quantity] |= {torch_name(dtype) for dtype in dtypes}
     return {role: {quantity: sorted(seen) for quantity, seen in row.items()} for role, row in merged.items()}
-
-
-def _dtype_name(dtype: object) -> str:
-    name = str(dtype).removeprefix("torch.")
-    return DTYPE_ALIASES.get(name, name)
 
 
 def _wall_seconds(lines: Sequence[Line]) -> float | None:

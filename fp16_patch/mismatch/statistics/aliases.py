@@ -1,4 +1,4 @@
-"""The mismatch under the names that the frameworks give it.
+"""Names the mismatch as the frameworks name it.
 
 Means are over finite tokens, or over sequences with finite tokens only; ``r = exp(d)``, ``R = exp(Σ_t d)``, and
 ``w = min(r, 2)``. Each equals the framework's own function on one batch, where every row has a token and every token is
@@ -46,18 +46,18 @@ Of several batches, verl's and TRL's loggers average the batches' figures; these
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
+from fp16_patch.mismatch.statistics.figures import Figures
 from fp16_patch.mismatch.statistics.moments import effective_share, mean, population_std, sample_std
 from fp16_patch.mismatch.statistics.ratios import EXPONENT_CAP, TRUNCATION, bounded_ratio
 
-if TYPE_CHECKING:
-    from fp16_patch.mismatch.statistics.summary import MismatchStats
 
+def framework_names(stats: Figures, metrics: dict[str, float]) -> dict[str, float]:
+    """Return every figure of the table; NaN where there is no finite token (or sequence) to take it from.
 
-def framework_names(stats: MismatchStats) -> dict[str, float]:
-    """Every figure of the table; NaN where there is no finite token (or sequence) to take it from."""
-    metrics = stats.metrics(prefix="")
+    Args:
+        metrics: of the same tokens, see ``MismatchStats.metrics``, without a prefix.
+    """
     return {
         **{f"rollout_corr/{name}": value for name, value in _verl_off_policy(stats, metrics).items()},
         **{f"rollout_corr/rollout_is_{name}": value for name, value in _verl_weights(stats).items()},
@@ -68,7 +68,7 @@ def framework_names(stats: MismatchStats) -> dict[str, float]:
     }
 
 
-def _verl_off_policy(stats: MismatchStats, metrics: dict[str, float]) -> dict[str, float]:
+def _verl_off_policy(stats: Figures, metrics: dict[str, float]) -> dict[str, float]:
     n = stats.weighed_sequences
     return {
         "kl": metrics["k1"],
@@ -87,7 +87,7 @@ def _verl_off_policy(stats: MismatchStats, metrics: dict[str, float]) -> dict[st
     }
 
 
-def _verl_weights(stats: MismatchStats) -> dict[str, float]:
+def _verl_weights(stats: Figures) -> dict[str, float]:
     n = stats.weighed_tokens
     return {
         "mean": 1.0 + mean(stats.truncated_expm1_sum, n),
@@ -100,7 +100,7 @@ def _verl_weights(stats: MismatchStats) -> dict[str, float]:
     }
 
 
-def _verl_sequence_weights(stats: MismatchStats) -> dict[str, float]:
+def _verl_sequence_weights(stats: Figures) -> dict[str, float]:
     n = stats.weighed_sequences
     least, greatest = (stats.sequence_weight_min, stats.sequence_weight_max) if n else (math.nan, math.nan)
     return {
@@ -114,7 +114,7 @@ def _verl_sequence_weights(stats: MismatchStats) -> dict[str, float]:
     }
 
 
-def _verl_debug(stats: MismatchStats, metrics: dict[str, float]) -> dict[str, float]:
+def _verl_debug(stats: Figures, metrics: dict[str, float]) -> dict[str, float]:
     n = stats.weighed_tokens
     spread = sample_std(n, stats.prob_abs_sum, stats.prob_difference_square_sum)
     return {
@@ -126,7 +126,7 @@ def _verl_debug(stats: MismatchStats, metrics: dict[str, float]) -> dict[str, fl
     }
 
 
-def _trl(stats: MismatchStats, metrics: dict[str, float]) -> dict[str, float]:
+def _trl(stats: Figures, metrics: dict[str, float]) -> dict[str, float]:
     return {
         "sampling_logp_difference/mean": metrics["mean_abs"],
         "sampling_logp_difference/max": metrics["max_abs"],
@@ -136,7 +136,7 @@ def _trl(stats: MismatchStats, metrics: dict[str, float]) -> dict[str, float]:
     }
 
 
-def _nemo_rl(stats: MismatchStats, metrics: dict[str, float]) -> dict[str, float]:
+def _nemo_rl(stats: Figures, metrics: dict[str, float]) -> dict[str, float]:
     return {
         "token_mult_prob_error": metrics["token_mult_prob_error"],
         "gen_kl_error": metrics["k3"],
@@ -146,7 +146,7 @@ def _nemo_rl(stats: MismatchStats, metrics: dict[str, float]) -> dict[str, float
     }
 
 
-def _mean_ratio(stats: MismatchStats) -> float:
+def _mean_ratio(stats: Figures) -> float:
     """mean r as TRL and NeMo-RL have it: where verl bounds the exponent, they do not."""
     return 1.0 + mean(stats.capped_expm1_sum, stats.weighed_tokens)
 

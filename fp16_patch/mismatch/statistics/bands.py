@@ -1,4 +1,4 @@
-"""What a state says of parts of the tokens: those of a probability, a position, a length, and the worst."""
+"""Reads from a state what it says of parts of the tokens: by probability, position and length, and the worst."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class WorstToken:
 
 
 def probability_bands(vector: Tensor) -> list[Band]:
-    """By the sampler's probability; see ``MismatchStats.probability_bands``. All take a state vector on the host."""
+    """Band ``d`` by the sampler's probability; see ``MismatchStats``. All take a state vector on the host."""
     counts = table(vector, "joint").view(bins.PROBABILITY_BIN_COUNT, -1).sum(1)
     edges = bins.PROBABILITY_BAND_EDGES
     nearly = torch.tensor(edges, dtype=torch.float64) * (1 - 1e-9)
@@ -69,7 +69,7 @@ def probability_bands(vector: Tensor) -> list[Band]:
 
 
 def position_bands(vector: Tensor) -> list[Band]:
-    """By the position in the sequence; see ``MismatchStats.position_bands``."""
+    """Band ``d`` by the position in the sequence; see ``MismatchStats.position_bands``."""
     counts = table(vector, "position_tokens")
     between = [(2 ** (index - 1), 2**index) for index in range(1, bins.LAST_POSITION)]
     limits: list[tuple[str, float, float]] = [
@@ -82,7 +82,7 @@ def position_bands(vector: Tensor) -> list[Band]:
 
 
 def length_bands(vector: Tensor) -> list[LengthBand]:
-    """By the number of sampled tokens; see ``MismatchStats.by_length``."""
+    """Band ``D`` by the number of sampled tokens; see ``MismatchStats.by_length``."""
     edges = bins.length_edges().tolist()
     names = ("sequences", "sum", "abs_sum", "square_sum", "abs_max")
     columns = (table(vector, f"length_{name}").tolist() for name in names)

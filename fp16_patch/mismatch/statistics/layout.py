@@ -1,4 +1,4 @@
-"""Where each figure of the mismatch lies in one flat vector of float64.
+"""Lays out every figure and every table of the mismatch in one flat vector of float64.
 
 Every part is merged in one way: added, the lesser, the greater. The worst tokens, at the end, are merged by
 ``fp16_patch.mismatch.statistics.worst``. Counts are exact up to 2^53.
@@ -20,66 +20,17 @@ from fp16_patch.mismatch.statistics.bins import (
     PROBABILITY_BIN_COUNT,
     SUM_BIN_COUNT,
 )
+from fp16_patch.mismatch.statistics.figures import Part, names_of
 
-TOKEN_COUNTS = (
-    "tail_1e_2_count",
-    "tail_1e_1_count",
-    "tail_1_count",
-    "ratio_above_2_count",
-    "ratio_below_half_count",
-    "ratio_above_5_count",
-)
-TOKEN_SUMS = (
-    "d_sum",
-    "d_abs_sum",
-    "d_square_sum",
-    "k3_sum",
-    "k3_reverse_sum",
-    "js_sum",
-    "expm1_abs_sum",
-    "capped_expm1_sum",
-    "expm1_sum",
-    "expm1_square_sum",
-    "truncated_expm1_sum",
-    "truncated_expm1_square_sum",
-    "sampler_log_prob_sum",
-    "learner_log_prob_sum",
-    "sampler_log_prob_square_sum",
-    "learner_log_prob_square_sum",
-    "log_prob_product_sum",
-    "sampler_prob_sum",
-    "learner_prob_sum",
-    "sampler_prob_square_sum",
-    "learner_prob_square_sum",
-    "prob_product_sum",
-    "prob_abs_sum",
-    "prob_difference_square_sum",
-)
-TOKENS_OF_SEQUENCES = ("tokens", "nonfinite_sampler", "nonfinite_learner", "nonfinite_tokens", "weighed_tokens")
-SEQUENCE_COUNTS = (
-    "sequences",
-    "nonfinite_sequences",
-    "weighed_sequences",
-    "sequence_ratio_outside_count",
-    "sequence_weight_above_2_count",
-    "sequence_weight_below_half_count",
-)
-SEQUENCE_SUMS = (
-    "sequence_sum",
-    "sequence_abs_sum",
-    "sequence_square_sum",
-    "sequence_expm1_sum",
-    "sequence_expm1_square_sum",
-    "sequence_weight_sum",
-    "sequence_weight_square_sum",
-    "sampler_log_ppl_sum",
-    "learner_log_ppl_sum",
-    "sampler_ppl_sum",
-    "learner_ppl_sum",
-    "log_ppl_diff_sum",
-    "log_ppl_diff_abs_sum",
-    "ppl_ratio_expm1_sum",
-)
+TOKEN_COUNTS = names_of(Part.TOKEN_COUNTS)
+TOKEN_SUMS = names_of(Part.TOKEN_SUMS)
+TOKENS_OF_SEQUENCES = names_of(Part.TOKENS_OF_SEQUENCES)
+SEQUENCE_SUMS = names_of(Part.SEQUENCE_SUMS)
+SEQUENCE_COUNTS = names_of(Part.SEQUENCE_COUNTS)
+LEAST = names_of(Part.LEAST)
+GREATEST = names_of(Part.GREATEST)
+MAGNITUDES = names_of(Part.MAGNITUDES)
+
 COUNT_TABLES = {
     "histogram": BIN_COUNT,
     "joint": PROBABILITY_BIN_COUNT**2,
@@ -98,9 +49,6 @@ SUM_TABLES = {
     "length_abs_sum": LENGTH_BAND_COUNT,
     "length_square_sum": LENGTH_BAND_COUNT,
 }
-LEAST = ("d_min", "log_ppl_diff_min", "sequence_weight_min")
-GREATEST = ("d_max", "log_ppl_diff_max", "sequence_weight_max")
-MAGNITUDES = ("prob_abs_max", "sequence_abs_max")
 MAGNITUDE_TABLES = {
     "probability_d_abs_max": PROBABILITY_BIN_COUNT,
     "position_d_abs_max": POSITION_BAND_COUNT,
@@ -138,20 +86,20 @@ WORST_PART = SLICES["worst"]
 
 
 def table(vector: Tensor, name: str) -> Tensor:
-    """A part of a vector, flat; counts as int64."""
+    """Return a table's part of a vector, flat; counts as int64."""
     part = vector[SLICES[name]]
     return part.to(torch.int64) if name in COUNT_TABLES else part
 
 
 def start_of(name: str) -> float:
-    """The value of a figure that has seen no token: the neutral element of its merging."""
+    """Return the value of a figure that has seen no token: the neutral element of its merging."""
     if name in LEAST:
         return math.inf
     return -math.inf if name in GREATEST else 0.0
 
 
 def empty_vector(device: torch.device | str = "cpu") -> Tensor:
-    """The state of no tokens, float64 of shape ``(STATE_SIZE,)``."""
+    """Make the state of no tokens, float64 of shape ``(STATE_SIZE,)``."""
     vector = torch.zeros(STATE_SIZE, dtype=torch.float64, device=device)
     for name in (*LEAST, *GREATEST):
         vector[SLICES[name]] = start_of(name)

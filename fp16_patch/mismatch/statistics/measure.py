@@ -1,4 +1,4 @@
-"""One batch of log-probs becomes the state of its mismatch.
+"""Turns one batch of log-probs into the state of its mismatch.
 
 Nothing here depends on what an accelerator has computed, so nothing waits for it, unless ``sequence_ids`` are given.
 """
@@ -56,7 +56,7 @@ def state_of(
     token_ids: Tensor | None,
     first_sequence: int,
 ) -> Tensor:
-    """The state vector of a batch that has places; all tensors of shape (sequences, tokens), on one device."""
+    """Measure a batch that has places; all tensors of shape (sequences, tokens), on one device."""
     tally = Tally(learner.device)
     if sequence_ids is not None:
         if not mask.any():
@@ -95,7 +95,7 @@ def _chunks(mask: Tensor) -> Iterator[slice]:
 
 
 class Tally:
-    """What is counted over chunks of whole sequences. Each table has one more cell, for places without a token."""
+    """Counts over chunks of whole sequences. Each table has one more cell, for places without a token."""
 
     def __init__(self, device: torch.device) -> None:
         def table(size: int) -> Tensor:
@@ -128,7 +128,7 @@ class Tally:
         self._count(tokens, magnitude, probabilities)
 
     def vector(self) -> Tensor:
-        """In the order of ``layout``."""
+        """Return the state vector, in the order of ``layout``."""
         sequences = SequenceFigures(_joined(self._sequences))
         sums, (d_min, d_max, prob_abs_max) = self._added_up()
         least, greatest = sequences.extremes()
@@ -206,7 +206,7 @@ def _known(figure: Tensor, otherwise: float) -> float:
 
 
 def _threshold_counts(d: Tensor, magnitude: Tensor, reach: float) -> dict[str, Tensor]:
-    """Importance ratios beyond a threshold are found by their logarithm.
+    """Count what is beyond each threshold; importance ratios are compared by their logarithm.
 
     Args:
         reach: a bound of the magnitude.

@@ -1,4 +1,4 @@
-"""Figures from sums of x, y, x², y² and x·y."""
+"""Computes figures from sums of x, y, x², y² and x·y."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def spread(count: int, total: float, squares: float) -> float:
 
 
 def slope(count: int, x: float, y: float, x_squares: float, products: float) -> float:
-    """Of the least-squares line of y on x; NaN if x is constant."""
+    """Slope of the least-squares line of y on x; NaN if x is constant."""
     return (products - x * y / count) / spread(count, x, x_squares) if count else math.nan
 
 
 def correlation(count: int, x: float, y: float, x_squares: float, y_squares: float, products: float) -> float:
-    """Pearson's; NaN if x or y is constant."""
+    """Pearson's correlation of x and y; NaN if one is constant."""
     x_spread, y_spread = spread(count, x, x_squares), spread(count, y, y_squares)
     if math.isnan(x_spread) or math.isnan(y_spread):
         return math.nan

@@ -1,4 +1,4 @@
-"""What sums over each sequence come to: D, perplexities, weights, by length."""
+"""Computes what sums over each sequence come to: D, perplexities, weights, by length."""
 
 from __future__ import annotations
 

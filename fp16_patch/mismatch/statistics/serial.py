@@ -1,4 +1,4 @@
-"""A state vector as a JSON object, or as bytes."""
+"""Writes a state vector as a JSON object or as bytes, and reads it back."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def as_dict(vector: Tensor) -> dict[str, Any]:
 
 
 def of_dict(state: dict[str, Any]) -> Tensor:
-    """The vector of ``as_dict``. Version 1 is read too: what it lacks is empty.
+    """Read the vector of ``as_dict``. Version 1 is read too: what it lacks is empty.
 
     Raises:
         ValueError: a version not in ``READABLE_VERSIONS``, a field that this version does not have, a table with cells
@@ -76,7 +76,7 @@ def as_bytes(vector: Tensor) -> bytes:
 
 
 def of_bytes(message: bytes) -> Tensor:
-    """The vector of ``as_bytes``.
+    """Read the vector of ``as_bytes``.
 
     Raises:
         ValueError: not a message of ``as_bytes``, another version, or a damaged one.

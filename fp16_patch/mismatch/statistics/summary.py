@@ -1,4 +1,4 @@
-"""A fixed-size, mergeable summary of the mismatch between sampler and learner log-probs.
+"""Summarizes the mismatch between sampler and learner log-probs, in a fixed size that merges.
 
 The mismatch of a sampled token is ``d = log π_learner − log μ_sampler``: positive where the learner finds the token
 likelier than the sampler did. ``r = exp(d)`` is the importance ratio, ``D = Σ_t d`` the sum over a sequence.
@@ -15,11 +15,11 @@ Sources of the formulas:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +36,7 @@ from fp16_patch.mismatch.statistics.bins import (
     bin_edges,
     bin_values,
 )
+from fp16_patch.mismatch.statistics.figures import Figures
 from fp16_patch.mismatch.statistics.layout import (
     ADDED_PART,
     GREATER_PART,
@@ -77,40 +78,14 @@ MERGED_AT_ONCE = 64
 
 _QUANTILES = {"abs_p50": 0.5, "abs_p90": 0.9, "abs_p99": 0.99, "abs_p99_9": 0.999}
 
-Number = TypeVar("Number", int, float)
-
-
-class _Scalar(Generic[Number]):
-    """A figure of the state, by the name of the attribute."""
-
-    def __init__(self, kind: Callable[[float], Number]) -> None:
-        self._kind: Callable[[float], Number] = kind
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._at = SCALARS.index(name)
-
-    def __get__(self, stats: MismatchStats, owner: type | None = None) -> Number:
-        return self._kind(stats._scalars[self._at])
-
-
-def _count() -> _Scalar[int]:
-    return _Scalar(int)
-
-
-def _figure() -> _Scalar[float]:
-    return _Scalar(float)
-
 
 @dataclass(frozen=True, eq=False)
-class MismatchStats:
+class MismatchStats(Figures):
     """Counts, float64 sums, extremes, histograms and the worst tokens of a set of sampled tokens.
 
     Moments are over *finite* tokens: those where both log-probs are finite. Figures of sequences are over those that
     have tokens, none of them non-finite. Merging is associative and commutative: exact for counts, extremes, tables of
     counts and the worst tokens, up to float64 rounding for sums.
-
-    ``weighed_tokens`` and ``weighed_sequences`` are those finite ones of which more is known than version 1 of the
-    state had: all, unless such a state was merged in.
 
     ``vector`` is the state, float64 of shape ``(STATE_SIZE,)`` on the device where it was measured; see
     ``fp16_patch.mismatch.statistics.layout``. Reading any figure copies it to the host, and on an accelerator waits for
@@ -119,78 +94,9 @@ class MismatchStats:
 
     vector: Tensor
 
-    tokens = _count()
-    sequences = _count()
-    nonfinite_sampler = _count()
-    nonfinite_learner = _count()
-    nonfinite_tokens = _count()
-    nonfinite_sequences = _count()
-    weighed_tokens = _count()
-    weighed_sequences = _count()
-    tail_1e_2_count = _count()
-    tail_1e_1_count = _count()
-    tail_1_count = _count()
-    ratio_above_2_count = _count()
-    ratio_below_half_count = _count()
-    ratio_above_5_count = _count()
-    sequence_ratio_outside_count = _count()
-    sequence_weight_above_2_count = _count()
-    sequence_weight_below_half_count = _count()
-
-    d_sum = _figure()
-    d_abs_sum = _figure()
-    d_square_sum = _figure()
-    d_min = _figure()
-    d_max = _figure()
-    k3_sum = _figure()
-    k3_reverse_sum = _figure()
-    js_sum = _figure()
-    expm1_abs_sum = _figure()
-    capped_expm1_sum = _figure()
-    expm1_sum = _figure()
-    expm1_square_sum = _figure()
-    truncated_expm1_sum = _figure()
-    truncated_expm1_square_sum = _figure()
-
-    sampler_log_prob_sum = _figure()
-    learner_log_prob_sum = _figure()
-    sampler_log_prob_square_sum = _figure()
-    learner_log_prob_square_sum = _figure()
-    log_prob_product_sum = _figure()
-
-    sampler_prob_sum = _figure()
-    learner_prob_sum = _figure()
-    sampler_prob_square_sum = _figure()
-    learner_prob_square_sum = _figure()
-    prob_product_sum = _figure()
-    prob_abs_sum = _figure()
-    prob_difference_square_sum = _figure()
-    prob_abs_max = _figure()
-
-    sequence_sum = _figure()
-    sequence_abs_sum = _figure()
-    sequence_square_sum = _figure()
-    sequence_abs_max = _figure()
-    sequence_expm1_sum = _figure()
-    sequence_expm1_square_sum = _figure()
-    sequence_weight_sum = _figure()
-    sequence_weight_square_sum = _figure()
-    sequence_weight_min = _figure()
-    sequence_weight_max = _figure()
-
-    sampler_log_ppl_sum = _figure()
-    learner_log_ppl_sum = _figure()
-    sampler_ppl_sum = _figure()
-    learner_ppl_sum = _figure()
-    log_ppl_diff_sum = _figure()
-    log_ppl_diff_abs_sum = _figure()
-    log_ppl_diff_min = _figure()
-    log_ppl_diff_max = _figure()
-    ppl_ratio_expm1_sum = _figure()
-
     @classmethod
     def empty(cls) -> MismatchStats:
-        """The summary of no tokens: the neutral element of ``merge``."""
+        """Make the summary of no tokens: the neutral element of ``merge``."""
         return cls(empty_vector())
 
     @classmethod
@@ -240,18 +146,18 @@ class MismatchStats:
         return cls(vector)
 
     def to_host(self) -> MismatchStats:
-        """The same summary in the host's memory: one copy, or this object if it is there."""
+        """Return the same summary in the host's memory: one copy, or this object if it is there."""
         return self if self.vector.device.type == "cpu" else type(self)(self.vector.cpu())
 
     def merge(self, other: MismatchStats) -> MismatchStats:
-        """The summary of both sets of tokens, on this one's device. Neither operand changes."""
+        """Return the summary of both sets of tokens, on this one's device. Neither operand changes."""
         return type(self)(_merged(torch.stack([self.vector, other.vector.to(self.vector.device)])))
 
     __add__ = merge
 
     @classmethod
     def merge_all(cls, summaries: Iterable[MismatchStats]) -> MismatchStats:
-        """The summary of all sets of tokens, on the first one's device; of none, the empty one."""
+        """Return the summary of all sets of tokens, on the first one's device; of none, the empty one."""
         vectors = (stats.vector for stats in summaries)
         total: Tensor | None = None
         while block := list(islice(vectors, MERGED_AT_ONCE)):
@@ -261,7 +167,7 @@ class MismatchStats:
         return cls.empty() if total is None else cls(total)
 
     def __reduce__(self) -> tuple[Callable[[bytes], MismatchStats], tuple[bytes]]:
-        """Pickled compactly, and read back on the host wherever it was."""
+        """Pickle compactly; what is read back is on the host, wherever it was."""
         return type(self).from_bytes, (self.to_bytes(),)
 
     @cached_property
@@ -269,9 +175,9 @@ class MismatchStats:
         return self.vector.cpu()
 
     @cached_property
-    def _scalars(self) -> list[float]:
-        scalars: list[float] = torch.stack([self._host[SLICES[name].start] for name in SCALARS]).tolist()
-        return scalars
+    def _scalars(self) -> Mapping[str, float]:
+        values = torch.stack([self._host[SLICES[name].start] for name in SCALARS]).tolist()
+        return dict(zip(SCALARS, values, strict=True))
 
     @property
     def histogram(self) -> Tensor:
@@ -281,21 +187,6 @@ class MismatchStats:
         zero bin, ``|d|`` from 1e3 on in the bin at the end.
         """
         return table(self._host, "histogram")
-
-    @property
-    def finite_tokens(self) -> int:
-        """Tokens that enter the moments."""
-        return self.tokens - self.nonfinite_tokens
-
-    @property
-    def finite_sequences(self) -> int:
-        """Sequences that enter the sequence sums."""
-        return self.sequences - self.nonfinite_sequences
-
-    @property
-    def d_abs_max(self) -> float:
-        """max |d|; −inf with no finite token."""
-        return max(-self.d_min, self.d_max)
 
     def quantile(self, q: float) -> float:
         """The ``q`` quantile of ``d``: order statistic ⌊q·(n−1)⌋, within 1 % of it; NaN with no finite token.
@@ -388,7 +279,7 @@ class MismatchStats:
         return sample_std(n, self.expm1_sum, self.expm1_square_sum) / math.sqrt(n) if n else math.nan
 
     def metrics(self, prefix: str = "mismatch/") -> dict[str, float]:
-        """The metrics under ``prefix``; with no finite token (or sequence), counts as they are and NaN for the rest.
+        """Return the metrics under ``prefix``; NaN for all but counts where there is no finite token (or sequence).
 
         Means are over finite tokens, ``p = exp(log-prob)``, ``Δp = p_learner − p_sampler``, ``D = Σ_t d``,
         ``R = exp(D)``, n their number.
@@ -442,8 +333,8 @@ class MismatchStats:
         return {prefix + name: value for name, value in values.items()}
 
     def aliases(self) -> dict[str, float]:
-        """The same figures under the frameworks' own names; see ``fp16_patch.mismatch.statistics.aliases``."""
-        return framework_names(self)
+        """Return the same figures under the frameworks' own names; see ``fp16_patch.mismatch.statistics.aliases``."""
+        return framework_names(self, self.metrics(prefix=""))
 
     def _token_metrics(self) -> dict[str, float]:
         n = self.finite_tokens
@@ -491,7 +382,7 @@ class MismatchStats:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able state: ``version``, and what is not as in the empty summary.
+        """Return the state for JSON: ``version``, and what is not as in the empty summary.
 
         Scalars by name. ``histogram`` is ``{"bins": [...], "counts": [...]}``, bins counted from the zero bin, negative
         for ``d < 0``; the other tables are ``{"cells": [...], "values": [...]}``. ``worst`` is a list of rows: sampler,
@@ -501,7 +392,7 @@ class MismatchStats:
 
     @classmethod
     def from_dict(cls, state: dict[str, Any]) -> MismatchStats:
-        """The inverse of ``to_dict``. It reads version 1 too, whose missing parts are empty.
+        """Read what ``to_dict`` wrote; of version 1 too, whose missing parts are empty.
 
         Raises:
             ValueError: a version that is not read, a field that this version does not have, a table with
@@ -510,12 +401,12 @@ class MismatchStats:
         return cls(serial.of_dict(state))
 
     def to_bytes(self) -> bytes:
-        """The state for a message: a magic, the version, and the vector compressed by zlib, a few KB."""
+        """Return the state for a message: a magic, the version, and the vector compressed by zlib, a few KB."""
         return serial.as_bytes(self._host)
 
     @classmethod
     def from_bytes(cls, message: bytes) -> MismatchStats:
-        """The inverse of ``to_bytes``, on the host.
+        """Read what ``to_bytes`` wrote, on the host.
 
         Raises:
             ValueError: not a message of ``to_bytes``, another version, or a damaged one.

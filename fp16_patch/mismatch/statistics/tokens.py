@@ -1,4 +1,4 @@
-"""The sampled tokens of a batch as flat float64 tensors, sequence after sequence."""
+"""Flattens the sampled tokens of a batch into float64 tensors, sequence after sequence."""
 
 from __future__ import annotations
 

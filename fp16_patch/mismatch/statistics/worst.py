@@ -1,4 +1,4 @@
-"""The tokens with the largest ``|d|``.
+"""Finds the tokens with the largest ``|d|``.
 
 Ties are broken by everything that is kept of a token, so that the order is total and merging is associative.
 """
@@ -17,7 +17,7 @@ SORTED_AT_ONCE = 2048
 
 
 def largest(magnitude: Tensor, count: int = WORST_TOKENS) -> Tensor:
-    """Indices of the ``count`` largest of a flat tensor, largest first, of equal ones the earlier first.
+    """Return the indices of the ``count`` largest of a flat tensor, largest first, of equal ones the earlier first.
 
     In two stages, of which each sorts about √n values: a value among the largest is in one of the ``count`` blocks
     whose maxima are the largest. No synchronization. Fewer indices if there are fewer values.
@@ -38,7 +38,7 @@ def _descending(values: Tensor) -> Tensor:
 
 
 def worst_rows(rows: Tensor) -> Tensor:
-    """The ``WORST_TOKENS`` first rows by descending magnitude, then by the other columns, sequence and position first.
+    """Return the first ``WORST_TOKENS`` rows by descending magnitude, then by sequence, position and the other columns.
 
     Args:
         rows: float64 of shape (n, columns), n at least ``WORST_TOKENS``; columns as in ``WORST_COLUMNS``.

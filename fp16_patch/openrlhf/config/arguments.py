@@ -1,20 +1,19 @@
-"""OpenRLHF's command line under the plan: what is forced, and what is refused with the flag and the fix."""
+"""Brings OpenRLHF's command line under the plan: forces flags, and refuses others with the fix."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from fp16_patch.plan import probe_settings
+from fp16_patch.plan.dtypes import BFLOAT16, FLOAT32, is_half, spelling_of, torch_name
 from fp16_patch.plan.errors import Conflict, PlanError
 from fp16_patch.plan.plan import MODE_ENV, Plan
 
-_PARAM_DTYPE = {"float16": "fp16", "bfloat16": "bf16"}
-_GRADIENT_DTYPE = "fp32"
+_GRADIENT_DTYPE = FLOAT32.short
 # vLLM's own list where it is installed; this is vLLM 0.29's, for a driver without vLLM.
 _NOT_IN_FLOAT16 = ("gemma2", "gemma3", "gemma3_text", "glm4")
 _MODELS = tuple(f"{role}.model_name_or_path" for role in ("actor", "critic", "reward", "model", "ref"))
@@ -47,7 +46,7 @@ _WITHOUT_SECTIONS = {
     "vllm.num_engines": "vllm_num_engines",
 }
 # Up to 0.9.1, for half precision: whichever the patches make of it.
-_HALF = "bf16"
+_HALF = BFLOAT16.short
 
 
 def check(args: Any, plan: Plan) -> None:
@@ -65,9 +64,9 @@ def check(args: Any, plan: Plan) -> None:
 
 
 def conflicts_of(args: Any, plan: Plan) -> Iterator[Conflict]:
-    """Settings of the command line, and of the plan, that cannot be had together."""
+    """Yield the settings of the command line, and of the plan, that cannot be had together."""
     stage_flag = flag(args, "ds.zero_stage")
-    if plan.dtype not in _PARAM_DTYPE:
+    if not is_half(plan.dtype):
         yield Conflict(MODE_ENV, plan.mode, "OpenRLHF trains in bf16 or fp16 only", "use bf16, fp16 or observe")
     if get(args, "ds.load_in_4bit"):
         reason = "OpenRLHF computes 4-bit weights in bfloat16"
@@ -92,7 +91,7 @@ def conflicts_of(args: Any, plan: Plan) -> Iterator[Conflict]:
 
 
 def _scaled_gradient_conflicts(args: Any, stage: int) -> Iterator[Conflict]:
-    """Settings under which DeepSpeed does to scaled FP16 gradients what only unscaled or FP32 ones bear."""
+    """Yield settings under which DeepSpeed does to scaled FP16 gradients what only unscaled or FP32 ones bear."""
     for key in ("actor.optim", "critic.optim", "optim"):
         if get(args, key) == "muon":
             reason = "DeepSpeed orthogonalizes scaled gradients and divides the result by the scale"
@@ -131,7 +130,7 @@ def _refused_in_float16() -> tuple[str, ...]:
 
 
 def _scaler_conflicts(plan: Plan) -> Iterator[Conflict]:
-    """Settings of the plan that DeepSpeed's scaler does not have."""
+    """Yield settings of the plan that DeepSpeed's scaler does not have."""
     if not math.log2(plan.init_scale).is_integer():
         yield Conflict("fp16_patch.init_scale", plan.init_scale, "DeepSpeed starts at a power of two", "use 65536")
     if plan.min_scale != int(plan.min_scale):
@@ -148,9 +147,9 @@ def apply_to(args: Any, plan: Plan) -> list[str]:
     Returns:
         One line for each flag that said something else, `--flag: before → after`.
     """
-    dtype, changed = _PARAM_DTYPE[str(plan.dtype)], []
+    dtype, changed = spelling_of(plan.dtype).short, []
     if hasattr(args, _HALF):
-        if not args.bf16 or dtype != "bf16":
+        if not args.bf16 or dtype != _HALF:
             changed.append(f"--{_HALF}: {args.bf16} → {dtype}")
         args.bf16 = True
         forced = {_ACCUMULATION: _GRADIENT_DTYPE}
@@ -165,46 +164,29 @@ def apply_to(args: Any, plan: Plan) -> list[str]:
     return changed
 
 
-def from_command(flags: Sequence[str]) -> Any:
-    """The nested arguments of a command line, without OpenRLHF's own parser, which runs the training.
-
-    Args:
-        flags: what follows the module's name; values stay strings, a flag without one is True.
-    """
-    given: dict[str, Any] = {}
-    name = None
-    for word in flags:
-        if word.startswith("--"):
-            name, _, value = word.removeprefix("--").partition("=")
-            given[name] = value or True
-        elif name is not None and given[name] is True:
-            given[name] = word
-    return _nested(given)
-
-
 def effective_dtypes(args: Any, plan: Plan) -> dict[str, str]:
-    """Role → the dtype it computes in, with the plan or (mode `observe`) without it."""
-    learner = {"fp16": "float16"}.get(get(args, _DTYPE), "bfloat16")
+    """Map each role to the dtype it computes in, with the plan or (mode `observe`) without it."""
+    learner = torch_name(get(args, _DTYPE) or BFLOAT16.torch)
     roles = ["actor", *(["ref"] if float(get(args, "algo.kl.init_coef") or 0.01) > 0 else [])]
     if (get(args, "algo.advantage.estimator") or "gae") == "gae":
         roles.append("critic")
     if not get(args, "reward.remote_url") and not get(args, "train.agent_func_path"):
         roles.append("reward")
-    return {**{role: str(plan.dtype or learner) for role in roles}, "rollout": str(plan.dtype or "bfloat16")}
+    return {**{role: str(plan.dtype or learner) for role in roles}, "rollout": str(plan.dtype or BFLOAT16.torch)}
 
 
 def spelled(args: Any, key: str) -> str | None:
-    """A flag of the newest OpenRLHF as this command line spells it; None if it has no such flag."""
+    """Spell a flag of the newest OpenRLHF as this command line does; None if it has no such flag."""
     return key if _has_sections(args) else _WITHOUT_SECTIONS.get(key)
 
 
 def flag(args: Any, key: str) -> str:
-    """The same, as it is typed."""
+    """Spell a flag as it is typed on this command line."""
     return f"--{spelled(args, key) or key}"
 
 
 def get(args: Any, key: str) -> Any:
-    """The value of a flag of the newest OpenRLHF, None where this command line has no such flag."""
+    """Return the value of a flag of the newest OpenRLHF; None where this command line has no such flag."""
     name = spelled(args, key)
     return None if name is None else _at(args, name.split("."))
 
@@ -218,18 +200,3 @@ def _at(args: Any, path: Sequence[str]) -> Any:
     for part in path:
         value = getattr(value, part, None)
     return value
-
-
-def _nested(given: Mapping[str, Any]) -> Any:
-    root = SimpleNamespace()
-    if not given.keys() & _WITHOUT_SECTIONS.values():
-        root.ds = SimpleNamespace()
-    for name, value in given.items():
-        *path, last = name.split(".")
-        space = root
-        for part in path:
-            if not hasattr(space, part):
-                setattr(space, part, SimpleNamespace())
-            space = getattr(space, part)
-        setattr(space, last, value)
-    return root

@@ -1,4 +1,4 @@
-"""The sampler: vLLM's engines in the plan's dtype, and the log-probs of the tokens they sample."""
+"""Hooks into OpenRLHF's vLLM engines: gives them the plan's dtype, and keeps the sampled tokens' log-probs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _ENGINES = ("RolloutRayActor", "LLMRayActor")
 
 
 def create_vllm_engines(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    """`create_vllm_engines`, which has bfloat16 written in: the engines it starts get the plan's dtype.
+    """`create_vllm_engines`, which has bfloat16 written in: give the engines it starts the plan's dtype.
 
     Not the actor's own methods: Ray sends an actor's class by value, and a wrapper on them is lost on the way.
     """
@@ -43,7 +43,7 @@ def dispatch_prompts(wrapped: Any, generator: Any, args: Any, kwargs: Any) -> An
 
 
 def generate(wrapped: Any, generator: Any, args: Any, kwargs: Any) -> Any:
-    """`_generate_vllm` of 0.8.9 to 0.9.0, which asks for log-probs and keeps them if they are to correct the loss.
+    """`_generate_vllm` of 0.8.9 to 0.9.0: keep log-probs, which it does only if they are to correct the loss.
 
     For the length of the call they are; the loss is computed in other processes.
     """
@@ -69,7 +69,7 @@ def update_weight(wrapped: Any, worker: Any, args: Any, kwargs: Any) -> Any:
 
 
 def engine_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
-    """What OpenRLHF passes to an engine, with the plan's dtype and the log-probs the learner's are comparable with."""
+    """Return what OpenRLHF passes to an engine, with the plan's dtype and log-probs comparable with the learner's."""
     planned = {**(_LOG_PROBS if _vllm_knows("logprobs_mode") else {}), **arguments}
     if current_plan().overrides_dtype:
         planned["dtype"] = current_plan().dtype
@@ -77,7 +77,7 @@ def engine_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _vllm_knows(setting: str) -> bool:
-    """Whether the installed vLLM's engines take such an argument; it is read, not imported."""
+    """Whether the installed vLLM's engines take such an argument; its source is read, not imported."""
     return setting in (Installed().read("vllm.engine.arg_utils") or setting)
 
 

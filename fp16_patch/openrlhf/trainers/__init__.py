@@ -1,1 +1,1 @@
-"""OpenRLHF's trainers: the driver that judges every process, and what the mismatch monitor sees."""
+"""OpenRLHF's trainers: the driver that checks every process, and what the mismatch monitor sees."""

@@ -1,28 +1,21 @@
-"""The learner's ranks observe the mismatch in what they are about to train on: both log-probs are there."""
+"""Observes the mismatch on the learner's ranks, in what they are about to train on: both log-probs are there."""
 
 from __future__ import annotations
 
 import inspect
-import logging
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from fp16_patch.mismatch.collection import actors
-from fp16_patch.mismatch.collection.guard import Guard
-from fp16_patch.mismatch.collection.observer import Observer
+from fp16_patch.mismatch.collection import actors, rank
 from fp16_patch.mismatch.statistics.summary import MismatchStats
 from fp16_patch.openrlhf.config.arguments import get
 from fp16_patch.runtime.activation import current_plan
 
-logger = logging.getLogger(__name__)
-
 # OpenRLHF's calls to a rank have no room for a message of ours, so driver and ranks count the rounds alike.
 _ROUNDS = "_fp16_patch_rounds"
-_guard = Guard(logger, "the mismatch is not observed on this rank, training goes on")
-_observers: list[Observer] = []
 
 
 def observe_buffer(trainer: Any) -> None:
@@ -30,7 +23,7 @@ def observe_buffer(trainer: Any) -> None:
     number = getattr(trainer, _ROUNDS, 0)
     setattr(trainer, _ROUNDS, number + 1)
     if current_plan().monitor:
-        _guard.run(lambda: _observe(trainer, number))
+        rank.guard.run(lambda: _observe(trainer, number))
 
 
 def _observe(trainer: Any, number: int) -> None:
@@ -41,10 +34,9 @@ def _observe(trainer: Any, number: int) -> None:
     # Ranks that share sequences (ring attention, tensor parallelism) hold the same ones.
     if not items or any(mesh[name].get_local_rank() for name in ("sp", "tp")):
         return
-    rank = mesh["dp"].get_local_rank()
-    if not _observers:
-        _observers.append(Observer(actors.job_run(), rank, mesh["dp"].size()))
-    _observers[0].observe(number, compare(items, "rollout_log_probs", rank * len(items)), floor)
+    index, size = mesh["dp"].get_local_rank(), mesh["dp"].size()
+    first = index * len(items)
+    rank.observe(actors.job_run(), index, size, number, lambda: compare(items, "rollout_log_probs", first), floor)
 
 
 def has_sampler_log_probs(experience: Any) -> bool:
@@ -53,14 +45,14 @@ def has_sampler_log_probs(experience: Any) -> bool:
 
 
 def samples_hold_log_probs() -> bool:
-    """Whether they can have them, in the installed release."""
+    """Whether experiences can have them, in the installed release."""
     from openrlhf.trainer.ppo_utils.experience_maker import Experience
 
     return "rollout_log_probs" in inspect.signature(Experience).parameters
 
 
 def compare(items: list[Any], other: str, first_sequence: int = 0) -> MismatchStats:
-    """The learner's log-probs against another field's, over OpenRLHF's `Experience` items of one sequence each.
+    """Compare the learner's log-probs with another field's, over OpenRLHF's `Experience` items of one sequence each.
 
     Their actions start at the second token.
     """
@@ -78,19 +70,26 @@ def compare(items: list[Any], other: str, first_sequence: int = 0) -> MismatchSt
 
 
 def _noise_floor(trainer: Any) -> MismatchStats | None:
-    """The learner against itself: a few sequences scored once more, each alone.
+    """Measure the learner against itself: a few sequences are scored once more, each alone.
 
     As many forward passes on every rank, whatever its items: under ZeRO-3 each gathers parameters.
     """
-    args, items = trainer.strategy.args, trainer.replay_buffer.items
-    alone_already = get(args, "rollout.micro_batch_size") == 1 and not get(args, "train.dynamic_batch_enable")
-    if alone_already or trainer.strategy.ring_attn_group is not None or getattr(trainer.actor, "is_vlm", False):
-        return None
-    sequences = get(args, "rollout.batch_size") * get(args, "rollout.n_samples_per_prompt")
-    count = max(1, round(current_plan().noise_floor_share * sequences / trainer.strategy.ds_device_mesh["dp"].size()))
-    chosen = [items[index * len(items) // count % len(items)] for index in range(count)]
-    rescored = [SimpleNamespace(**vars(item), again=_score(trainer.actor, item)) for item in chosen]
-    return compare(rescored, "again")
+
+    def choose() -> list[Any] | None:
+        args, items = trainer.strategy.args, trainer.replay_buffer.items
+        alone_already = get(args, "rollout.micro_batch_size") == 1 and not get(args, "train.dynamic_batch_enable")
+        if alone_already or trainer.strategy.ring_attn_group is not None or getattr(trainer.actor, "is_vlm", False):
+            return None
+        sequences = get(args, "rollout.batch_size") * get(args, "rollout.n_samples_per_prompt")
+        ranks = trainer.strategy.ds_device_mesh["dp"].size()
+        count = max(1, round(current_plan().noise_floor_share * sequences / ranks))
+        return [items[index * len(items) // count % len(items)] for index in range(count)]
+
+    def score(chosen: list[Any]) -> MismatchStats:
+        rescored = [SimpleNamespace(**vars(item), again=_score(trainer.actor, item)) for item in chosen]
+        return compare(rescored, "again")
+
+    return rank.noise_floor(choose, score)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""A reward model's scores: FP32 before anything is computed from them."""
+"""Makes a reward model's scores FP32 before anything is computed from them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from fp16_patch.patching.call_arguments import argument
 
 
 def compute_advantages(wrapped: Any, maker: Any, args: Any, kwargs: Any) -> Any:
-    """`RemoteExperienceMaker.compute_advantages_and_returns`: rewards are FP32 before they are penalized and compared.
+    """`RemoteExperienceMaker.compute_advantages_and_returns`: make rewards FP32 before they are penalized and compared.
 
     OpenRLHF 0.11.2 begins this very function so.
     """

@@ -1,4 +1,4 @@
-"""verl's configuration under the plan: what is forced, what is refused, and where the plan's own settings are."""
+"""Brings verl's configuration under the plan: forces settings, refuses others, and finds the plan's own."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fp16_patch.plan import probe_settings
+from fp16_patch.plan.dtypes import is_half, spelling_of, torch_name
 from fp16_patch.plan.errors import Conflict, PlanError
 from fp16_patch.plan.plan import Plan
 from fp16_patch.runtime.activation import current_plan
@@ -34,16 +35,15 @@ ENGINE_CONFLICT = Conflict(
     "verl's engine of this release computes in bfloat16 and scales no loss",
     "use auto, or verl 0.8.0 or newer",
 )
-_ALIASES = {"float16": ("float16", "fp16", "half"), "bfloat16": ("bfloat16", "bf16"), "float32": ("float32", "fp32")}
 
 
 def mixed_precision(plan: Plan) -> dict[str, str]:
-    """FSDP's mixed precision under the plan: forward and backward in its dtype, reductions and buffers in FP32."""
+    """Return FSDP's mixed precision: forward and backward in the plan's dtype, reductions and buffers in FP32."""
     return {"param_dtype": str(plan.dtype), "reduce_dtype": "float32", "buffer_dtype": "float32"}
 
 
 def fsdp_engine_config(wrapped: Any, config: Any, args: Any, kwargs: Any) -> None:
-    """`FSDPEngineConfig.__post_init__`: actor, ref and critic take the plan's dtype, whatever their keys say."""
+    """`FSDPEngineConfig.__post_init__`: give actor, ref and critic the plan's dtype, whatever their keys say."""
     wrapped(*args, **kwargs)
     plan = current_plan()
     if not plan.overrides_dtype:
@@ -52,7 +52,7 @@ def fsdp_engine_config(wrapped: Any, config: Any, args: Any, kwargs: Any) -> Non
 
 
 def rollout_config(wrapped: Any, config: Any, args: Any, kwargs: Any) -> None:
-    """`RolloutConfig.__post_init__`: rollout and reward-model servers take the plan's dtype."""
+    """`RolloutConfig.__post_init__`: give rollout and reward-model servers the plan's dtype."""
     wrapped(*args, **kwargs)
     plan = current_plan()
     if plan.overrides_dtype:
@@ -82,16 +82,12 @@ def _storage_dtype(config: Any, plan: Plan) -> str:
 
 
 def stored_dtype(configured: object, *, trains: bool, plan: Plan) -> str:
-    """The dtype parameters are kept in, apart from the dtype they are computed in."""
-    return str(plan.dtype) if not trains and _is_half(configured) else "float32"
-
-
-def _is_half(dtype: object) -> bool:
-    return str(dtype).removeprefix("torch.") in _ALIASES["float16"] + _ALIASES["bfloat16"]
+    """Return the dtype parameters are kept in, apart from the dtype they are computed in."""
+    return str(plan.dtype) if not trains and is_half(configured) else "float32"
 
 
 def plan_settings(config: Any) -> dict[str, Any]:
-    """The `fp16_patch.*` settings that ride in a run's configuration (`+fp16_patch.init_scale=1024`)."""
+    """Return the `fp16_patch.*` settings that ride in a run's configuration (`+fp16_patch.init_scale=1024`)."""
     section = _select(config, SECTION)
     return dict(section) if isinstance(section, Mapping) or hasattr(section, "items") else {}
 
@@ -108,7 +104,7 @@ def check(config: Any, plan: Plan) -> None:
 
 
 def conflicts_of(config: Any, plan: Plan) -> Iterator[Conflict]:
-    """Settings of a composed verl configuration that cannot be had under the plan."""
+    """Yield the settings of a composed verl configuration that cannot be had under the plan."""
     yield from _engine_conflicts(config, plan)
     yield from _sampler_conflicts(config, plan)
     yield from _model_conflicts(config, plan)
@@ -155,7 +151,8 @@ def _sampler_conflicts(config: Any, plan: Plan) -> Iterator[Conflict]:
 
 def _engine_argument_conflicts(config: Any, section: str, plan: Plan) -> Iterator[Conflict]:
     # These go to vLLM's command line after everything else, past the rollout's own dtype.
-    accepted = {"dtype": _ALIASES[str(plan.dtype)], "kv_cache_dtype": ("auto", *_ALIASES[str(plan.dtype)])}
+    names = spelling_of(plan.dtype).all
+    accepted = {"dtype": names, "kv_cache_dtype": ("auto", *names)}
     for argument, values in accepted.items():
         key = f"{section}.engine_kwargs.vllm.{argument}"
         value = _select(config, key)
@@ -210,21 +207,21 @@ def apply_to(config: Any, plan: Plan) -> list[str]:
 
 
 def effective_dtypes(config: Any, plan: Plan) -> dict[str, str]:
-    """Role → the dtype it computes in on verl 0.9.1, with the plan or (mode `observe`) without it."""
+    """Map each role to the dtype it computes in on verl 0.9.1, with the plan or (mode `observe`) without it."""
     roles = {}
     for role, engine_config in _engine_sections(config):
         # The FSDP engine reads mixed_precision and nothing else: its `dtype` key is accepted and ignored.
         key = "dtype" if _on_megatron(config, role) else "mixed_precision.param_dtype"
         stock = _select(config, f"{engine_config}.{key}") or "bfloat16"
-        roles[role.rpartition(".")[2]] = str(plan.dtype or _long_name(stock))
+        roles[role.rpartition(".")[2]] = str(plan.dtype or torch_name(stock))
     for section in sampler_sections(config):
         role = "rollout" if section == ROLLOUT else "reward"
-        roles[role] = str(plan.dtype or _long_name(_select(config, f"{section}.dtype")))
+        roles[role] = str(plan.dtype or torch_name(_select(config, f"{section}.dtype")))
     return roles
 
 
 def sampler_sections(config: Any) -> list[str]:
-    """Keys of the sampler configurations this run starts servers for."""
+    """Return the keys of the sampler configurations this run starts servers for."""
     return [ROLLOUT, *([REWARD] if _select(config, "reward.reward_model.enable") else [])]
 
 
@@ -284,11 +281,7 @@ def _forced_keys(config: Any, plan: Plan) -> dict[str, Any]:
 def _same_dtype(before: object, after: object) -> bool:
     if before is None or isinstance(after, dict):
         return before is None
-    return _long_name(before) == after
-
-
-def _long_name(dtype: object) -> str:
-    return next((name for name, aliases in _ALIASES.items() if str(dtype) in aliases), str(dtype))
+    return torch_name(before) == after
 
 
 def _select(config: Any, key: str) -> Any:

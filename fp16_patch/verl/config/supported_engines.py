@@ -1,4 +1,4 @@
-"""Which engine computes a role, where verl keeps its settings, and which of them cannot be had under the plan."""
+"""Tells which engines compute under the plan, and which of their settings cannot be had there."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _REFUSED = {
 
 
 def engine_conflict(role: str, strategy: object) -> Conflict | None:
-    """Why this engine is refused; None if it is not."""
+    """Say why this engine is refused; None if it is not."""
     if strategy in ENGINES:
         return None
     reason = _REFUSED.get(str(strategy), "fp16_patch cannot vouch for this engine")
@@ -35,7 +35,7 @@ def engine_conflict(role: str, strategy: object) -> Conflict | None:
 
 
 def megatron_conflicts(select: Select, role: str, plan: Plan, *, trains: bool) -> Iterator[Conflict]:
-    """Settings of a role on Megatron that cannot be had under the plan.
+    """Yield the settings of a role on Megatron that cannot be had under the plan.
 
     Args:
         select: the value of a key in the run's configuration; None where there is none.

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fp16_patch.mismatch.collection import rank
 from fp16_patch.mismatch.statistics.summary import MismatchStats
 from fp16_patch.runtime.activation import current_plan
-from fp16_patch.verl.trainers.observation import ORDER, guard, observer_of, rows_to_rescore
+from fp16_patch.verl.trainers.observation import ORDER
 
 
 def compute_log_prob(wrapped: Any, actor: Any, args: Any, kwargs: Any) -> Any:
@@ -23,12 +24,13 @@ def compute_log_prob(wrapped: Any, actor: Any, args: Any, kwargs: Any) -> Any:
         return outputs
     run, number, rescore = json.loads(order)
     learner = _log_probs_of(outputs)
-    floor = guard.run(lambda: _noise_floor(wrapped, data, learner)) if rescore else None
+    floor = _noise_floor(wrapped, data, learner) if rescore else None
     # Ranks of one sequence-parallel group have the same sequences.
     parallel = actor.ulysses_sequence_parallel_size
-    rank, size = torch.distributed.get_rank() // parallel, torch.distributed.get_world_size() // parallel
+    index, size = torch.distributed.get_rank() // parallel, torch.distributed.get_world_size() // parallel
     if torch.distributed.get_rank() % parallel == 0:
-        guard.run(lambda: _observe(data, learner, observer_of(run, rank, size), number, floor, first=rank * len(data)))
+        first = index * len(data)
+        rank.observe(run, index, size, number, lambda: _compare(data, learner, first), floor)
     return outputs
 
 
@@ -37,24 +39,34 @@ def _log_probs_of(outputs: Any) -> Tensor:
     return outputs["log_probs"] if isinstance(outputs, Mapping) else outputs[0]
 
 
-def _observe(data: Any, learner: Tensor, observer: Any, number: int, floor: MismatchStats | None, first: int) -> None:
+def _compare(data: Any, learner: Tensor, first_sequence: int) -> MismatchStats:
     sampler, mask, tokens = (
         data.batch[name].to(learner.device, non_blocking=True)
         for name in ("rollout_log_probs", "response_mask", "responses")
     )
-    stats = MismatchStats.from_log_probs(sampler, learner, mask, token_ids=tokens, first_sequence=first)
-    observer.observe(number, stats, floor)
+    stats: MismatchStats = MismatchStats.from_log_probs(
+        sampler, learner, mask, token_ids=tokens, first_sequence=first_sequence
+    )
+    return stats
 
 
 def _noise_floor(score: Callable[..., Any], data: Any, together: Tensor) -> MismatchStats | None:
-    """The learner against itself: a few sequences scored once more, each alone. Every rank takes part, as FSDP must."""
-    dynamic, size = data.meta_info.get("use_dynamic_bsz", False), data.meta_info["micro_batch_size"]
-    if not dynamic and size <= 1:
-        return None
-    rows = rows_to_rescore(len(data), current_plan().noise_floor_share)
-    alone = data[rows]
-    alone.meta_info = {**data.meta_info, "use_dynamic_bsz": False, "micro_batch_size": 1}
-    again = _log_probs_of(score(data=alone, calculate_entropy=False))
-    mask = alone.batch["response_mask"].to(again.device, non_blocking=True)
-    stats: MismatchStats = MismatchStats.from_log_probs(again, together[rows], mask)
-    return stats
+    """The learner against itself: a few sequences scored once more, each alone."""
+
+    def choose() -> tuple[list[int], Any] | None:
+        dynamic, size = data.meta_info.get("use_dynamic_bsz", False), data.meta_info["micro_batch_size"]
+        if not dynamic and size <= 1:
+            return None
+        rows = rank.rows_to_rescore(len(data), current_plan().noise_floor_share)
+        alone = data[rows]
+        alone.meta_info = {**data.meta_info, "use_dynamic_bsz": False, "micro_batch_size": 1}
+        return rows, alone
+
+    def compare(chosen: tuple[list[int], Any]) -> MismatchStats:
+        rows, alone = chosen
+        again = _log_probs_of(score(data=alone, calculate_entropy=False))
+        mask = alone.batch["response_mask"].to(again.device, non_blocking=True)
+        stats: MismatchStats = MismatchStats.from_log_probs(again, together[rows], mask)
+        return stats
+
+    return rank.noise_floor(choose, compare)

@@ -1,4 +1,4 @@
-"""The sampler's processes: what a vLLM server expects of its children, and the dtypes its workers hold."""
+"""Hooks into verl's vLLM processes: what a server expects of its children, and the dtypes its workers hold."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from fp16_patch.patching.call_arguments import argument
 from fp16_patch.plan.plan import ROLE_ENV
 from fp16_patch.runtime import propagation
 from fp16_patch.runtime.activation import attestation, ledger
@@ -13,14 +14,13 @@ from fp16_patch.vllm.engine import note_engine, watch_hidden_states
 
 
 def build_cli_args(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    """`build_cli_args_from_config`, what a vLLM server calls last before it starts EngineCore and the workers.
+    """`build_cli_args_from_config`, a vLLM server's last call before it starts children: expect them to attest.
 
     Not a method of the server: Ray sends an actor's class by value, and a wrapper on its methods is lost on the way.
     """
-    arguments = kwargs.get("config", args[0] if args else {})
     ledger().kind = "server"
     os.environ[ROLE_ENV] = _role_of_this_server()
-    propagation.expect_children(_children_of(arguments))
+    propagation.expect_children(_children_of(argument(wrapped, args, kwargs, "config")))
     return wrapped(*args, **kwargs)
 
 
@@ -35,7 +35,7 @@ def monkey_patch_model(wrapped: Any, worker: Any, args: Any, kwargs: Any) -> Any
 
 def update_weights(wrapped: Any, worker: Any, args: Any, kwargs: Any) -> Any:
     """`vLLMColocateWorkerExtension._update_weights`: note what came over the wire and what it became."""
-    weights = kwargs.get("weights", args[0] if args else ())
+    weights = argument(wrapped, args, kwargs, "weights")
     result = wrapped(*args, **kwargs)
     arrived = {weight.dtype for _, weight in weights if weight.is_floating_point()}
     if ledger().note(_role(), "wire", *arrived) or note_engine(_role(), worker):
@@ -48,7 +48,7 @@ def _role() -> str:
 
 
 def _children_of(arguments: Mapping[str, Any]) -> dict[str, int]:
-    """Kind → number of processes a vLLM server with these arguments starts on its node."""
+    """Return how many processes of each kind a vLLM server with these arguments starts on its node."""
     replicas = int(arguments.get("data_parallel_size", 1))
     on_this_node = int(arguments.get("data_parallel_size_local", replicas))
     workers = int(arguments["tensor_parallel_size"]) * int(arguments.get("pipeline_parallel_size", 1)) * replicas

@@ -1,1 +1,1 @@
-"""verl's trainers: the driver that judges every process, and what the mismatch monitor sees."""
+"""verl's trainers: the driver that checks every process, and what the mismatch monitor sees."""

@@ -1,4 +1,4 @@
-"""What the trainers' hooks share: the run is checked and begun, its processes are judged, its steps go on record."""
+"""Drives verl's runs: reads the composed configuration, and finds workers and servers."""
 
 from __future__ import annotations
 
@@ -6,76 +6,84 @@ import json
 import logging
 from collections.abc import Callable, Collection, Iterator, MutableMapping
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from fp16_patch.mismatch.record.reading import LEDGER, PLAN
-from fp16_patch.mismatch.run_monitor import RunMonitor
-from fp16_patch.runtime.activation import current_plan, ledger, refine
-from fp16_patch.runtime.preflight import Census
+from fp16_patch.runtime.activation import refine
+from fp16_patch.runtime.driver import FrameworkDriver
 from fp16_patch.verl.config import settings as verl_config
 from fp16_patch.verl.trainers.observation import ORDER
 
 logger = logging.getLogger(__name__)
 
-_CENSUS = "_fp16_patch_census"
 _OUTCOME_SUFFIXES = ("/min", "/max")
-_monitor: RunMonitor | None = None
+_WORKER_GROUPS = ("actor_rollout_wg", "critic_wg", "ref_policy_wg", "rm_wg")
 
 
-def begin(trainer: Any, kind: str) -> None:
-    """The run's configuration has been read and no worker has been started: plan and configuration meet.
+class VerlDriver(FrameworkDriver):
+    """Drives a run of `PPOTrainer`."""
 
-    Args:
-        kind: of this process; the patches that must be live in it go by it.
+    framework = "verl"
 
-    Raises:
-        PlanError: a setting is wrong, or cannot be had under the plan.
-    """
-    global _monitor
-    ledger().kind = kind
-    prepare(trainer.config)
-    _monitor = RunMonitor(current_plan(), _out_dir(trainer.config))
-    _monitor.write(PLAN, {"framework": "verl", **_plan_facts(trainer.config)})
+    def reconcile(self) -> None:
+        prepare(self.trainer.config)
 
+    def refresh_attestations(self) -> None:
+        """Do nothing: the workers of verl's servers publish what they hold whenever it changes."""
 
-@contextmanager
-def observed(extra: MutableMapping[str, Any]) -> Iterator[None]:
-    """The ranks are told to observe, by what goes along with the batch, in this pass only."""
-    if _monitor is not None and _monitor.measures:
-        extra[ORDER] = json.dumps(_monitor.order)
-    try:
-        yield
-    finally:
-        extra.pop(ORDER, None)
+    def caveats(self) -> list[str]:
+        return caveats_of(self.trainer.config)
 
+    def model(self) -> str:
+        return str(self.trainer.config.actor_rollout_ref.model.path)
 
-def expect(batch: Any) -> None:
-    """The ranks must have observed this batch's sampled tokens."""
-    if _monitor is not None and _monitor.measures:
-        _monitor.expect(int(batch["response_mask"].sum()))
+    def checkpoints(self) -> Path:
+        return Path(self.trainer.config.trainer.default_local_dir)
 
+    def actors(self) -> list[tuple[str, Any]]:
+        groups = [getattr(self.trainer, name, None) for name in _WORKER_GROUPS]
+        workers = [("worker", worker) for group in groups if group is not None for worker in group.workers]
+        servers = [("server", server) for server in _servers(self.trainer)]
+        # Colocated roles share their workers.
+        return list({handle._actor_id: (kind, handle) for kind, handle in workers + servers}.values())
 
-def end_step(step: int, metrics: dict[str, Any]) -> None:
-    """Our metrics join verl's, and the step goes on record."""
-    rename_outcomes(metrics)
-    if _monitor is not None:
-        _monitor.end_step(step, metrics)
+    def required_quantities(self, updated: Collection[str]) -> dict[str, tuple[str, ...]]:
+        trainer, config = self.trainer, self.trainer.config
+        computed, trained = ("autocast", "parameter", "activation"), ("gradient", "master")
+        generated = () if verl_config.replays_rollouts(config) else ("activation",)
+        required: dict[str, tuple[str, ...]] = {"rollout": ("wire", "engine_weight", "kv_cache", *generated)}
+        if not verl_config.bypasses_old_log_probs(config) or "actor" in updated:
+            required["actor"] = (*computed, "log_prob")
+        if trainer.use_reference_policy and not trainer.ref_in_actor:
+            required["ref"] = (*computed, "log_prob")
+        if trainer.use_critic:
+            required["critic"] = (*computed, "value")
+        if verl_config.REWARD in verl_config.sampler_sections(config):
+            required["reward"] = ("engine_weight",)
+        return {role: (*seen, *(trained if role in updated else ())) for role, seen in required.items()}
 
+    def end_step(self, step: int, metrics: dict[str, Any], *, observed: bool = True) -> None:
+        rename_outcomes(metrics)
+        super().end_step(step, metrics, observed=observed)
 
-def flush() -> None:
-    """What was recorded reaches the disk before the job's processes end."""
-    if _monitor is not None:
-        _monitor.flush()
+    def update(self, role: str, wrapped: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Call what updates this role's engine; see `checked_update`."""
+        return self.checked_update(self.trainer.global_steps, lambda: wrapped(*args, **kwargs), lambda _: (role,))
 
+    @contextmanager
+    def ordering(self, extra: MutableMapping[str, Any]) -> Iterator[None]:
+        """Order the ranks to observe, by an entry in what goes along with the batch, in this pass only."""
+        if self.monitor is not None and self.monitor.measures:
+            extra[ORDER] = json.dumps(self.monitor.order)
+        try:
+            yield
+        finally:
+            extra.pop(ORDER, None)
 
-def judged_update(role: str, wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
-    """No update of an engine before every process is judged."""
-    judge_processes(trainer)
-    result = wrapped(*args, **kwargs)
-    _census_of(trainer).updated.add(role)
-    return result
+    def expect_batch(self, batch: Any) -> None:
+        """Expect the ranks to have observed this batch's sampled tokens."""
+        if self.measures:
+            self.expect(int(batch["response_mask"].sum()))
 
 
 def prepare(config: Any) -> None:
@@ -90,59 +98,15 @@ def prepare(config: Any) -> None:
     if changed:
         keys = "\n  ".join(changed)
         logger.warning("every role computes in %s; the configuration said otherwise:\n  %s", plan.dtype, keys)
-    for caveat in caveats_of(config):
-        logger.warning("the mismatch of this run: %s", caveat)
-
-
-def judge_processes(trainer: Any) -> None:
-    """Ask every process, where that is due; `Census.take` says what follows.
-
-    Raises:
-        PrecisionError: a process or a dtype is not as planned.
-    """
-    census = _census_of(trainer)
-    if census.due(trainer.global_steps):
-        required = required_quantities(trainer, census.updated)
-        census.take(trainer.global_steps, actors_of(trainer), required, _publish_ledger)
-
-
-def actors_of(trainer: Any) -> list[tuple[str, Any]]:
-    """Kind and handle of every Ray actor that computes: learners' workers and samplers' servers."""
-    groups = [getattr(trainer, name, None) for name in ("actor_rollout_wg", "critic_wg", "ref_policy_wg", "rm_wg")]
-    workers = [("worker", worker) for group in groups if group is not None for worker in group.workers]
-    servers = [("server", server) for server in _servers(trainer)]
-    # Colocated roles share their workers.
-    return list({handle._actor_id: (kind, handle) for kind, handle in workers + servers}.values())
-
-
-def required_quantities(trainer: Any, updated: Collection[str]) -> dict[str, tuple[str, ...]]:
-    """Role → quantities that must have been seen by now.
-
-    Args:
-        updated: the engines that have taken part in an update.
-    """
-    config = trainer.config
-    computed, trained = ("autocast", "parameter", "activation"), ("gradient", "master")
-    generated = () if verl_config.replays_rollouts(config) else ("activation",)
-    required: dict[str, tuple[str, ...]] = {"rollout": ("wire", "engine_weight", "kv_cache", *generated)}
-    if not verl_config.bypasses_old_log_probs(config) or "actor" in updated:
-        required["actor"] = (*computed, "log_prob")
-    if trainer.use_reference_policy and not trainer.ref_in_actor:
-        required["ref"] = (*computed, "log_prob")
-    if trainer.use_critic:
-        required["critic"] = (*computed, "value")
-    if verl_config.REWARD in verl_config.sampler_sections(config):
-        required["reward"] = ("engine_weight",)
-    return {role: (*seen, *(trained if role in updated else ())) for role, seen in required.items()}
 
 
 def caveats_of(config: Any) -> list[str]:
-    """What, besides precision, sampler and learner differ in for this configuration, or why nothing is measured."""
+    """Say what, besides precision, sampler and learner differ in, or why nothing is measured."""
     return [caveat for holds, caveat in _CAVEATS if holds(config)]
 
 
 def rename_outcomes(metrics: dict[str, Any]) -> None:
-    """`actor/fp16/loss_scale/min` → `fp16/loss_scale`; the critic's become `fp16/critic/…`.
+    """Rename `actor/fp16/loss_scale/min` to `fp16/loss_scale`, and the critic's to `fp16/critic/…`.
 
     The suffix is what verl aggregates by, so it goes last.
     """
@@ -155,12 +119,12 @@ def rename_outcomes(metrics: dict[str, Any]) -> None:
 
 
 def _servers(trainer: Any) -> list[Any]:
-    """The servers of every sampler that this run has started: hybrid and standalone rollout, reward model, teachers."""
+    """Find the servers of every sampler of this run: hybrid and standalone rollout, reward model, teachers."""
     return [server for manager in _sampler_managers(trainer) for server in _servers_of(manager)]
 
 
 def _sampler_managers(trainer: Any) -> list[Any]:
-    """Whatever the trainer keeps servers in, which differs between trainers and releases; some of it has none."""
+    """Find whatever the trainer keeps servers in, which differs between trainers and releases; some of it has none."""
     agents, rewards = getattr(trainer, "async_rollout_manager", None), getattr(trainer, "reward_loop_manager", None)
     listed = getattr(trainer, "_rollout_server_managers", None)
     managers = listed() if listed else [getattr(trainer, "llm_server_manager", None), agents]
@@ -175,27 +139,6 @@ def _servers_of(manager: Any) -> list[Any]:
     get = getattr(manager, "get_replicas", None)
     replicas = get() if get is not None else getattr(manager, "rollout_replicas", ())
     return [server for replica in replicas for server in replica.servers]
-
-
-def _census_of(trainer: Any) -> Census:
-    if not hasattr(trainer, _CENSUS):
-        setattr(trainer, _CENSUS, Census("verl"))
-    return getattr(trainer, _CENSUS)  # type: ignore[no-any-return]
-
-
-def _publish_ledger(answers: dict[str, Any]) -> None:
-    if _monitor is not None:
-        _monitor.write(LEDGER, answers)
-
-
-def _out_dir(config: Any) -> Path:
-    return Path(current_plan().out_dir or Path(config.trainer.default_local_dir) / "fp16_patch")
-
-
-def _plan_facts(config: Any) -> dict[str, Any]:
-    plan = current_plan()
-    model = str(config.actor_rollout_ref.model.path)
-    return {**asdict(plan), "dtype": plan.dtype, "caveats": caveats_of(config), "model": model}
 
 
 def _samples_from_a_part(config: Any) -> bool:

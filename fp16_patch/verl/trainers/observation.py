@@ -1,44 +1,41 @@
-"""The learner's ranks observe the mismatch where they compute the log-probs of the tokens just sampled."""
+"""Observes the mismatch on the learner's ranks, where they compute the log-probs of the tokens just sampled."""
 
 from __future__ import annotations
 
 import json
-import logging
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fp16_patch.mismatch.collection.guard import Guard
-from fp16_patch.mismatch.collection.observer import Observer
+from fp16_patch.mismatch.collection import rank
 from fp16_patch.mismatch.statistics.summary import MismatchStats
+from fp16_patch.patching.call_arguments import argument
 from fp16_patch.runtime.activation import current_plan
 from fp16_patch.verl.fsdp.engine import role_of
 
-logger = logging.getLogger(__name__)
-
 # Rides in the batch from the driver to the ranks, as JSON: run, round, and whether to measure the noise floor.
 ORDER = "fp16_patch_observe"
-_observers: dict[str, Observer] = {}
-guard = Guard(logger, "the mismatch is not observed on this rank, training goes on")
 
 
 def infer_batch(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
-    """`BaseEngine.infer_batch`: where the driver ordered it, sampler and learner log-probs are compared in place."""
-    data = kwargs["data"] if "data" in kwargs else args[0]
+    """`BaseEngine.infer_batch`: compare sampler and learner log-probs in place, where the driver ordered it."""
+    data = argument(wrapped, args, kwargs, "data")
     order = _order_in(data)
     outputs = wrapped(*args, **kwargs)
     if order is None or role_of(engine) != "actor":
         return outputs
     run, number, rescore = order
-    floor = guard.run(lambda: _noise_floor(wrapped, data, outputs)) if rescore else None
+    floor = _noise_floor(wrapped, data, outputs) if rescore else None
     if engine.is_mp_src_rank_with_outputs():
-        guard.run(lambda: _observe(engine, data, outputs, run, number, floor))
+        index, size = engine.get_data_parallel_rank(), engine.get_data_parallel_size()
+        first = index * len(data)
+        rank.observe(run, index, size, number, lambda: _compare(data, outputs, first), floor)
     return outputs
 
 
 def response_log_probs(log_probs: Tensor, lengths: Tensor, sequence_lengths: Tensor) -> Tensor:
-    """The sampled tokens' part of a model's log-probs, padded with 0.
+    """Cut the sampled tokens' part out of a model's log-probs, padded with 0.
 
     Args:
         log_probs: jagged, one row a sequence of prompt and response; the entry at t is of the token at t + 1.
@@ -57,14 +54,8 @@ def response_log_probs(log_probs: Tensor, lengths: Tensor, sequence_lengths: Ten
     return picked.masked_fill(~inside.to(values.device, non_blocking=True), 0.0)
 
 
-def rows_to_rescore(rows: int, share: float) -> list[int]:
-    """About ``share`` of the rows, at least one, evenly spread: the same number on ranks with equally many rows."""
-    count = min(rows, max(1, round(rows * share)))
-    return [index * rows // count for index in range(count)]
-
-
 def _order_in(data: Any) -> tuple[str, int, bool] | None:
-    """The driver's order, taken out of the data; None for a pass that is not over freshly sampled tokens."""
+    """Take the driver's order out of the data; None for a pass that is not over freshly sampled tokens."""
     from verl.utils import tensordict_utils
 
     order = tensordict_utils.pop(data, key=ORDER, default=None)
@@ -74,27 +65,8 @@ def _order_in(data: Any) -> tuple[str, int, bool] | None:
     return run, number, rescore
 
 
-def _observe(engine: Any, data: Any, outputs: Any, run: str, number: int, floor: MismatchStats | None) -> None:
-    rank, size = engine.get_data_parallel_rank(), engine.get_data_parallel_size()
-    stats = _compare(data, outputs["model_output"]["log_probs"], first_sequence=rank * len(data))
-    observer_of(run, rank, size).observe(number, stats, floor)
-
-
-def observer_of(run: str, rank: int, size: int) -> Observer:
-    """This rank's observer of a run.
-
-    Args:
-        rank: among the ranks that have sequences of their own.
-        size: number of those.
-    """
-    if run not in _observers:
-        _observers.clear()
-        _observers[run] = Observer(run, rank, size)
-    return _observers[run]
-
-
-def _compare(data: Any, log_probs: Tensor, first_sequence: int) -> MismatchStats:
-    learner = response_log_probs(log_probs, *_lengths(data))
+def _compare(data: Any, outputs: Any, first_sequence: int) -> MismatchStats:
+    learner = response_log_probs(outputs["model_output"]["log_probs"], *_lengths(data))
     sampler, mask, tokens = (
         _padded(data[name], learner.shape[1]).to(learner.device, non_blocking=True)
         for name in ("rollout_log_probs", "response_mask", "responses")
@@ -106,7 +78,7 @@ def _compare(data: Any, log_probs: Tensor, first_sequence: int) -> MismatchStats
 
 
 def _lengths(data: Any) -> tuple[Tensor, Tensor]:
-    """Tokens of each response and of each whole sequence, on the host."""
+    """Return the tokens of each response and of each whole sequence, on the host."""
     sequences, responses = data["input_ids"].offsets().diff(), data["responses"]
     if responses.is_nested:
         return responses.offsets().diff().cpu(), sequences.cpu()
@@ -120,20 +92,27 @@ def _padded(values: Tensor, width: int) -> Tensor:
 
 
 def _noise_floor(infer: Any, data: Any, outputs: Any) -> MismatchStats | None:
-    """The learner against itself: a few sequences scored once more, each alone. Every rank takes part, as FSDP must."""
+    """Measure the learner against itself: a few sequences are scored once more, each alone."""
     from verl.utils import tensordict_utils
 
-    if not _data_has_company(data):
-        return None
-    rows = rows_to_rescore(len(data), current_plan().noise_floor_share)
-    alone = tensordict_utils.index_select_tensor_dict(data, rows)
-    tensordict_utils.assign_non_tensor(
-        alone, use_dynamic_bsz=False, micro_batch_size_per_gpu=1, calculate_entropy=False
-    )
-    again = infer(alone)["model_output"].get("log_probs")
-    if again is None:
-        return None
-    return _compare_with_itself(data, alone, outputs["model_output"]["log_probs"], again, rows)
+    def choose() -> tuple[list[int], Any] | None:
+        if not _data_has_company(data):
+            return None
+        rows = rank.rows_to_rescore(len(data), current_plan().noise_floor_share)
+        alone = tensordict_utils.index_select_tensor_dict(data, rows)
+        tensordict_utils.assign_non_tensor(
+            alone, use_dynamic_bsz=False, micro_batch_size_per_gpu=1, calculate_entropy=False
+        )
+        return rows, alone
+
+    def score(chosen: tuple[list[int], Any]) -> MismatchStats | None:
+        rows, alone = chosen
+        again = infer(alone)["model_output"].get("log_probs")
+        if again is None:
+            return None
+        return _compare_with_itself(data, alone, outputs["model_output"]["log_probs"], again, rows)
+
+    return rank.noise_floor(choose, score)
 
 
 def _data_has_company(data: Any) -> bool:

@@ -1,4 +1,4 @@
-"""verl's V0 trainer (`RayPPOTrainer`): the same as in `trainer`, where this trainer has the place for it."""
+"""Hooks into verl's V0 trainer (`RayPPOTrainer`): the same as in `v1`, where this trainer has the place for it."""
 
 from __future__ import annotations
 
@@ -6,70 +6,73 @@ from typing import Any
 
 import wrapt
 
+from fp16_patch.patching.call_arguments import argument
 from fp16_patch.plan.errors import Conflict, PlanError
 from fp16_patch.runtime.activation import current_plan
-from fp16_patch.verl.trainers import driver
+from fp16_patch.verl.trainers.driver import VerlDriver
 
-KIND = "task_runner_v0"
-_trainer: Any = None
+
+class VerlV0Driver(VerlDriver):
+    """Drives a run of `RayPPOTrainer`."""
+
+    kind = "task_runner_v0"
 
 
 def create_dataloader(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
-    """`RayPPOTrainer._create_dataloader`, in its construction: no worker has been started."""
-    global _trainer
-    driver.begin(trainer, KIND)
-    _trainer = trainer
+    """`RayPPOTrainer._create_dataloader`, before workers start: reconcile plan and configuration, open the record."""
+    VerlV0Driver.of(trainer).begin()
     return wrapped(*args, **kwargs)
 
 
 def update_actor(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
-    """`RayPPOTrainer._update_actor`: no update before every process is judged."""
-    return driver.judged_update("actor", wrapped, trainer, args, kwargs)
+    """`RayPPOTrainer._update_actor`: check every process before the update."""
+    return VerlV0Driver.of(trainer).update("actor", wrapped, args, kwargs)
 
 
 def update_critic(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
-    """`RayPPOTrainer._update_critic`: as for the actor; the critic is updated first."""
-    return driver.judged_update("critic", wrapped, trainer, args, kwargs)
+    """`RayPPOTrainer._update_critic`: do as for the actor; the critic is updated first."""
+    return VerlV0Driver.of(trainer).update("critic", wrapped, args, kwargs)
 
 
 def compute_old_log_prob(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
-    """`RayPPOTrainer._compute_old_log_prob`: the ranks are told to observe, with this batch and in this pass only."""
-    batch = kwargs["batch"] if "batch" in kwargs else args[0]
-    with driver.observed(batch.meta_info):
+    """`RayPPOTrainer._compute_old_log_prob`: order the ranks to observe, with this batch and in this pass only."""
+    batch = argument(wrapped, args, kwargs, "batch")
+    with VerlV0Driver.of(trainer).ordering(batch.meta_info):
         return wrapped(*args, **kwargs)
 
 
 def actor_workers(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
-    """`RayPPOTrainer.init_workers`, where `fit` itself calls the actor's workers: they are not to update unjudged."""
+    """`RayPPOTrainer.init_workers`, where `fit` calls the workers itself: check every process before it does."""
     result = wrapped(*args, **kwargs)
-    _judge_before(trainer, trainer.actor_rollout_wg, "update_actor", "actor")
+    _check_before(trainer, trainer.actor_rollout_wg, "update_actor", "actor")
     return result
 
 
 def critic_workers(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
-    """`RayPPOTrainer.init_workers`: as `actor_workers`, for the critic's."""
+    """`RayPPOTrainer.init_workers`: do as `actor_workers`, for the critic's."""
     result = wrapped(*args, **kwargs)
     if trainer.use_critic:
-        _judge_before(trainer, trainer.critic_wg, "update_critic", "critic")
+        _check_before(trainer, trainer.critic_wg, "update_critic", "critic")
     return result
 
 
 def observing_workers(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
-    """`RayPPOTrainer.init_workers`, where `fit` itself has the actor's workers score what was sampled."""
+    """`RayPPOTrainer.init_workers`, where `fit` has the actor's workers score samples itself: order them to observe."""
     result = wrapped(*args, **kwargs)
-    wrapt.wrap_function_wrapper(trainer.actor_rollout_wg, "compute_log_prob", _compute_log_prob)
+    _observe_in(trainer, trainer.actor_rollout_wg, "compute_log_prob")
     return result
 
 
 def fit(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
-    """`RayPPOTrainer.fit`: what was recorded reaches the disk before the job's processes end.
+    """`RayPPOTrainer.fit`: wait until what was recorded is on disk, before the job's processes end.
 
     With `external_lib` alone, older releases import us after the trainer has started its workers.
 
     Raises:
         PlanError: so it was, and the configuration was never checked.
     """
-    if trainer is not _trainer and current_plan().overrides_dtype:
+    driver = VerlV0Driver.of(trainer)
+    if driver.monitor is None and current_plan().overrides_dtype:
         raise PlanError([too_late(trainer.config)])
     try:
         return wrapped(*args, **kwargs)
@@ -78,32 +81,37 @@ def fit(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
 
 
 def log(wrapped: Any, tracking: Any, args: Any, kwargs: Any) -> Any:
-    """`Tracking.log`, by which a step of `fit` ends: our metrics join verl's, and the step goes on record."""
-    metrics = kwargs["data"] if "data" in kwargs else args[0]
+    """`Tracking.log`, by which a step of `fit` ends: add our metrics to verl's, and put the step on record."""
+    driver, metrics = VerlV0Driver.running(), argument(wrapped, args, kwargs, "data")
     # A validation before the first step is logged, too.
-    if _trainer is not None and "perf/throughput" in metrics:
-        driver.end_step(_trainer.global_steps, metrics)
+    if driver is not None and "perf/throughput" in metrics:
+        driver.end_step(driver.trainer.global_steps, metrics)
     return wrapped(*args, **kwargs)
 
 
 def too_late(config: Any) -> Conflict:
-    """What is wrong where this process has been reached after the workers were started."""
+    """Say what is wrong where this process has been reached after the workers were started."""
     key = "actor_rollout_ref.model.external_lib"
     reason = "this release imports it in the trainer's process after the workers have started"
     return Conflict(key, config.actor_rollout_ref.model.get("external_lib"), reason, "start with `fp16-patch run --`")
 
 
-def _judge_before(trainer: Any, workers: Any, method: str, role: str) -> None:
-    def judged(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-        return driver.judged_update(role, wrapped, trainer, args, kwargs)
+def _check_before(trainer: Any, workers: Any, method: str, role: str) -> None:
+    def checked(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+        return VerlV0Driver.of(trainer).update(role, wrapped, args, kwargs)
 
-    wrapt.wrap_function_wrapper(workers, method, judged)
+    wrapt.wrap_function_wrapper(workers, method, checked)
 
 
-def _compute_log_prob(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    batch = kwargs["data"] if "data" in kwargs else args[0]
-    with driver.observed(batch.meta_info):
-        result = wrapped(*args, **kwargs)
-    if "rollout_log_probs" in batch.batch.keys():  # noqa: SIM118, a TensorDict iterates over its rows
-        driver.expect(batch.batch)
-    return result
+def _observe_in(trainer: Any, workers: Any, method: str) -> None:
+    def observed(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+        # A worker group's methods have no parameters with names.
+        batch = kwargs["data"] if "data" in kwargs else args[0]
+        driver = VerlV0Driver.of(trainer)
+        with driver.ordering(batch.meta_info):
+            result = wrapped(*args, **kwargs)
+        if "rollout_log_probs" in batch.batch.keys():  # noqa: SIM118, a TensorDict iterates over its rows
+            driver.expect_batch(batch.batch)
+        return result
+
+    wrapt.wrap_function_wrapper(workers, method, observed)

@@ -24,6 +24,7 @@ from fp16_patch.mismatch.record.reading import MISMATCH, STEPS
 from fp16_patch.mismatch.statistics.summary import MismatchStats
 from tests.mismatch.measured import measured
 
+ROOT_OF = "fp16_patch.mismatch.collection.monitor.root_of"
 DIED = ray.exceptions.ActorDiedError()
 
 
@@ -84,7 +85,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> FakeRay:
 @pytest.fixture
 def root(clock: FakeRay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Handle:
     handle = Handle(Root("run", str(tmp_path)))
-    monkeypatch.setattr(actors, "root_of", lambda run, out_dir, sinks: handle)
+    monkeypatch.setattr(ROOT_OF, lambda run, out_dir, sinks: handle)
     monkeypatch.setattr(actors, "aggregators_of", lambda run, known: {})
     monkeypatch.setattr(actors, "new_run", lambda: "run")
     return handle
@@ -240,7 +241,7 @@ def test_a_dead_root_is_one_warning_and_another_takes_its_place(
     monitor = Monitor(tmp_path)
     root.dead = True
     successor = Handle(Root("run", str(tmp_path)))
-    monkeypatch.setattr(actors, "root_of", lambda run, out_dir, sinks: successor)
+    monkeypatch.setattr(ROOT_OF, lambda run, out_dir, sinks: successor)
     with caplog.at_level(logging.WARNING, logger="fp16_patch"):
         for step in range(3):
             monitor.observe(*log_probs())
@@ -256,7 +257,7 @@ def test_a_monitor_that_fails_warns_once_and_never_raises(
     def broken(run: str, out_dir: Path, sinks: tuple[str, ...]) -> Any:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(actors, "root_of", broken)
+    monkeypatch.setattr(ROOT_OF, broken)
     metrics: dict[str, Any] = {}
     with caplog.at_level(logging.WARNING, logger="fp16_patch"):
         monitor = Monitor(Path("unused"), run="run")

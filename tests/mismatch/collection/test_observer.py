@@ -12,7 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 ray = pytest.importorskip("ray")
 
-from fp16_patch.mismatch.collection import actors, observer
+from fp16_patch.mismatch.collection import observer
 from fp16_patch.mismatch.collection.aggregator import Aggregator
 from fp16_patch.mismatch.collection.observer import MAX_WAITING, HostCopy, Observer
 from fp16_patch.mismatch.collection.part import Part
@@ -52,7 +52,7 @@ def node(monkeypatch: pytest.MonkeyPatch) -> Node:
     handle = Node()
     monkeypatch.setattr(ray, "get", get)
     monkeypatch.setattr(observer, "RESTART_POLL_S", 0.001)
-    monkeypatch.setattr(actors, "aggregator_here", lambda run: handle)
+    monkeypatch.setattr(observer, "aggregator_here", lambda run: handle)
     return handle
 
 
@@ -97,7 +97,7 @@ def test_a_restarting_aggregator_is_waited_for_and_a_dead_one_replaced(
     node: Node, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found: list[Any] = []
-    monkeypatch.setattr(actors, "aggregator_here", lambda run: found.append(run) or node)
+    monkeypatch.setattr(observer, "aggregator_here", lambda run: found.append(run) or node)
     rank = Observer("run", 0, 1)
     node.failures = [UNAVAILABLE, UNAVAILABLE]
     rank.observe(0, measured(4))

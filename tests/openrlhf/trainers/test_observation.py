@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -54,10 +53,10 @@ def batch() -> Experience:
     )
 
 
-@pytest.fixture
-def reports(observation: Any, reports_of: Callable[[Any], list[Any]], monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+@pytest.fixture(autouse=True)
+def job(observation: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process is in a Ray job."""
     monkeypatch.setattr(observation.actors, "job_run", lambda: "job")
-    return reports_of(observation)
 
 
 class Axis:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -75,14 +75,11 @@ def stats_of(batch: DataProto, learner: Any, **more: Any) -> MismatchStats:
 
 
 @pytest.mark.parametrize("named", [True, False], ids=["dictionary", "pair"])
-def test_an_ordered_pass_is_observed(
-    observation: Any, batch: DataProto, reports_of: Callable[[Any], list[Any]], named: bool
-) -> None:
-    seen = reports_of(observation)
+def test_an_ordered_pass_is_observed(observation: Any, batch: DataProto, reports: list[Any], named: bool) -> None:
     fp16_patch.activate(Plan(mode="observe", strict=False))
     outputs = score(observation, batch, Scorer(named=named), "run", 7, False)
     learner = outputs["log_probs"] if named else outputs[0]
-    ((who, number, stats, floor),) = seen
+    ((who, number, stats, floor),) = reports
     assert who == ("run", 1, 2)
     assert (number, floor) == (7, None)
     assert stats.tokens == 9
@@ -90,24 +87,22 @@ def test_an_ordered_pass_is_observed(
     assert stats.to_bytes() == expected.to_bytes()
 
 
-def test_other_passes_are_not(observation: Any, batch: DataProto, reports_of: Callable[[Any], list[Any]]) -> None:
-    seen = reports_of(observation)
+def test_other_passes_are_not(observation: Any, batch: DataProto, reports: list[Any]) -> None:
     scorer = Scorer(named=True)
     score(observation, batch, scorer)
     del batch.batch["rollout_log_probs"]
     score(observation, batch, scorer, "run", 1, True)
-    assert seen == []
+    assert reports == []
     assert scorer.passes == [SEQUENCES] * 2
 
 
 def test_the_noise_floor_is_the_learner_against_itself_alone(
-    observation: Any, batch: DataProto, reports_of: Callable[[Any], list[Any]]
+    observation: Any, batch: DataProto, reports: list[Any]
 ) -> None:
-    seen = reports_of(observation)
     fp16_patch.activate(Plan(mode="observe", strict=False, noise_floor_share=0.5))
     scorer = Scorer(named=True, company_matters=0.25)
     score(observation, batch, scorer, "run", 1, True)
-    floor = seen[0][-1]
+    floor = reports[0][-1]
     assert scorer.passes == [SEQUENCES, 2]
     assert floor.tokens == 4
     assert floor.d_abs_max == pytest.approx(0.25)

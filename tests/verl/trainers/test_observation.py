@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,6 +18,7 @@ from verl.workers.utils.padding import response_from_nested
 
 import fp16_patch
 from fp16_patch import Plan
+from fp16_patch.mismatch.collection import rank
 from fp16_patch.mismatch.statistics.summary import MismatchStats
 
 pytestmark = pytest.mark.verl
@@ -84,11 +85,6 @@ class Engine:
         return 2
 
 
-@pytest.fixture
-def reports(observation: Any, reports_of: Callable[[Any], list[Any]]) -> list[Any]:
-    return reports_of(observation)
-
-
 def test_the_response_part_is_what_verl_cuts_out(batch: TensorDict, observation: Any) -> None:
     log_probs = batch["input_ids"]
     expected = response_from_nested(log_probs, batch["response_mask"]).to_padded_tensor(0.0)
@@ -144,7 +140,7 @@ def test_a_failing_observation_is_one_warning_and_no_more(
         raise RuntimeError("planted")
 
     monkeypatch.setattr(observation, "_compare", broken)
-    monkeypatch.setattr(observation.guard, "_warned", False)
+    monkeypatch.setattr(rank.guard, "_warned", False)
     caplog.set_level("WARNING")  # something that verl imports makes it ERROR, in the whole process
     engine = Engine()
     for number in range(2):
@@ -157,5 +153,5 @@ def test_a_failing_observation_is_one_warning_and_no_more(
 
 
 @pytest.mark.parametrize(("rows", "share", "chosen"), [(32, 0.03, [0]), (32, 0.125, [0, 8, 16, 24]), (2, 1.0, [0, 1])])
-def test_rescored_rows_are_spread_evenly(observation: Any, rows: int, share: float, chosen: list[int]) -> None:
-    assert observation.rows_to_rescore(rows, share) == chosen
+def test_rescored_rows_are_spread_evenly(rows: int, share: float, chosen: list[int]) -> None:
+    assert rank.rows_to_rescore(rows, share) == chosen

@@ -11,39 +11,38 @@ import pytest
 pytestmark = pytest.mark.verl
 
 
-def trainer(config: Any, *, critic: bool = False) -> Any:
-    return SimpleNamespace(config=config, use_critic=critic, use_reference_policy=False, ref_in_actor=False)
+def required(config: Any, updated: set[str], *, critic: bool = False) -> dict[str, tuple[str, ...]]:
+    from fp16_patch.verl.trainers.driver import VerlDriver
+
+    trainer = SimpleNamespace(config=config, use_critic=critic, use_reference_policy=False, ref_in_actor=False)
+    return VerlDriver(trainer).required_quantities(updated)
 
 
 def test_processes_are_asked_first_then_after_each_engines_first_update_then_now_and_then() -> None:
-    from fp16_patch.runtime.preflight import Census
+    from fp16_patch.runtime.preflight import PreflightCheck
 
-    census, asked = Census("verl"), []
+    check, asked = PreflightCheck("verl"), []
     for step in range(1, 104):
         # The critic updates from step 1, the actor from step 4: a warm-up.
         for engine in ("critic", *(["actor"] if step >= 4 else [])):
-            if census.due(step):
-                census.take(step, [], {}, publish=lambda answers: None)
+            if check.due(step):
+                check.run(step, [], {}, publish=lambda answers: None)
                 asked.append((step, engine))
-            census.updated.add(engine)
+            check.updated.add(engine)
     assert asked == [(1, "critic"), (2, "critic"), (5, "critic"), (51, "critic"), (101, "critic")]
 
 
 def test_an_engine_that_has_not_updated_owes_no_gradients(compose: Callable[..., Any]) -> None:
-    from fp16_patch.verl.trainers.driver import required_quantities
-
-    warming_up = required_quantities(trainer(compose(), critic=True), {"critic"})
+    warming_up = required(compose(), {"critic"}, critic=True)
     assert "gradient" in warming_up["critic"]
     assert "gradient" not in warming_up["actor"]
-    assert "gradient" in required_quantities(trainer(compose()), {"actor"})["actor"]
+    assert "gradient" in required(compose(), {"actor"})["actor"]
 
 
 def test_what_a_run_never_computes_is_not_asked_for(compose: Callable[..., Any]) -> None:
-    from fp16_patch.verl.trainers.driver import required_quantities
-
     bypass = compose("algorithm.rollout_correction.bypass_mode=True")
-    assert "actor" not in required_quantities(trainer(bypass), set())
-    assert "activation" not in required_quantities(trainer(compose("skip.rollout_tq.enable=True")), set())["rollout"]
+    assert "actor" not in required(bypass, set())
+    assert "activation" not in required(compose("skip.rollout_tq.enable=True"), set())["rollout"]
 
 
 def test_outcomes_lose_the_suffix_verl_aggregates_by() -> None:

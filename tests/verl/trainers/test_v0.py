@@ -39,14 +39,14 @@ def made(activated: Callable[..., Any], compose: Callable[..., Any]) -> Any:
 
 
 @pytest.fixture
-def monitor(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """What a run's monitor is told."""
-    from fp16_patch.verl.trainers import driver
+def monitor(made: Any) -> Any:
+    """What the monitor of the trainer's run is told."""
+    from fp16_patch.verl.trainers.v0 import VerlV0Driver
 
     told = SimpleNamespace(expected=[], steps=[], measures=True, order=("run", 7, False))
     told.expect = told.expected.append
     told.end_step = lambda step, metrics: told.steps.append((step, dict(metrics)))
-    monkeypatch.setattr(driver, "_monitor", told)
+    VerlV0Driver.of(made).monitor = told
     return told
 
 
@@ -139,11 +139,10 @@ def test_a_process_that_was_reached_too_late_does_not_train(made: Any) -> None:
 
 @sits_in("trainer-v0-observation", "RayPPOTrainer._compute_old_log_prob")
 def test_the_order_reaches_the_ranks_and_the_sampled_tokens_are_observed(
-    made: Any, monitor: Any, batch: Any, reports_of: Callable[[Any], list[Any]]
+    made: Any, monitor: Any, batch: Any, reports: list[Any]
 ) -> None:
     from fp16_patch.verl.trainers import observation
 
-    reports = reports_of(observation)
     made.actor_rollout_wg = Workers()
     learner = made._compute_old_log_prob(batch)[0].batch["old_log_probs"]
     ((who, number, stats, floor),) = reports
@@ -200,7 +199,7 @@ def test_workers_that_fit_calls_itself_are_held_back_and_ordered_too(made: Any, 
     ids=str,
 )
 def test_samplers_are_found_wherever_a_release_keeps_them(made: Any, held: dict[str, str]) -> None:
-    from fp16_patch.verl.trainers.driver import actors_of
+    from fp16_patch.verl.trainers.v0 import VerlV0Driver
 
     server = SimpleNamespace(_actor_id="server")
     replicas = SimpleNamespace(rollout_replicas=[SimpleNamespace(servers=[server])])
@@ -212,21 +211,24 @@ def test_samplers_are_found_wherever_a_release_keeps_them(made: Any, held: dict[
     made.actor_rollout_wg = Workers()
     for name, kind in held.items():
         setattr(made, name, managers[kind])
-    assert actors_of(made) == [("server", server)]
+    assert VerlV0Driver.of(made).actors() == [("server", server)]
 
 
 def test_a_logged_step_is_recorded_with_verls_metrics(made: Any, monitor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from verl.utils.tracking import Tracking
 
-    from fp16_patch.verl.trainers import v0
+    from fp16_patch.runtime import driver
+    from fp16_patch.verl.trainers.driver import VerlDriver
+    from fp16_patch.verl.trainers.v0 import VerlV0Driver
 
     logged: list[dict[str, Any]] = []
     tracking = object.__new__(Tracking)
     tracking.logger = {"console": SimpleNamespace(log=lambda data, step: logged.append(data), finish=lambda *_: None)}
-    monkeypatch.setattr(v0, "_trainer", None)  # as where PPOTrainer, which records its steps itself, logs
+    # PPOTrainer, which records its steps itself, logs.
+    monkeypatch.setattr(driver, "_running", VerlDriver(made))
     tracking.log(data=dict(STEP), step=3)
     assert logged == [STEP]
-    monkeypatch.setattr(v0, "_trainer", made)
+    monkeypatch.setattr(driver, "_running", VerlV0Driver.of(made))
     tracking.log(data={"val-core/reward": 1.0}, step=0)
     assert monitor.steps == []
     tracking.log(data=dict(STEP), step=1)

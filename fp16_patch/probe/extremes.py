@@ -1,4 +1,4 @@
-"""How large and how small the numbers of one tensor get, over many looks: what FP16's range is held against."""
+"""How large and how small the numbers of one tensor get, over many looks, in terms of FP16's range."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-FP16_MAX = 65504.0
-FP16_SMALLEST_NORMAL = 2.0**-14
-FP16_SMALLEST = 2.0**-24
-"""The smallest subnormal number; what is below half of it becomes 0."""
+from fp16_patch.scaling.tensor_range import FP16_MAX, FP16_SMALLEST, FP16_SMALLEST_NORMAL, abs_max
+
+__all__ = ["FP16_MAX", "FP16_SMALLEST", "FP16_SMALLEST_NORMAL", "Range", "RangeMeter"]
 
 SAMPLED_ELEMENTS = 1 << 14
 """Of each look so many elements, evenly spread, are counted by their exponent; the extremes are over all."""
@@ -50,7 +49,7 @@ class Range:
         return below / total if total else math.nan
 
     def merge(self, other: Range) -> Range:
-        """Both together. A NaN on either side stays."""
+        """Return both together. A NaN on either side stays."""
         exponents = dict(self.exponents)
         for exponent, count in other.exponents.items():
             exponents[exponent] = exponents.get(exponent, 0) + count
@@ -86,8 +85,7 @@ class RangeMeter:
         if not values.numel():
             return
         values = values.detach()
-        low, high = torch.aminmax(values)
-        largest = torch.maximum(-low, high).float()
+        largest = abs_max(values).float()
         self._max = largest if self._max is None else torch.maximum(self._max, largest)
         self._elements += values.numel()
         if exponents:
@@ -103,7 +101,7 @@ class RangeMeter:
 
 
 def _exponent_counts(values: Tensor) -> Tensor:
-    """Of ``SAMPLED_ELEMENTS`` of the values, those that are finite and not 0, counted by the exponent of ``frexp``."""
+    """Count ``SAMPLED_ELEMENTS`` of the values by the exponent of ``frexp``, those that are finite and not 0."""
     flat = values.reshape(-1)
     sample = flat[:: max(1, flat.numel() // SAMPLED_ELEMENTS)].float()
     sample = sample[torch.isfinite(sample) & (sample != 0)]

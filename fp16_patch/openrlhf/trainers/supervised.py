@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fp16_patch.openrlhf.deepspeed.strategy import inner
+from fp16_patch.openrlhf.deepspeed.engines import inner
 from fp16_patch.patching.call_arguments import argument
 from fp16_patch.scaling.optimizer_step import history_of
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from fp16_patch.patching.call_arguments import argument
 from fp16_patch.runtime.activation import current_plan
 
 logger = logging.getLogger(__name__)
@@ -28,7 +29,7 @@ def save_checkpoint(wrapped: Any, manager: Any, args: Any, kwargs: Any) -> Any:
     """`FSDPCheckpointManager.save_checkpoint`: its Hugging Face folder says the dtype the weights have."""
     result = wrapped(*args, **kwargs)
     if current_plan().overrides_dtype and manager.should_save_hf_model and manager.rank == 0:
-        label(Path(kwargs.get("local_path", args[0] if args else "")) / "huggingface")
+        label(Path(argument(wrapped, args, kwargs, "local_path")) / "huggingface")
     return result
 
 
@@ -49,7 +50,7 @@ def save_merged(wrapped: Any, merger: Any, args: Any, kwargs: Any) -> Any:
 
 
 def in_plan_dtype(state: dict[str, Any]) -> dict[str, Any]:
-    """A state dict with its floating-point tensors in the plan's dtype; one that is out of its range stays as it is."""
+    """Round the floating-point tensors of a state dict to the plan's dtype; what is out of its range stays as it is."""
     return {name: _rounded(name, value) for name, value in state.items()}
 
 

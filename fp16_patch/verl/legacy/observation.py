@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from fp16_patch.mismatch.statistics.summary import MismatchStats
+from fp16_patch.patching.call_arguments import argument
 from fp16_patch.runtime.activation import current_plan
 from fp16_patch.verl.trainers.observation import ORDER, guard, observer_of, rows_to_rescore
 
 
 def compute_log_prob(wrapped: Any, actor: Any, args: Any, kwargs: Any) -> Any:
     """`DataParallelPPOActor.compute_log_prob`: where the driver ordered it, both sides' log-probs are compared."""
-    data = kwargs["data"] if "data" in kwargs else args[0]
+    data = argument(wrapped, args, kwargs, "data")
     order = data.meta_info.get(ORDER)
     outputs = wrapped(*args, **kwargs)
     if order is None or "rollout_log_probs" not in data.batch.keys():  # noqa: SIM118, it iterates over rows
@@ -47,7 +48,7 @@ def _observe(data: Any, learner: Tensor, observer: Any, number: int, floor: Mism
 
 
 def _noise_floor(score: Callable[..., Any], data: Any, together: Tensor) -> MismatchStats | None:
-    """The learner against itself: a few sequences scored once more, each alone. Every rank takes part, as FSDP must."""
+    """Compare the learner with itself: a few sequences scored once more, each alone. FSDP needs every rank for it."""
     dynamic, size = data.meta_info.get("use_dynamic_bsz", False), data.meta_info["micro_batch_size"]
     if not dynamic and size <= 1:
         return None

@@ -1,27 +1,31 @@
-"""`ActorRolloutRefWorker` and `CriticWorker`: models in the plan's dtype, schedules, scaler state saved."""
+"""`ActorRolloutRefWorker` and `CriticWorker`, verl's workers before its engines."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
+from fp16_patch.patching.call_arguments import argument, bound
 from fp16_patch.plan.errors import Conflict, PlanError
 from fp16_patch.runtime import rope
 from fp16_patch.runtime.activation import current_plan, ledger
 from fp16_patch.runtime.compute_dtypes import watch_compute
-from fp16_patch.scaling.optimizer_step import history_of
+from fp16_patch.scaling.lr_hold import HeldScheduleStep
 from fp16_patch.verl.config import settings as verl_config
 from fp16_patch.verl.fsdp.checkpoint import load_with_scaler, save_with_scaler
+from fp16_patch.verl.legacy.dp_actor import LearnerStep
 
 _HALF_IF_UNSET = "bfloat16"
 
 
 def build_policy(wrapped: Any, worker: Any, args: Any, kwargs: Any) -> Any:
     """`ActorRolloutRefWorker._build_model_optimizer`: FSDP computes in the plan's dtype, masters are FP32."""
-    role, trains = kwargs.get("role", "actor"), kwargs.get("optim_config") is not None
-    _force_precision(kwargs["fsdp_config"], trains=trains)
+    call = bound(wrapped, args, kwargs).arguments
+    role, trains = call.get("role", "actor"), call.get("optim_config") is not None
+    _force_precision(call["fsdp_config"], trains=trains)
     built = wrapped(*args, **kwargs)
     _restore_rope(built[0], f"{role}.fsdp_config.model_dtype", "use fp32")
     _watch(built[0], role)
@@ -30,8 +34,7 @@ def build_policy(wrapped: Any, worker: Any, args: Any, kwargs: Any) -> Any:
 
 def build_critic(wrapped: Any, worker: Any, args: Any, kwargs: Any) -> Any:
     """`CriticWorker._build_critic_model_optimizer`: FSDP computes in the plan's dtype, masters are FP32."""
-    config = kwargs["config"] if "config" in kwargs else args[0]
-    _force_precision(config.model.fsdp_config, trains=True)
+    _force_precision(argument(wrapped, args, kwargs, "config").model.fsdp_config, trains=True)
     built = wrapped(*args, **kwargs)
     _watch(built[0], "critic")
     return built
@@ -53,22 +56,24 @@ def score_in_fp32(wrapped: Any, worker: Any, args: Any, kwargs: Any) -> torch.Te
 
 def update_actor(wrapped: Any, worker: Any, args: Any, kwargs: Any) -> Any:
     """`ActorRolloutRefWorker.update_actor`: the schedule counts updates, so it waits for one that was taken."""
-    return _with_patient_schedule(worker, "actor_lr_scheduler", worker.actor, lambda: wrapped(*args, **kwargs))
+    with _held_schedule(worker.actor_lr_scheduler, worker.actor):
+        return wrapped(*args, **kwargs)
 
 
 def update_critic(wrapped: Any, worker: Any, args: Any, kwargs: Any) -> Any:
     """`CriticWorker.update_critic`: the schedule counts updates, so it waits for one that was taken."""
-    return _with_patient_schedule(worker, "critic_lr_scheduler", worker.critic, lambda: wrapped(*args, **kwargs))
+    with _held_schedule(worker.critic_lr_scheduler, worker.critic):
+        return wrapped(*args, **kwargs)
 
 
 def save_checkpoint(wrapped: Any, worker: Any, args: Any, kwargs: Any) -> Any:
     """`save_checkpoint` of both workers: the scale, its growth counter and the step counters go with the model."""
-    return save_with_scaler(_learner_of(worker), wrapped, args, kwargs)
+    return save_with_scaler(_step_of(worker), wrapped, args, kwargs)
 
 
 def load_checkpoint(wrapped: Any, worker: Any, args: Any, kwargs: Any) -> Any:
     """`load_checkpoint` of both workers: go on with the saved scale; its factors and interval are the plan's."""
-    return load_with_scaler(_learner_of(worker), wrapped, args, kwargs)
+    return load_with_scaler(_step_of(worker), wrapped, args, kwargs)
 
 
 def refuse_supervised(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
@@ -110,32 +115,17 @@ def _watch(module: Any, role: str) -> None:
     watch_compute(module, role)
 
 
-def _learner_of(worker: Any) -> Any:
+def _step_of(worker: Any) -> LearnerStep | None:
     # A worker that only samples has an actor's model and no actor.
-    return getattr(worker, "actor", None) or getattr(worker, "critic", None)
+    learner = getattr(worker, "actor", None) or getattr(worker, "critic", None)
+    return None if learner is None else LearnerStep.of(learner)
 
 
-class _PatientSchedule:
-    """A learning-rate schedule that advances only if a step was taken since it last did."""
-
-    def __init__(self, schedule: Any, learner: Any) -> None:
-        self._schedule, self._history = schedule, history_of(learner)
-
-    def step(self) -> None:
-        if self._history.attempted and not self._history.taken_since_lr:
-            return
-        self._history.taken_since_lr = False
-        self._schedule.step()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._schedule, name)
-
-
-def _with_patient_schedule(worker: Any, name: str, learner: Any, call: Callable[[], Any]) -> Any:
-    # For the call only: the schedule's own state is in verl's checkpoints.
-    schedule = getattr(worker, name)
-    setattr(worker, name, _PatientSchedule(schedule, learner) if current_plan().overrides_dtype else schedule)
+@contextmanager
+def _held_schedule(schedule: Any, learner: Any) -> Iterator[None]:
+    # For the call only: what a schedule holds goes into verl's checkpoints.
+    schedule.step = HeldScheduleStep(schedule.step, learner)
     try:
-        return call()
+        yield
     finally:
-        setattr(worker, name, schedule)
+        del schedule.step

@@ -1,4 +1,4 @@
-"""torch's private names that we depend on, each behind one function that says why; a contract test holds all of them.
+"""Holds torch's private names that we depend on, each behind a function that says why; a contract test covers them.
 
 No public name gives what is taken here. Where torch gains one, or changes a private one, this is the module to mend.
 """

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from fp16_patch.runtime.activation import current_plan
+from fp16_patch.runtime.torch_private import steps_since_growth
 from fp16_patch.scaling.tensor_range import FP16_MAX
 
 logger = logging.getLogger(__name__)
@@ -53,7 +54,7 @@ def wants_gradient_stats(scaler: Any, attempted: int) -> bool:
     plan = current_plan()
     if plan.gradient_look_every and attempted % plan.gradient_look_every == 0:
         return True
-    return plan.scale_rule == "ahead" and growth_count(scaler) >= scaler.get_growth_interval() - 2
+    return plan.scale_rule == "ahead" and steps_since_growth(scaler) >= scaler.get_growth_interval() - 2
 
 
 def maybe_hold_growth(scaler: Any, window: GradMaxWindow, attempted: int, role: str) -> None:
@@ -66,7 +67,7 @@ def maybe_hold_growth(scaler: Any, window: GradMaxWindow, attempted: int, role: 
         role: of the engine, for the log.
     """
     interval = scaler.get_growth_interval()
-    if current_plan().scale_rule != "ahead" or growth_count(scaler) < interval - 1:
+    if current_plan().scale_rule != "ahead" or steps_since_growth(scaler) < interval - 1:
         return
     scale = float(scaler.get_scale())
     largest = window.largest(since=attempted - interval + 1)
@@ -81,10 +82,6 @@ def maybe_hold_growth(scaler: Any, window: GradMaxWindow, attempted: int, role: 
             logger.debug("%s: the loss scale stays at %g: gradients reach %.3g of %g", role, scale, seen, FP16_MAX)
 
 
-def growth_count(scaler: Any) -> int:
-    """Return the steps since the scale last changed, or was held: at `growth_interval` it grows."""
-    return int(scaler._get_growth_tracker())
-
-
 def set_growth_count(scaler: Any, steps: int) -> None:
+    """Let a scaler count so many steps since its scale last changed: at `growth_interval` it grows."""
     scaler.load_state_dict({**scaler.state_dict(), "_growth_tracker": steps})

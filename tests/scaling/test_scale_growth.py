@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch")
 
 from fp16_patch import Plan
+from fp16_patch.runtime.torch_private import steps_since_growth
 from fp16_patch.scaling import scale_growth
 from fp16_patch.scaling.scale_growth import MARGIN, GradMaxWindow, fits_at_scale
 from fp16_patch.scaling.scaler import StepHistory, StepOutcome
@@ -124,7 +125,7 @@ def test_a_resumed_run_looks_before_it_lets_the_scale_grow(plan: Callable[..., N
     step = Step(4096.0, interval=4)
     scale_growth.set_growth_count(step.scaler, 3)
     step.update(10.0)
-    assert (step.loss_scale(), scale_growth.growth_count(step.scaler), step.looks) == (4096.0, 3, 1)
+    assert (step.loss_scale(), steps_since_growth(step.scaler), step.looks) == (4096.0, 3, 1)
     step.update(10.0)
     assert (step.loss_scale(), step.overflows) == (4096.0, 0)
 

@@ -48,7 +48,7 @@ def _observe(data: Any, learner: Tensor, observer: Any, number: int, floor: Mism
 
 
 def _noise_floor(score: Callable[..., Any], data: Any, together: Tensor) -> MismatchStats | None:
-    """Compare the learner with itself: a few sequences scored once more, each alone. FSDP needs every rank for it."""
+    """The learner against itself: a few sequences scored once more, each alone. Every rank takes part, as FSDP must."""
     dynamic, size = data.meta_info.get("use_dynamic_bsz", False), data.meta_info["micro_batch_size"]
     if not dynamic and size <= 1:
         return None

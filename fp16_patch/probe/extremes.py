@@ -34,13 +34,13 @@ class Range:
     elements: int
 
     def headroom(self, scale: float = 1.0) -> float:
-        """65504 ÷ the largest |x| times ``scale``: below 1 it does not fit FP16; infinite for a tensor of zeros."""
+        """Return 65504 ÷ (largest |x| · ``scale``): below 1 it does not fit FP16; infinite for a tensor of zeros."""
         if not math.isfinite(self.max_abs):
             return 0.0
         return FP16_MAX / (self.max_abs * scale) if self.max_abs else math.inf
 
     def share_below(self, bound: float, scale: float = 1.0) -> float:
-        """The share of the non-zero elements with |x|·scale below ``bound``; NaN with none.
+        """Return the share of the non-zero elements with |x|·scale below ``bound``; NaN with none.
 
         Exact where bound ÷ scale is a power of two, else an element counts by the upper end of its power of two.
         """
@@ -66,7 +66,7 @@ class Range:
 
     @classmethod
     def of_dict(cls, state: dict[str, Any]) -> Range:
-        """The inverse of ``as_dict``."""
+        """Make a range of what ``as_dict`` returned."""
         exponents = {int(exponent): count for exponent, count in state["exponents"].items()}
         return cls(state["max_abs"], exponents, state["elements"])
 
@@ -81,7 +81,7 @@ class RangeMeter:
 
     @torch.no_grad()
     def look(self, values: Tensor, exponents: bool = True) -> None:
-        """Take account of a tensor of real numbers, of any shape and dtype; without their exponents it is quicker."""
+        """Look at a tensor of real numbers, of any shape and dtype; without their exponents it is quicker."""
         if not values.numel():
             return
         values = values.detach()

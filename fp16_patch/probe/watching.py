@@ -48,7 +48,7 @@ class Site(NamedTuple):
 
 
 class RangeWatch(TensorHooks):
-    """Meters of every site, in the order in which they were first seen."""
+    """Meters the range of every site, in the order in which they were first seen."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
@@ -116,7 +116,7 @@ class RangeWatch(TensorHooks):
 
 
 class _Products(TorchFunctionMode):  # type: ignore[misc]
-    """Shows a watch the operands and results of matrix products: attention scores, for one, are no module's output."""
+    """Shows a watch the operands and results of matrix products, as attention scores are no module's output."""
 
     def __init__(self, watch: RangeWatch) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A run's first loss scale, from the gradients of its first mini-batch: nothing overflows while the scale looks for it.
+"""A run's first loss scale, from the gradients of its first mini-batch, so that no step is lost to looking for it.
 
 The mini-batch is computed once before it is trained on; those gradients are thrown away.
 """

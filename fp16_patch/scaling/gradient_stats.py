@@ -135,7 +135,7 @@ def stats_of_all_ranks(scale: float, hooks: GradientStatsHooks) -> GradientStats
 
 
 def groups_of(model: nn.Module) -> dict[nn.Module, str]:
-    """Return, of every module without children, `embedding`, a third of its stack of layers, or `head`.
+    """Return the group of every module without children: `embedding`, a third of its stack of layers, or `head`.
 
     A stack is a `ModuleList` that lies in no other. What comes before the last one, in the order in which the model
     names its modules, is `embedding` (so is what connects two stacks); what comes behind it is `head`.

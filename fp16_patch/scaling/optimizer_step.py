@@ -48,8 +48,8 @@ class RecordedStep(NamedTuple):
 class OptimizerStep(ABC):
     """The optimizer step of one engine of a framework, and the history of its steps.
 
-    It lies in one slot of the framework's object, where `of` finds it. A framework subclasses it to say how it differs:
-    the loss scale is by default that of a `scaler` of torch's.
+    It lies in one slot of the framework's object, where `of` finds it. Subclasses say how a framework steps; by default
+    it does so by a gradient scaler of torch's.
 
     Args:
         engine: the framework's object.
@@ -60,12 +60,12 @@ class OptimizerStep(ABC):
         self.engine, self.role = engine, role
         self.history = StepHistory()
         self.overflow_sites: dict[int, str] = {}
-        """Rank → where the last overflow began that was searched for."""
+        """Rank → where the last overflow that was searched for began."""
         self._recording: list[RecordedStep] | None = None
 
     @classmethod
     def of(cls: type[S], engine: Any, *more: Any) -> S:
-        """Return the one in the engine's slot; made of the arguments at first use."""
+        """Return what lies in the engine's slot; at first use, make it from these arguments."""
         if not hasattr(engine, _SLOT):
             cls(engine, *more).share_with(engine)
         return getattr(engine, _SLOT)  # type: ignore[no-any-return]
@@ -74,14 +74,14 @@ class OptimizerStep(ABC):
         """Put this one into a framework object's slot."""
         setattr(engine, _SLOT, self)
 
-    def run(self, take: Callable[[], Any]) -> tuple[StepOutcome, Any]:
+    def run(self, step: Callable[[], Any]) -> tuple[StepOutcome, Any]:
         """Take the framework's optimizer step, if the driver allows training, and record what became of it.
 
         Args:
-            take: the framework's step.
+            step: the framework's.
 
         Returns:
-            The outcome, and what `take` returned.
+            The outcome, and what `step` returned.
 
         Raises:
             PrecisionError: the driver never judged the job.
@@ -92,7 +92,7 @@ class OptimizerStep(ABC):
         scale = self.loss_scale()
         # Looked for before the step: clipping by a NaN norm makes every gradient NaN.
         culprits = self.nonfinite_gradients() if self._may_collapse(scale) else []
-        returned = self.take(take)
+        returned = self.take(step)
         outcome = self.outcome_of(returned, scale)
         self.settle(Attempt(outcome, scale, culprits))
         if outcome.skipped and current_plan().overrides_dtype:
@@ -129,7 +129,7 @@ class OptimizerStep(ABC):
     # What is recorded.
 
     def settle(self, attempt: Attempt) -> None:
-        """Decide whether an attempt was the last at its step; here there is only one."""
+        """Record an attempt; where it may be repeated, only the last."""
         self.record(attempt)
 
     def record(self, attempt: Attempt, retries: int = 0) -> None:

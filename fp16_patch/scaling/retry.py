@@ -80,28 +80,28 @@ class RepeatableUpdate(OptimizerStep):
     def rollback_counters(self) -> None:
         """Take back what the framework has counted for an attempt that will be repeated."""
 
-    def retry_on_overflow(self, attempt: Callable[[bool], T], forward_was_finite: Callable[[T], bool]) -> T:
-        """Make attempts at an update until its step is taken, or skipped for good.
+    def retry_on_overflow(self, compute: Callable[[bool], T], forward_was_finite: Callable[[T], bool]) -> T:
+        """Compute an update until its step is taken, or skipped for good.
 
         Args:
-            attempt: computes the update and steps; told whether it is a repetition, before which it has to set the
-                generators back.
-            forward_was_finite: of an attempt, on this rank. No lower scale helps where the loss itself is not finite,
-                or where it leaves out what is not: its gradient is NaN all the same.
+            compute: computes the update and steps, which calls `run`; told whether it is a repetition, before which it
+                has to set the generators back.
+            forward_was_finite: of what that returned, on this rank. No lower scale helps where the loss itself is not
+                finite, or where it leaves out what is not: its gradient is NaN all the same.
 
         Returns:
-            What the last attempt returned.
+            What `compute` returned at last.
 
         Raises:
             LossScaleCollapse: skips do not end; on every rank.
         """
         with self._retrying() as retries:
-            result = attempt(False)
+            result = compute(False)
             while (overflow := retries.take_overflow()) is not None:
                 helps = all_ranks(forward_was_finite(result))
                 last = not helps or retries.count + 1 >= current_plan().max_retries
                 if self._wants_search(first=retries.count == 0, last=last):
-                    result, forward_was_nan = self._search(overflow, attempt)
+                    result, forward_was_nan = self._search(overflow, compute)
                     if retries.take_overflow() is None:
                         return result  # what overflowed has not done so again, and the step is taken
                     helps = helps and not forward_was_nan
@@ -110,7 +110,7 @@ class RepeatableUpdate(OptimizerStep):
                     return result
                 retries.count += 1
                 self._announce_retry(overflow, retries.count)
-                result = attempt(True)
+                result = compute(True)
             return result
 
     @contextmanager
@@ -168,16 +168,16 @@ class RepeatableUpdate(OptimizerStep):
             return last
         return (last or not self.history.calibrating) and self._searches < _MAX_SEARCHES
 
-    def _search(self, overflow: Attempt, attempt: Callable[[bool], T]) -> tuple[T, bool]:
+    def _search(self, overflow: Attempt, compute: Callable[[bool], T]) -> tuple[T, bool]:
         """Compute an attempt again, at the same scale, to see which module overflowed first.
 
         Returns:
-            What the attempt returned, and whether the forward pass gave NaN on any rank.
+            What `compute` returned, and whether the forward pass gave NaN on any rank.
         """
         assert overflow.scale is not None
         self.set_loss_scale(overflow.scale)
         with AbsMaxHooks(self.module()) as hooks:
-            result = attempt(True)
+            result = compute(True)
         largest = hooks.largest()
         of_ranks = gather((first_nonfinite(largest), forward_is_nan(largest)))
         self._searches += 1

@@ -1,4 +1,16 @@
-"""A mini-batch's way to its optimizer step, on an engine with one of torch's gradient scalers."""
+"""A mini-batch's way to its optimizer step, on an engine with one of torch's gradient scalers.
+
+A framework's engine has one `MiniBatchUpdate` in a slot. Its hooks call two methods: `run_mini_batch` around the call
+that computes a mini-batch, and `run` around the optimizer step in the middle of it.
+
+    run_mini_batch
+        measure_first_scale     at the run's first: compute it once without its step, for the scale its gradients bear
+        maybe_hold_growth       let the scale grow only if recent gradients would fit
+        retry_on_overflow       compute it, and again at a lower scale while it overflows
+            GradientStatsHooks  every so many updates: look at its gradients
+            the framework       forward, backward
+            run                 take the optimizer step if the driver allows it, record the outcome, raise at a collapse
+"""
 
 from __future__ import annotations
 
@@ -18,9 +30,6 @@ T = TypeVar("T")
 
 class MiniBatchUpdate(RepeatableUpdate):
     """The updates of an engine that computes a mini-batch, its optimizer step included, in one call.
-
-    `run_mini_batch` goes round that call: it measures the first loss scale, holds its growth, looks at gradients, and
-    repeats what overflows. `run` goes round the optimizer step inside it, and records what became of it.
 
     Attributes:
         measuring: the gradients being computed are only measured; the engine must not step.

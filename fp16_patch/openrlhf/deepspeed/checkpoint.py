@@ -15,7 +15,7 @@ _KEY = "fp16_patch"
 
 
 def save_ckpt(wrapped: Any, strategy: Any, args: Any, kwargs: Any) -> Any:
-    """`DeepspeedStrategy.save_ckpt`: the step counters go with the client state."""
+    """`DeepspeedStrategy.save_ckpt`: save the step counters in the client state."""
     engine = argument(wrapped, args, kwargs, "model")
     call = bound(wrapped, args, kwargs)
     call.arguments["client_state"] = {
@@ -26,7 +26,7 @@ def save_ckpt(wrapped: Any, strategy: Any, args: Any, kwargs: Any) -> Any:
 
 
 def load_ckpt(wrapped: Any, strategy: Any, args: Any, kwargs: Any) -> Any:
-    """`DeepspeedStrategy.load_ckpt`: the saved scale goes on; window, hysteresis and floor are the plan's."""
+    """`DeepspeedStrategy.load_ckpt`: go on with the saved scale; window, hysteresis and floor are the plan's."""
     engine = argument(wrapped, args, kwargs, "model")
     fresh = getattr(engine.optimizer, "loss_scaler", None)
     path, states = wrapped(*args, **kwargs)

@@ -24,13 +24,13 @@ _LOSSES = ("policy_loss", "critic_loss")
 
 
 def actor_step(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
-    """`ActorPPOTrainer.training_step`: the update is computed again while its gradients overflow."""
+    """`ActorPPOTrainer.training_step`: compute the update again while its gradients overflow."""
     with _averaged_once(trainer) as first:
         return _step(inner(trainer.actor), lambda: wrapped(*args, **kwargs), first)
 
 
 def critic_step(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
-    """`CriticPPOTrainer.training_step`: as for the actor."""
+    """`CriticPPOTrainer.training_step`: compute the update again while its gradients overflow."""
     return _step(inner(trainer.critic), lambda: wrapped(*args, **kwargs), lambda: None)
 
 
@@ -75,7 +75,7 @@ def _step(engine: Any, compute: Callable[[], Any], first_is_done: Callable[[], N
 
 @contextmanager
 def _averaged_once(trainer: Any) -> Iterator[Callable[[], None]]:
-    """Of the calls in this block that average the weights, those of the first attempt are made, at its end.
+    """Average the weights at the end of this block, as often as the first attempt in it asked for.
 
     An average moves by the weights as the update leaves them, and its clock counts micro-batches.
     """

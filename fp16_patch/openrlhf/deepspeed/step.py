@@ -1,4 +1,4 @@
-"""DeepSpeed's optimizer steps: taken at the right scale, and recorded."""
+"""DeepSpeed's optimizer steps under the plan."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class DeepSpeedStep(RepeatableUpdate):
 
 
 def optimizer_step(wrapped: Any, strategy: Any, args: Any, kwargs: Any) -> None:
-    """`DeepspeedStrategy.optimizer_step`, called for every micro-batch: at the last of each update, record the step."""
+    """`DeepspeedStrategy.optimizer_step`, called for every micro-batch: record the step at an update's last."""
     engine = inner(argument(wrapped, args, kwargs, "model"))
     if engine.is_gradient_accumulation_boundary():
         DeepSpeedStep.of(engine).run(lambda: wrapped(*args, **kwargs))
@@ -86,7 +86,7 @@ def optimizer_step(wrapped: Any, strategy: Any, args: Any, kwargs: Any) -> None:
 
 
 def update_scale(wrapped: Any, scaler: Any, args: Any, kwargs: Any) -> None:
-    """DeepSpeed's `DynamicLossScaler.update_scale`: a scale that grows does so after the step, not in it.
+    """DeepSpeed's `DynamicLossScaler.update_scale`: let the scale grow after the step, not in it.
 
     DeepSpeed updates the scale first and unscales the gradients with the new one, so an update at which the scale
     doubles is taken with half its gradient.

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from fp16_patch.openrlhf.deepspeed.step import DeepSpeedStep
-from fp16_patch.scaling.optimizer_step import RecordedStep
 from fp16_patch.scaling.step_report import report_taken_norms
 
 
 def train_and_report(role: str, prefix: str, engine: Any, train: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Train, and add what became of the optimizer steps to OpenRLHF's status.
+    """Train, and add what became of the optimizer steps to OpenRLHF's status; `step_skipped` is the share skipped.
 
     Args:
         prefix: of the metrics' names, instead of `fp16/`.
@@ -23,23 +22,18 @@ def train_and_report(role: str, prefix: str, engine: Any, train: Callable[[], di
     retries_before = step.history.retries_total
     with step.recording() as steps:
         status = train()
-    metrics = {**step.metrics(), **_of_these(steps, step.history.retries_total - retries_before, step.metrics())}
+    outcomes = [recorded.outcome for recorded in steps]
+    skipped = sum(outcome.skipped for outcome in outcomes)
+    of_this_call = {
+        "fp16/step_skipped": skipped / len(steps) if steps else 0.0,
+        "fp16/retries": float(step.history.retries_total - retries_before),
+    }
+    metrics = {name: of_this_call.get(name, value) for name, value in step.metrics().items()}
     status.update({prefix + name.removeprefix("fp16/"): value for name, value in metrics.items()})
-    if any(recorded.outcome.skipped for recorded in steps):
+    if skipped:
         # DeepSpeed repeats the norm of the last step taken, 0 if there was none. Up to 0.9.5 it is not in the status.
-        outcomes = [recorded.outcome for recorded in steps]
         report_taken_norms(status, f"{role}_grad_norm", outcomes, reduce=_last if role == "actor" else _mean)
     return status
-
-
-def _of_these(steps: Sequence[RecordedStep], retries: int, known: dict[str, float]) -> dict[str, float]:
-    """Return the share of these steps that were skipped, and their retries, where there are such metrics."""
-    skipped = sum(recorded.outcome.skipped for recorded in steps)
-    since = {
-        "fp16/step_skipped": skipped / len(steps) if steps else 0.0,
-        "fp16/retries": float(retries),
-    }
-    return {name: value for name, value in since.items() if name in known}
 
 
 # OpenRLHF reports the actor's last norm and the critic's mean.

@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 def init(wrapped: Any, strategy: Any, args: Any, kwargs: Any) -> None:
-    """`DeepspeedStrategy.__init__`: the plan meets the command line, and rides along wherever the strategy is sent."""
+    """`DeepspeedStrategy.__init__`: check the command line against the plan, which goes where the strategy is sent."""
     run = argument(wrapped, args, kwargs, "args")
     plan = current_plan()
     arguments.check(run, plan)
@@ -43,14 +43,14 @@ def init(wrapped: Any, strategy: Any, args: Any, kwargs: Any) -> None:
 
 
 def setup_distributed(wrapped: Any, strategy: Any, args: Any, kwargs: Any) -> Any:
-    """`DeepspeedStrategy.setup_distributed`: from here on this process is a learner's rank."""
+    """`DeepspeedStrategy.setup_distributed`: note that this process is a learner's rank."""
     result = wrapped(*args, **kwargs)
     ledger().kind, ledger().rank = "worker", torch.distributed.get_rank()
     return result
 
 
 def train_config(wrapped: Any, strategy: Any, args: Any, kwargs: Any) -> dict[str, Any]:
-    """`DeepspeedStrategy.get_ds_train_config`: the scaler's settings, gradients reduced in FP32.
+    """`DeepspeedStrategy.get_ds_train_config`: set the plan's dtype and scaler, and reduce gradients in FP32.
 
     OpenRLHF writes `{"enabled": true}` and leaves the rest to DeepSpeed's defaults, which differ between releases.
     """
@@ -72,7 +72,7 @@ def train_config(wrapped: Any, strategy: Any, args: Any, kwargs: Any) -> dict[st
 
 
 def eval_config(wrapped: Any, strategy: Any, args: Any, kwargs: Any) -> dict[str, Any]:
-    """`DeepspeedStrategy.get_ds_eval_config` up to 0.9.1, which knows bf16 or nothing: models that only run forward."""
+    """`DeepspeedStrategy.get_ds_eval_config` up to 0.9.1, which knows bf16 or nothing: set the plan's dtype."""
     config: dict[str, Any] = wrapped(*args, **kwargs)
     if current_plan().overrides_dtype:
         _say_dtype(config)
@@ -85,7 +85,7 @@ def _say_dtype(config: dict[str, Any]) -> None:
 
 
 def init_train_model(wrapped: Any, strategy: Any, args: Any, kwargs: Any) -> Any:
-    """`DeepspeedStrategy._ds_init_train_model`: RoPE back in FP32; the ledger watches the engine compute."""
+    """`DeepspeedStrategy._ds_init_train_model`: put RoPE back to FP32, and note what the engine computes in."""
     model = argument(wrapped, args, kwargs, "model")
     role = "actor" if is_actor(model) else _regression_role()
     prepared = wrapped(*args, **kwargs)
@@ -94,7 +94,7 @@ def init_train_model(wrapped: Any, strategy: Any, args: Any, kwargs: Any) -> Any
 
 
 def init_eval_model(wrapped: Any, strategy: Any, args: Any, kwargs: Any) -> Any:
-    """`DeepspeedStrategy._ds_init_eval_model`: the same for models that only run forward."""
+    """`DeepspeedStrategy._ds_init_eval_model`: the same as for models that train."""
     model = argument(wrapped, args, kwargs, "model")
     if not model:
         return wrapped(*args, **kwargs)
@@ -113,7 +113,7 @@ def actor_forward(wrapped: Any, actor: Any, args: Any, kwargs: Any) -> Any:
 
 
 def gradients_of_a_micro_batch(wrapped: Any, optimizer: Any, args: Any, kwargs: Any) -> Any:
-    """ZeRO 1 and 2's `get_all_grad_tensors`: micro-batches add up in the dtype DeepSpeed was told to accumulate in.
+    """ZeRO 1 and 2's `get_all_grad_tensors`: add micro-batches up in the dtype DeepSpeed was told to accumulate in.
 
     DeepSpeed uses that dtype for the padding, and adds up in the parameters' own. Up to 0.17.5 it makes the list in
     `get_flat_partition`, which can also return it in one piece.

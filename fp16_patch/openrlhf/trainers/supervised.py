@@ -10,7 +10,7 @@ from fp16_patch.scaling.optimizer_step import history_of
 
 
 def save_logs_and_checkpoints(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
-    """`SFTTrainer`, `DPOTrainer` and `RewardModelTrainer.save_logs_and_checkpoints`: the step's outcome is logged."""
+    """`SFTTrainer`, `DPOTrainer` and `RewardModelTrainer.save_logs_and_checkpoints`: log the step's outcome."""
     logs = argument(wrapped, args, kwargs, "logs_dict")
     if logs is not None:
         logs.update(history_of(inner(trainer.model)).metrics())

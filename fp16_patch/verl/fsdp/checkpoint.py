@@ -22,7 +22,7 @@ _STATE = ("scale", "_growth_tracker")
 
 
 def save_checkpoint(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
-    """`FSDPEngine.save_checkpoint`: the scale, its growth counter and the step counters go with the model."""
+    """`FSDPEngine.save_checkpoint`: save the scale, its growth counter and the step counters with the model."""
     return save_with_scaler(FSDPUpdate.of(engine), wrapped, args, kwargs)
 
 

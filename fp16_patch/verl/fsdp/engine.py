@@ -23,7 +23,7 @@ def role_of(engine: Any) -> str:
 
 
 def build_module(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> nn.Module:
-    """`FSDPEngine._build_module`: a model stored in half keeps its RoPE frequencies in FP32."""
+    """`FSDPEngine._build_module`: keep the RoPE frequencies of a model that is stored in half in FP32."""
     module: nn.Module = wrapped(*args, **kwargs)
     if current_plan().overrides_dtype:
         rope.restore(module, f"{role_of(engine)}.fsdp_config.model_dtype", engine.engine_config.model_dtype, "use fp32")
@@ -31,7 +31,7 @@ def build_module(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> nn.Module
 
 
 def build_fsdp_module(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> nn.Module:
-    """`FSDPEngine._build_fsdp_module`: a scaler that works on this device and has the plan's settings."""
+    """`FSDPEngine._build_fsdp_module`: give it a scaler for this device with the plan's settings."""
     plan = current_plan()
     module: nn.Module = wrapped(*args, **kwargs)
     start_anew(engine)
@@ -44,7 +44,10 @@ def build_fsdp_module(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> nn.M
 
 
 def gradient_sync_context(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
-    """`FSDPEngine._gradient_sync_context`: under FSDP1's no_sync micro-batches add up in the compute dtype, scaled."""
+    """`FSDPEngine._gradient_sync_context`: reduce each micro-batch's gradients, in FP32.
+
+    Under FSDP1's no_sync they would add up in the compute dtype, scaled.
+    """
     if current_plan().overrides_dtype and engine.engine_config.strategy == "fsdp":
         return nullcontext()
     return wrapped(*args, **kwargs)

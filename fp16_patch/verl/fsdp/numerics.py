@@ -14,7 +14,7 @@ _SMALLEST_TEMPERATURE = 1e-8
 
 
 def scale_logits_by_temperature(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> torch.Tensor:
-    """`_scale_logits_by_temperature`: logits are divided in FP32, as vLLM divides them.
+    """`_scale_logits_by_temperature`: divide logits in FP32, as vLLM does.
 
     verl's bound on the temperature, 1e-8, is 0 once cast to FP16.
     """
@@ -31,7 +31,7 @@ def _in_fp32(logits: torch.Tensor, temperature: torch.Tensor, *, is_unit_tempera
 
 
 def divide_in_fp32(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> dict[str, Any]:
-    """`FSDPEngineWithLMHead.prepare_model_outputs` where it divides by the temperature itself, in the logits' dtype."""
+    """`FSDPEngineWithLMHead.prepare_model_outputs` where it divides by the temperature: let it divide in FP32."""
     call = bound(wrapped, args, kwargs).arguments
     output, micro_batch = call["output"], call["micro_batch"]
     # Fused kernels return log-probs and no logits.

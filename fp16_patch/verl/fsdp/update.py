@@ -49,7 +49,7 @@ class FSDPUpdate(MiniBatchUpdate):
 
 
 def train_batch(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
-    """`BaseEngine.train_batch`: tried again on an overflow; its outcome joins the metrics, a skipped norm does not."""
+    """`BaseEngine.train_batch`: try again on an overflow; add the outcome to the metrics, and no skipped norm."""
     if _is_repeatable(engine):
         outputs = FSDPUpdate.of(engine).run_mini_batch(lambda: wrapped(*args, **kwargs), device_type())
     else:
@@ -73,7 +73,7 @@ def _is_repeatable(engine: Any) -> bool:
 
 
 def optimizer_step(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> float:
-    """`FSDPEngine.optimizer_step`: no step before the driver allows it, its outcome recorded, collapse raised."""
+    """`FSDPEngine.optimizer_step`: step only if the driver allows it, record the outcome, raise at a collapse."""
     update = FSDPUpdate.of(engine)
     if update.measuring:
         return 0.0
@@ -83,7 +83,7 @@ def optimizer_step(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> float:
 
 
 def lr_scheduler_step(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> float:
-    """`FSDPEngine.lr_scheduler_step`: the schedule counts updates, so it waits for one that was taken."""
+    """`FSDPEngine.lr_scheduler_step`: hold the schedule, which counts updates, until one was taken."""
     if holds_lr(engine):
         return engine.lr_scheduler.get_last_lr()[0]  # type: ignore[no-any-return]
     return wrapped(*args, **kwargs)  # type: ignore[no-any-return]

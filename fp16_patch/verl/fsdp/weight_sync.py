@@ -63,7 +63,7 @@ _AS_THEY_ARE = _Rounding(torch.float32, {"parameters": [], "buffers": []}, froze
 
 
 def per_tensor_param(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
-    """`FSDPEngine.get_per_tensor_param`: each weight is sent in the dtype that it has in the sampler.
+    """`FSDPEngine.get_per_tensor_param`: send each weight in the dtype that it has in the sampler.
 
     vLLM's loaders copy a weight into its parameter before anything else, and so would round it to the same; an FP32
     wire is twice as long. Until the driver has told what the samplers keep, and one sync has told what is sent,
@@ -160,7 +160,7 @@ def _is_merging(engine: Any) -> bool:
 
 
 def merged_lora_weights(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Weights:
-    """`FSDPEngine._merged_lora_per_tensor_param`: base plus adapter, as they are.
+    """`FSDPEngine._merged_lora_per_tensor_param`: send base plus adapter as they are.
 
     As on verl's plain path, where `per_tensor_param` decides in which dtype each of them is sent.
     """
@@ -198,7 +198,7 @@ def _same_storage(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def new_checkpoint_engine(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    """`CheckpointEngineRegistry.new`: engines that cast weights (mooncake, kimi) cast to the plan's dtype.
+    """`CheckpointEngineRegistry.new`: let engines that cast weights (mooncake, kimi) cast to the plan's dtype.
 
     Their `rollout_dtype` is bfloat16 by default and cannot be set from YAML: a string is taken for a device.
     """

@@ -37,7 +37,7 @@ def module_of(learner: Any) -> nn.Module:
 
 
 def new_learner(wrapped: Any, learner: Any, args: Any, kwargs: Any) -> None:
-    """`__init__` of actor and critic: the plan's autocast dtype, and a scaler with its settings where one is needed."""
+    """`__init__` of actor and critic: set the plan's autocast dtype, and a scaler if it trains in FP16."""
     wrapped(*args, **kwargs)
     plan = current_plan()
     if plan.overrides_dtype:
@@ -49,7 +49,7 @@ def new_learner(wrapped: Any, learner: Any, args: Any, kwargs: Any) -> None:
 
 
 def divide_in_fp32(wrapped: Any, actor: Any, args: Any, kwargs: Any) -> Any:
-    """`DataParallelPPOActor._forward_micro_batch`: logits are FP32 when they are divided by the temperature."""
+    """`DataParallelPPOActor._forward_micro_batch`: divide logits by the temperature in FP32."""
     temperature = argument(wrapped, args, kwargs, "temperature")
     if not current_plan().overrides_dtype or (is_unit(temperature) and autocast_upcasts_softmax()):
         return wrapped(*args, **kwargs)
@@ -58,7 +58,7 @@ def divide_in_fp32(wrapped: Any, actor: Any, args: Any, kwargs: Any) -> Any:
 
 
 def scale_log_probs(wrapped: Any, actor: Any, args: Any, kwargs: Any) -> tuple[Tensor | None, Tensor]:
-    """`DataParallelPPOActor._forward_micro_batch` where the loss is not scaled: gradients get the scale here.
+    """`DataParallelPPOActor._forward_micro_batch` where the loss is not scaled: scale its gradients here.
 
     What follows, up to the loss, is FP32, so that this is the same as scaling the loss.
     """
@@ -69,7 +69,7 @@ def scale_log_probs(wrapped: Any, actor: Any, args: Any, kwargs: Any) -> tuple[T
 
 
 def scale_values(wrapped: Any, critic: Any, args: Any, kwargs: Any) -> Tensor:
-    """`DataParallelPPOCritic._forward_micro_batch`: values are FP32, and their gradients get the loss scale."""
+    """`DataParallelPPOCritic._forward_micro_batch`: return values in FP32, and scale their gradients."""
     values: Tensor = wrapped(*args, **kwargs)
     if not current_plan().overrides_dtype:
         return values
@@ -125,13 +125,13 @@ class LearnerStep(OptimizerStep):
 
 
 def step_with_scaler(wrapped: Any, learner: Any, args: Any, kwargs: Any) -> Any:
-    """`_optimizer_step` of an actor that has a scaler: allowed, recorded, stopped at a collapse."""
+    """`_optimizer_step` of an actor that has a scaler: step only if allowed, record it, raise at a collapse."""
     _, grad_norm = LearnerStep.of(learner).run(lambda: wrapped(*args, **kwargs))
     return grad_norm
 
 
 def step_without_scaler(wrapped: Any, learner: Any, args: Any, kwargs: Any) -> Any:
-    """`_optimizer_step` that knows no scaler: gradients are unscaled before it clips them, the scale follows."""
+    """`_optimizer_step` that knows no scaler: unscale gradients before it clips them, adapt the scale afterwards."""
     step = LearnerStep.of(learner)
     step.skips_by_norm = True
 
@@ -149,7 +149,7 @@ def step_without_scaler(wrapped: Any, learner: Any, args: Any, kwargs: Any) -> A
 
 
 def update(wrapped: Any, learner: Any, args: Any, kwargs: Any) -> dict[str, Any]:
-    """`update_policy` and `update_critic`: steps' outcomes go into the metrics, a skipped step's norm does not."""
+    """`update_policy` and `update_critic`: add the outcomes of steps to the metrics, and no norm of a skipped one."""
     step = LearnerStep.of(learner)
     with step.recording() as steps:
         metrics: dict[str, Any] = wrapped(*args, **kwargs)
@@ -172,7 +172,7 @@ def _scaled(scaler: Any, output: Tensor) -> Tensor:
 
 
 class _ScaledGradient(torch.autograd.Function):  # type: ignore[misc]
-    """The identity, whose gradient is multiplied."""
+    """Returns its input, and multiplies its gradient."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, scale: Tensor) -> Tensor:

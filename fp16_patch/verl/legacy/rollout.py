@@ -1,4 +1,4 @@
-"""The sampler of before 0.7.1, whose model lives in the trainer's own workers: note what it gets and what it holds."""
+"""The sampler of verl before 0.7.1, whose model lives in the trainer's workers: what it gets and what it holds."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ async def update_weights(wrapped: Any, rollout: Any, args: Any, kwargs: Any) -> 
 
 
 def update_params(wrapped: Any, manager: Any, args: Any, kwargs: Any) -> Any:
-    """`FSDPVLLMShardingManager.update_params`: the same in 0.5.0."""
+    """`FSDPVLLMShardingManager.update_params`, in 0.5.0: note what came over the wire and what it became."""
     weights = argument(wrapped, args, kwargs, "updated_params")
     ledger().note(_ROLE, "wire", *(weight.dtype for weight in weights.values() if weight.is_floating_point()))
     result = wrapped(*args, **kwargs)

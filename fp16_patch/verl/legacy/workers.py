@@ -22,7 +22,7 @@ _HALF_IF_UNSET = "bfloat16"
 
 
 def build_policy(wrapped: Any, worker: Any, args: Any, kwargs: Any) -> Any:
-    """`ActorRolloutRefWorker._build_model_optimizer`: FSDP computes in the plan's dtype, masters are FP32."""
+    """`ActorRolloutRefWorker._build_model_optimizer`: let FSDP compute in the plan's dtype, with FP32 masters."""
     call = bound(wrapped, args, kwargs).arguments
     role, trains = call.get("role", "actor"), call.get("optim_config") is not None
     _force_precision(call["fsdp_config"], trains=trains)
@@ -33,7 +33,7 @@ def build_policy(wrapped: Any, worker: Any, args: Any, kwargs: Any) -> Any:
 
 
 def build_critic(wrapped: Any, worker: Any, args: Any, kwargs: Any) -> Any:
-    """`CriticWorker._build_critic_model_optimizer`: FSDP computes in the plan's dtype, masters are FP32."""
+    """`CriticWorker._build_critic_model_optimizer`: let FSDP compute in the plan's dtype, with FP32 masters."""
     _force_precision(argument(wrapped, args, kwargs, "config").model.fsdp_config, trains=True)
     built = wrapped(*args, **kwargs)
     _watch(built[0], "critic")
@@ -41,7 +41,7 @@ def build_critic(wrapped: Any, worker: Any, args: Any, kwargs: Any) -> Any:
 
 
 def build_reward_model(wrapped: Any, worker: Any, args: Any, kwargs: Any) -> Any:
-    """`RewardModelWorker._build_model`: RoPE frequencies are FP32, as the weights are not; note what it computes in."""
+    """`RewardModelWorker._build_model`: put RoPE frequencies back to FP32, and note what it computes in."""
     module = wrapped(*args, **kwargs)
     _restore_rope(module, "reward_model.enable", "use FP16_PATCH=observe")
     _watch(module, "reward")
@@ -49,25 +49,25 @@ def build_reward_model(wrapped: Any, worker: Any, args: Any, kwargs: Any) -> Any
 
 
 def score_in_fp32(wrapped: Any, worker: Any, args: Any, kwargs: Any) -> torch.Tensor:
-    """`RewardModelWorker._forward_micro_batch`: rewards are FP32, as what is computed from them is."""
+    """`RewardModelWorker._forward_micro_batch`: return rewards in FP32, as all that is computed from them."""
     scores: torch.Tensor = wrapped(*args, **kwargs)
     return scores.float() if current_plan().overrides_dtype else scores
 
 
 def update_actor(wrapped: Any, worker: Any, args: Any, kwargs: Any) -> Any:
-    """`ActorRolloutRefWorker.update_actor`: the schedule counts updates, so it waits for one that was taken."""
+    """`ActorRolloutRefWorker.update_actor`: hold the schedule, which counts updates, until one was taken."""
     with _held_schedule(worker.actor_lr_scheduler, worker.actor):
         return wrapped(*args, **kwargs)
 
 
 def update_critic(wrapped: Any, worker: Any, args: Any, kwargs: Any) -> Any:
-    """`CriticWorker.update_critic`: the schedule counts updates, so it waits for one that was taken."""
+    """`CriticWorker.update_critic`: hold the schedule, which counts updates, until one was taken."""
     with _held_schedule(worker.critic_lr_scheduler, worker.critic):
         return wrapped(*args, **kwargs)
 
 
 def save_checkpoint(wrapped: Any, worker: Any, args: Any, kwargs: Any) -> Any:
-    """`save_checkpoint` of both workers: the scale, its growth counter and the step counters go with the model."""
+    """`save_checkpoint` of both workers: save the scale, its growth counter and the step counters with the model."""
     return save_with_scaler(_step_of(worker), wrapped, args, kwargs)
 
 
@@ -77,7 +77,7 @@ def load_checkpoint(wrapped: Any, worker: Any, args: Any, kwargs: Any) -> Any:
 
 
 def refuse_supervised(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
-    """`FSDPSFTTrainer.__init__`: it computes in bfloat16 and scales no loss, so it may not run under a plan."""
+    """`FSDPSFTTrainer.__init__`: refuse it under a plan, as it computes in bfloat16 and scales no loss."""
     if current_plan().overrides_dtype:
         reason = "verl's SFT trainer of this release computes in bfloat16 and scales no loss"
         raise PlanError([Conflict("verl.trainer.fsdp_sft_trainer", "started", reason, "set FP16_PATCH=off for it")])
@@ -85,7 +85,7 @@ def refuse_supervised(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any
 
 
 def refuse_engine(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
-    """`FSDPEngine.__init__` before 0.8.0: it computes in bfloat16 and scales no loss."""
+    """`FSDPEngine.__init__` before 0.8.0: refuse it, as it computes in bfloat16 and scales no loss."""
     if current_plan().overrides_dtype:
         raise PlanError([verl_config.ENGINE_CONFLICT])
     return wrapped(*args, **kwargs)

@@ -33,7 +33,7 @@ def role_of(engine: Any) -> str:
 
 
 def init_configs(wrapped: Any, worker: Any, args: Any, kwargs: Any) -> Any:
-    """`MegatronWorker._init_hf_config_and_tf_config`, which actor, ref, critic and reward model share.
+    """`MegatronWorker._init_hf_config_and_tf_config`: configure all roles' models for the plan's dtype.
 
     The ref takes the actor's dtype otherwise, and before 0.6.1 all of them bfloat16.
     """
@@ -49,7 +49,7 @@ def init_configs(wrapped: Any, worker: Any, args: Any, kwargs: Any) -> Any:
 
 
 def build_tf_config(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
-    """`MegatronEngine._build_tf_config`: actor, ref and critic take the plan's dtype, whatever their keys say."""
+    """`MegatronEngine._build_tf_config`: build actor, ref and critic for the plan's dtype, whatever their keys say."""
     plan = current_plan()
     if not plan.overrides_dtype:
         return wrapped(*args, **kwargs)
@@ -61,7 +61,7 @@ def build_tf_config(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
 
 
 def make_module(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    """`make_megatron_module`: gradients add up and are reduced in FP32, and what the model computes in is noted."""
+    """`make_megatron_module`: add up and reduce gradients in FP32, and note what the model computes in."""
     call = bound(wrapped, args, kwargs)
     wrap = call.arguments["wrap_config"]
     if current_plan().overrides_dtype and wrap.wrap_with_ddp:
@@ -73,7 +73,7 @@ def make_module(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
 
 
 def optimizer_config(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    """`init_megatron_optim_config`: the plan's dtype, its loss scale, and FP32 for all that an optimizer keeps."""
+    """`init_megatron_optim_config`: set the plan's dtype and loss scale, and FP32 for all that an optimizer keeps."""
     config, plan = wrapped(*args, **kwargs), current_plan()
     if plan.overrides_dtype:
         for name, value in {**_optimizer_dtypes(plan), **(_loss_scale(plan) if plan.scales_loss else {})}.items():
@@ -82,7 +82,7 @@ def optimizer_config(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any
 
 
 def make_optimizer(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    """`get_megatron_optimizer`: its scalers have the plan's factors, and losses are multiplied by their scale.
+    """`get_megatron_optimizer`: give its scalers the plan's factors, and multiply losses by their scale.
 
     Before 0.6.1 nothing multiplies: gradients would only be divided.
     """
@@ -95,7 +95,7 @@ def make_optimizer(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
 
 
 def load_shards(wrapped: Any, merger: Any, args: Any, kwargs: Any) -> Any:
-    """`MegatronModelMerger._load_state_dicts`: shards are loaded into a model of the plan's dtype, not of bfloat16."""
+    """`MegatronModelMerger._load_state_dicts`: load shards into a model of the plan's dtype, not of bfloat16."""
     plan = current_plan()
     if not plan.overrides_dtype:
         return wrapped(*args, **kwargs)

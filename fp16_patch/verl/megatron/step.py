@@ -1,6 +1,6 @@
-"""What becomes of each of Megatron's optimizer steps: a skipped one is no error, is counted, and holds the schedule.
+"""Megatron's optimizer steps: a skipped one is no error, is counted, and holds the schedule.
 
-A step is `(update_successful, grad_norm, num_zeros)`; after an overflow Megatron answers `(False, None, None)`.
+A step returns `(update_successful, grad_norm, num_zeros)`; after an overflow Megatron answers `(False, None, None)`.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class MegatronStep(OptimizerStep):
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """In this block, record the optimizer's steps, and let a skipped one answer as verl knows it.
+        """Record the optimizer's steps in this block, and let a skipped one answer as verl knows it.
 
         verl's functions step in their middle, and several times, where no wrapper of theirs reaches.
         """
@@ -76,7 +76,7 @@ class MegatronStep(OptimizerStep):
 
 
 def optimizer_step(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
-    """`MegatronEngine.optimizer_step`: verl takes a step that Megatron skipped for an error."""
+    """`MegatronEngine.optimizer_step`: record the step. verl would take one that Megatron skipped for an error."""
     step = MegatronStep.of(engine.optimizer, role_of(engine), engine.module)
     # verl's `train_batch` asks the engine.
     step.share_with(engine)
@@ -85,19 +85,19 @@ def optimizer_step(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
 
 
 def update_policy(wrapped: Any, actor: Any, args: Any, kwargs: Any) -> dict[str, Any]:
-    """`MegatronPPOActor.update_policy`: as in the engine; what became of the steps goes into verl's metrics."""
+    """`MegatronPPOActor.update_policy`: record the steps, and add what became of them to verl's metrics."""
     step = MegatronStep.of(actor.actor_optimizer, "actor", actor.actor_module)
     return _with_outcomes(step, lambda: wrapped(*args, **kwargs))
 
 
 def update_critic(wrapped: Any, critic: Any, args: Any, kwargs: Any) -> dict[str, Any]:
-    """`MegatronPPOCritic.update_critic`: as for the actor."""
+    """`MegatronPPOCritic.update_critic`: record the steps, and add what became of them to verl's metrics."""
     step = MegatronStep.of(critic.critic_optimizer, "critic", critic.critic_module)
     return _with_outcomes(step, lambda: wrapped(*args, **kwargs))
 
 
 def make_scheduler(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    """`get_megatron_optimizer_param_scheduler`: the schedule counts updates, so it waits for one that was taken."""
+    """`get_megatron_optimizer_param_scheduler`: hold the schedule, which counts updates, until one was taken."""
     scheduler = wrapped(*args, **kwargs)
     if current_plan().overrides_dtype:
         scheduler.step = HeldScheduleStep(scheduler.step, argument(wrapped, args, kwargs, "optimizer"))

@@ -1,4 +1,4 @@
-"""How large and how small the numbers of one tensor get, over many looks: what FP16's range is held against."""
+"""How large and how small the numbers of one tensor get, over many looks, in terms of FP16's range."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-FP16_MAX = 65504.0
-FP16_SMALLEST_NORMAL = 2.0**-14
-FP16_SMALLEST = 2.0**-24
-"""The smallest subnormal number; what is below half of it becomes 0."""
+from fp16_patch.scaling.tensor_range import FP16_MAX, FP16_SMALLEST, FP16_SMALLEST_NORMAL, abs_max
+
+__all__ = ["FP16_MAX", "FP16_SMALLEST", "FP16_SMALLEST_NORMAL", "Range", "RangeMeter"]
 
 SAMPLED_ELEMENTS = 1 << 14
 """Of each look so many elements, evenly spread, are counted by their exponent; the extremes are over all."""
@@ -35,13 +34,13 @@ class Range:
     elements: int
 
     def headroom(self, scale: float = 1.0) -> float:
-        """65504 ÷ the largest |x| times ``scale``: below 1 it does not fit FP16; infinite for a tensor of zeros."""
+        """Return 65504 ÷ (largest |x| · ``scale``): below 1 it does not fit FP16; infinite for a tensor of zeros."""
         if not math.isfinite(self.max_abs):
             return 0.0
         return FP16_MAX / (self.max_abs * scale) if self.max_abs else math.inf
 
     def share_below(self, bound: float, scale: float = 1.0) -> float:
-        """The share of the non-zero elements with |x|·scale below ``bound``; NaN with none.
+        """Return the share of the non-zero elements with |x|·scale below ``bound``; NaN with none.
 
         Exact where bound ÷ scale is a power of two, else an element counts by the upper end of its power of two.
         """
@@ -50,7 +49,7 @@ class Range:
         return below / total if total else math.nan
 
     def merge(self, other: Range) -> Range:
-        """Both together. A NaN on either side stays."""
+        """Return both together. A NaN on either side stays."""
         exponents = dict(self.exponents)
         for exponent, count in other.exponents.items():
             exponents[exponent] = exponents.get(exponent, 0) + count
@@ -67,7 +66,7 @@ class Range:
 
     @classmethod
     def of_dict(cls, state: dict[str, Any]) -> Range:
-        """The inverse of ``as_dict``."""
+        """Make a range of what ``as_dict`` returned."""
         exponents = {int(exponent): count for exponent, count in state["exponents"].items()}
         return cls(state["max_abs"], exponents, state["elements"])
 
@@ -82,12 +81,11 @@ class RangeMeter:
 
     @torch.no_grad()
     def look(self, values: Tensor, exponents: bool = True) -> None:
-        """Take account of a tensor of real numbers, of any shape and dtype; without their exponents it is quicker."""
+        """Look at a tensor of real numbers, of any shape and dtype; without their exponents it is quicker."""
         if not values.numel():
             return
         values = values.detach()
-        low, high = torch.aminmax(values)
-        largest = torch.maximum(-low, high).float()
+        largest = abs_max(values).float()
         self._max = largest if self._max is None else torch.maximum(self._max, largest)
         self._elements += values.numel()
         if exponents:
@@ -103,7 +101,7 @@ class RangeMeter:
 
 
 def _exponent_counts(values: Tensor) -> Tensor:
-    """Of ``SAMPLED_ELEMENTS`` of the values, those that are finite and not 0, counted by the exponent of ``frexp``."""
+    """Count ``SAMPLED_ELEMENTS`` of the values by the exponent of ``frexp``, those that are finite and not 0."""
     flat = values.reshape(-1)
     sample = flat[:: max(1, flat.numel() // SAMPLED_ELEMENTS)].float()
     sample = sample[torch.isfinite(sample) & (sample != 0)]

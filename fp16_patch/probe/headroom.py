@@ -58,11 +58,12 @@ class GradientFit:
 
 
 def overflows(ranges: Ranges) -> list[Overflow]:
-    """Every site whose largest number does not fit, in the order of computation; gradients at scale 1."""
+    """Return every site whose largest number does not fit, in the order of computation; gradients at scale 1."""
     return [Overflow(site, seen.max_abs) for site, seen in ranges.items() if seen.headroom() < 1]
 
 
 def gradient_fit(ranges: Ranges) -> GradientFit:
+    """Return how the gradients lie in FP16's range."""
     gradients = {site: seen for site, seen in ranges.items() if site.phase == BACKWARD}
     tightest = min(gradients, key=lambda site: gradients[site].headroom(), default=None)
     largest = gradients[tightest].headroom() if tightest else math.inf
@@ -85,14 +86,14 @@ def _together(ranges: Iterable[Range]) -> Range:
 
 
 def in_residual_stream(site: Site, model: nn.Module) -> bool:
-    """Whether what was seen there goes round every layer, so that no single module kept in FP32 would hold it."""
+    """Return whether what was seen there goes round every layer: no single module kept in FP32 would hold it."""
     module = dict(model.named_modules()).get(site.module)
     is_block = site.module in _blocks(model) and site.tensor == "output"
     return is_block or (module is not None and "norm" in type(module).__name__.lower() and site.tensor == "input")
 
 
 def _blocks(model: nn.Module) -> set[str]:
-    """The layers of the stack: direct children of the lists that are not inside a layer."""
+    """Return the layers of the stack: direct children of the lists that are not inside a layer."""
     lists = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     outer = [name for name in lists if not any(name.startswith(f"{other}.") for other in lists)]
     modules = dict(model.named_modules())
@@ -100,7 +101,7 @@ def _blocks(model: nn.Module) -> set[str]:
 
 
 def table(ranges: Ranges, scale: float) -> list[dict[str, Any]]:
-    """A row a module and phase, the least headroom first; gradients times ``scale``, forward and generation as seen."""
+    """Return a row a module and phase, the least headroom first; gradients are multiplied by ``scale``."""
     rows = [_row(site, seen, scale if site.phase == BACKWARD else 1.0) for site, seen in ranges.items()]
     tightest: dict[tuple[str, str], dict[str, Any]] = {}
     for row in sorted(rows, key=lambda row: row["headroom"]):

@@ -1,9 +1,9 @@
-"""Looking at every tensor that an FP16 run would hold in FP16, by the module that makes it."""
+"""The range of every tensor that an FP16 run would hold in FP16, by the module that makes it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fp16_patch.probe.extremes import Range, RangeMeter
+from fp16_patch.scaling.tensor_hooks import TensorHooks
 
 FORWARD, BACKWARD, GENERATION = "forward", "backward", "generation"
 
@@ -46,26 +47,27 @@ class Site(NamedTuple):
         return f"{self.module or 'the model'} ({self.tensor})"
 
 
-class RangeWatch:
-    """Meters of every site, in the order in which they were first seen."""
+class RangeWatch(TensorHooks):
+    """Meters the range of every site, in the order in which they were first seen."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model
+        super().__init__(model)
         self._meters: dict[Site, RangeMeter] = {}
         self._modules: list[str | None] = []
         self._phase = FORWARD
         self._last: Tensor | None = None
 
     def ranges(self) -> dict[Site, Range]:
+        """Return what was seen at every site."""
         return {site: meter.read() for site, meter in self._meters.items()}
 
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:
         """Look at what the model computes in this block. Gradients count as `backward`, whatever the phase."""
-        with ExitStack() as stack:
-            for handle in self._hooks():
-                stack.callback(handle.remove)
-            stack.enter_context(_Products(self))
+        with self, _Products(self):
+            for name, parameter in self.model.named_parameters():
+                if parameter.requires_grad:
+                    self.handles.append(parameter.register_post_accumulate_grad_hook(self._parameter_hook(name)))
             self._phase = phase
             yield
 
@@ -78,35 +80,27 @@ class RangeWatch:
             return
         self._last = value
         # A token at a time, looking at exponents as well would take longer than the model.
-        self._meter(Site(self._phase, module, tensor)).look(value, exponents=self._phase != GENERATION)
-        if value.requires_grad:
-            value.register_hook(partial(self._gradient, Site(BACKWARD, module, tensor)))
+        forward = partial(self._meter(Site(self._phase, module, tensor)).look, exponents=self._phase != GENERATION)
+        self.look(value, forward, partial(self._gradient, Site(BACKWARD, module, tensor)))
 
-    def _gradient(self, site: Site, gradient: Tensor) -> None:
-        self._meter(site).look(gradient)
-
-    def _meter(self, site: Site) -> RangeMeter:
-        return self._meters.setdefault(site, RangeMeter())
-
-    def _hooks(self) -> Iterator[Any]:
-        for name, module in self._model.named_modules():
-            unseen = type(module).__name__.endswith(_FLOAT32_MODULES)
-            yield module.register_forward_pre_hook(partial(self._enter, None if unseen else name))
-            yield module.register_forward_hook(self._leave, always_call=True)
-        for name, parameter in self._model.named_parameters():
-            if parameter.requires_grad:
-                yield parameter.register_post_accumulate_grad_hook(self._parameter_hook(name))
-
-    def _enter(self, name: str | None, module: nn.Module, inputs: Any) -> None:
-        self._modules.append(name)
+    def enter(self, name: str, module: nn.Module, inputs: Any) -> None:
+        unseen = type(module).__name__.endswith(_FLOAT32_MODULES)
+        self._modules.append(None if unseen else name)
         # Between attention and MLP the residual stream is nobody's output.
         if inputs and next(module.children(), None) is None:
             self.note("input", inputs[0])
 
-    def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
+    def leave(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         for value in _tensors(output):
             self.note("output", value)
         self._modules.pop()
+
+    def _gradient(self, site: Site, gradient: Tensor) -> None:
+        # A gradient's site comes behind those of the forward pass, so its meter is not made before.
+        self._meter(site).look(gradient)
+
+    def _meter(self, site: Site) -> RangeMeter:
+        return self._meters.setdefault(site, RangeMeter())
 
     def _parameter_hook(self, name: str) -> Callable[[Tensor], None]:
         module, _, leaf = name.rpartition(".")
@@ -122,7 +116,7 @@ class RangeWatch:
 
 
 class _Products(TorchFunctionMode):  # type: ignore[misc]
-    """Shows a watch the operands and results of matrix products: attention scores, for one, are no module's output."""
+    """Shows a watch the operands and results of matrix products, as attention scores are no module's output."""
 
     def __init__(self, watch: RangeWatch) -> None:
         super().__init__()
@@ -139,7 +133,7 @@ class _Products(TorchFunctionMode):  # type: ignore[misc]
 
 
 def _tensors(output: Any) -> Iterable[Any]:
-    """What a module hands on. vLLM's norms give the residual stream beside their output, of the same shape."""
+    """Return what a module hands on. vLLM's norms give the residual stream beside their output, of the same shape."""
     if not isinstance(output, tuple | list):
         return (output if isinstance(output, Tensor) else getattr(output, "logits", None),)
     tensors = [value for value in output if isinstance(value, Tensor)]

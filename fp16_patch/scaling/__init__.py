@@ -1,1 +1,1 @@
-"""One optimizer step: loss scale, retry, first scale, growth, gradient statistics, fused kernel."""
+"""An engine's updates under a loss scale. `update` shows what happens to a mini-batch, from top to bottom."""

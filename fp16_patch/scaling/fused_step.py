@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.optim import Adam, AdamW, Optimizer
 
+from fp16_patch.runtime import torch_private
+
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.amp import GradScaler
@@ -28,7 +30,7 @@ _EPSILON = 1e-6
 
 
 def with_fused_kernel(optimizer: Optimizer, device: str) -> Optimizer:
-    """The same optimizer on torch's fused kernel; on its own if that was chosen, or if it has no fused one.
+    """Return the same optimizer on torch's fused kernel; itself if a kernel was chosen, or if it has no fused one.
 
     Args:
         optimizer: before its first step.
@@ -67,11 +69,11 @@ def _stay_fused(_optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
 
 
 def takes_loss_scale(optimizer: Optimizer, device: str) -> bool:
-    """Whether the optimizer's kernel divides gradients by a loss scale that is on the device that computes.
+    """Return whether the optimizer's kernel divides gradients by a loss scale that is on the device that computes.
 
     torch copies a scale from a GPU to the kernel of offloaded parameters without waiting until it has arrived.
     """
-    return getattr(optimizer, "_step_supports_amp_scaling", False) and all(
+    return torch_private.takes_grad_scale(optimizer) and all(
         group.get("fused") and all(parameter.device.type == device for parameter in group["params"])
         for group in optimizer.param_groups
     )
@@ -89,11 +91,11 @@ def step(scaler: GradScaler, optimizer: Optimizer, scaled_norm: Tensor, max_norm
     Returns:
         The norm of the unscaled gradients before clipping, 0-dim; not finite if the step was skipped.
     """
-    scale = scaler._get_scale_async()
-    assert scale is not None, "no loss was scaled before this step"
+    scale = torch_private.scale_on_device(scaler)
     norm = scaled_norm.to(scale) / scale
     clip = (max_norm / (norm + _EPSILON)).clamp(max=1.0)
-    _say_unscaled(scaler, optimizer, found_inf=_on_any_rank(norm.isfinite().logical_not().to(scale)))
+    # 0-dim, as GradScaler's: ShardedGradScaler's own (1,) does not go with the fused kernels' 0-dim step counters.
+    torch_private.mark_unscaled(scaler, optimizer, found_inf=_on_any_rank(norm.isfinite().logical_not().to(scale)))
     optimizer.grad_scale = scale / clip
     scaler.step(optimizer)
     scaler.update()
@@ -107,30 +109,19 @@ def _on_any_rank(found: Tensor) -> Tensor:
     return found
 
 
-def _say_unscaled(scaler: GradScaler, optimizer: Optimizer, found_inf: Tensor) -> None:
-    """Leave what `scaler.unscale_` would, without its pass over the gradients.
-
-    torch documents that a scaler takes the `grad_scale` it finds on an optimizer whose gradients are unscaled already.
-    """
-    from torch.amp.grad_scaler import OptState
-
-    # 0-dim, as GradScaler's: ShardedGradScaler's own (1,) does not go with the fused kernels' 0-dim step counters.
-    state = scaler._per_optimizer_states[id(optimizer)]
-    state["found_inf_per_device"] = {found_inf.device: found_inf}
-    state["stage"] = OptState.UNSCALED
-
-
 def norm_of(gradients: Iterable[Tensor]) -> Tensor:
-    """Their norm as one vector, FP32, 0-dim; of DTensors, all ranks' together. Reads each gradient once."""
+    """Return their norm as one vector, FP32, 0-dim; of DTensors, all ranks' together. Reads each gradient once."""
     total = torch.nn.utils.get_total_norm(list(gradients), 2.0)
     whole: Tensor = total.full_tensor() if hasattr(total, "full_tensor") else total
     return whole
 
 
 def norm_over_ranks(sharded: Iterable[Tensor], whole: Iterable[Tensor], group: Any, device: torch.device) -> Tensor:
-    """Of gradients each rank has a piece of, and of those each rank has whole, the norm as one vector, FP32, 0-dim.
+    """Return the norm of all gradients as one vector, FP32, 0-dim.
 
     Args:
+        sharded: gradients of which each rank has a piece.
+        whole: gradients that each rank has whole.
         group: the ranks whose pieces make up the gradients.
         device: the one they communicate from.
     """

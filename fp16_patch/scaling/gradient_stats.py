@@ -1,33 +1,32 @@
-"""What a single update shows of its FP16 gradients: how near the largest is to overflow, and how many underflow.
-
-The hooks are there for that update; one that is not looked at pays nothing.
-"""
+"""The FP16 gradients of one update: how near the largest is to overflow, and how many underflow."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fp16_patch.scaling.optimizer_step import WatchedEngine
-from fp16_patch.scaling.tensor_range import OUTPUT, Extent, largest_gradient, local_part
+from fp16_patch.scaling.ranks import gather
+from fp16_patch.scaling.tensor_range import (
+    FP16_MAX,
+    FP16_SMALLEST_NORMAL,
+    OUTPUT,
+    AbsMaxHooks,
+    largest_gradient,
+    local_part,
+)
 
-T = TypeVar("T")
-_FIGURES = "_fp16_patch_figures"
-
-FP16_MAX = torch.finfo(torch.float16).max
-SMALLEST_NORMAL = torch.finfo(torch.float16).tiny
 EMBEDDING, LAYERS, HEAD = "embedding", ("early_layers", "middle_layers", "late_layers"), "head"
 
 SAMPLED_ELEMENTS, SAMPLED_ROWS = 1 << 14, 8
 """Of each gradient, evenly spread rows of at least so many elements together, and at least so many rows."""
 
 
-class Counts(NamedTuple):
+class GradientCounts(NamedTuple):
     """Elements of gradients in FP16, scaled as they are computed, before anything unscales them.
 
     A row, along the last dimension, that is zero throughout is what the gradient of a masked token, of a token with
@@ -48,19 +47,19 @@ class Counts(NamedTuple):
     rows: float = 0.0
     zero_rows: float = 0.0
 
-    def plus(self, other: Counts) -> Counts:
-        return Counts(*(one + more for one, more in zip(self, other, strict=True)))
+    def plus(self, other: GradientCounts) -> GradientCounts:
+        return GradientCounts(*(one + more for one, more in zip(self, other, strict=True)))
 
     def shares(self) -> dict[str, float]:
-        """`underflow` and `zeros` of `elements`, `zero_rows` of `rows`; without what they would be shares of, none."""
+        """Return `underflow` and `zeros` as shares of `elements`, `zero_rows` of `rows`; none of nothing."""
         of_elements = {"underflow": self.underflown, "zeros": self.zeros} if self.elements else {}
         of_rows = {"zero_rows": self.zero_rows / self.rows} if self.rows else {}
         return {**{name: count / self.elements for name, count in of_elements.items()}, **of_rows}
 
 
 @dataclass(frozen=True)
-class Figures:
-    """What a look at an update has shown, of all ranks together.
+class GradientStats:
+    """The FP16 gradients of an update, of all ranks together.
 
     Attributes:
         scale: the loss scale it was computed with.
@@ -70,7 +69,7 @@ class Figures:
 
     scale: float
     largest: float
-    counts: Mapping[str, Counts]
+    counts: Mapping[str, GradientCounts]
 
     @property
     def unscaled(self) -> float:
@@ -82,7 +81,7 @@ class Figures:
         return FP16_MAX / self.largest if self.largest else math.inf
 
     def metrics(self) -> dict[str, float]:
-        """`fp16/gradient_headroom/min`, `fp16/underflow/GROUP`, `fp16/zeros/GROUP` and `fp16/zero_rows/GROUP`."""
+        """Return `fp16/gradient_headroom/min`, `fp16/underflow/GROUP`, `fp16/zeros/GROUP`, `fp16/zero_rows/GROUP`."""
         shares = {
             f"fp16/{name}/{group}": share
             for group, counts in self.counts.items()
@@ -92,10 +91,10 @@ class Figures:
         return {**({"fp16/gradient_headroom/min": self.headroom} if self.largest else {}), **shares}
 
 
-class Look(Extent):
-    """The largest gradient of every module, and how many of those of modules without children underflow.
+class GradientStatsHooks(AbsMaxHooks):
+    """Records the largest gradient of every module, and counts how many of those of leaf modules underflow.
 
-    Only modules without children count, as one with children often returns what its last child returned.
+    Only modules without children are counted, as one with children often returns what its last child returned.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -103,77 +102,40 @@ class Look(Extent):
         self._groups = groups_of(model)
         self._counted: dict[str, Tensor] = {}
 
-    def counts(self) -> dict[str, Counts]:
-        """By group, of this rank."""
-        return {group: Counts(*counted.tolist()) for group, counted in self._counted.items()}
+    def counts(self) -> dict[str, GradientCounts]:
+        """Return this rank's counts by group."""
+        return {group: GradientCounts(*counted.tolist()) for group, counted in self._counted.items()}
 
-    def _look(self, name: str, kind: str, module: nn.Module) -> Callable[[Tensor], None]:
+    def record(self, name: str, module: nn.Module, kind: str, value: Tensor) -> None:
         if kind == OUTPUT:
-            return _ignore
-        note, group = super()._look(name, kind, module), self._groups.get(module)
-        if group is None:
-            return note
-
-        def look(value: Tensor) -> None:
-            note(value)
-            local = local_part(value)
-            if local.dtype is torch.float16 and local.numel():
-                counted = _counted(local)
-                self._counted[group] = self._counted[group] + counted if group in self._counted else counted
-
-        return look
+            return  # says nothing about the loss scale
+        super().record(name, module, kind, value)
+        group, local = self._groups.get(module), local_part(value)
+        if group is not None and local.dtype is torch.float16 and local.numel():
+            counted = _counted(local)
+            self._counted[group] = self._counted[group] + counted if group in self._counted else counted
 
 
-class Looking:
-    """Looks at every attempt at an update; the last one counts.
+def stats_of_all_ranks(scale: float, hooks: GradientStatsHooks) -> GradientStats:
+    """Return what an update's hooks have recorded, of all ranks together.
 
     Args:
-        step: the engine that computes it.
+        scale: the loss scale that the update was computed with.
     """
-
-    def __init__(self, step: WatchedEngine) -> None:
-        self._step = step
-        self._last: tuple[float, Look] | None = None
-
-    def through(self, compute: Callable[[], T]) -> Callable[[], T]:
-        """An attempt that is looked at."""
-
-        def looked() -> T:
-            scale = self._step.loss_scale()
-            assert scale is not None
-            look = Look(self._step.module())
-            with look:
-                result = compute()
-            self._last = scale, look
-            return result
-
-        return looked
-
-    def figures(self) -> Figures | None:
-        """What the last attempt has shown, the same on every rank; None where its step was skipped, on every rank."""
-        outcome = self._step.history.last
-        if self._last is None or outcome is None or outcome.skipped:
-            forget(self._step.engine)
-            return None
-        scale, look = self._last
-        found = _of_all_ranks(scale, look)
-        setattr(self._step.engine, _FIGURES, found)
-        return found
-
-
-def metrics_of(engine: Any) -> dict[str, float]:
-    """Of the engine's last update, if it was looked at."""
-    figures: Figures | None = getattr(engine, _FIGURES, None)
-    return {} if figures is None else figures.metrics()
-
-
-def forget(engine: Any) -> None:
-    """The engine's last update was not looked at."""
-    setattr(engine, _FIGURES, None)
+    of_ranks = gather((largest_gradient(hooks.largest(), torch.float16), hooks.counts()))
+    counts: dict[str, GradientCounts] = {}
+    for group in (EMBEDDING, *LAYERS, HEAD):
+        of_group = [counted[group] for _, counted in of_ranks if group in counted]
+        if of_group:
+            total = GradientCounts()
+            for counted in of_group:
+                total = total.plus(counted)
+            counts[group] = total
+    return GradientStats(scale, max(largest for largest, _ in of_ranks), counts)
 
 
 def groups_of(model: nn.Module) -> dict[nn.Module, str]:
-    """Every module without children → `embedding`, a third of its stack of layers, or `head`.
+    """Return the group of every module without children: `embedding`, a third of its stack of layers, or `head`.
 
     A stack is a `ModuleList` that lies in no other. What comes before the last one, in the order in which the model
     names its modules, is `embedding` (so is what connects two stacks); what comes behind it is `head`.
@@ -202,14 +164,14 @@ def _thirds(stack: nn.ModuleList) -> dict[nn.Module, str]:
 
 
 def _counted(gradient: Tensor) -> Tensor:
-    """`Counts` of a gradient, from a sample of its rows; it stays on the device, so that looking does not wait."""
+    """Return `GradientCounts` as a tensor, from a sample of rows: on the device, so that nobody waits for it."""
     rows = sampled_rows(gradient)
     zero = rows == 0
     alive = ~zero.all(dim=-1, keepdim=True)
     count = alive.sum()
-    of_rows = (rows.abs() < SMALLEST_NORMAL) & alive, zero & alive
+    of_rows = (rows.abs() < FP16_SMALLEST_NORMAL) & alive, zero & alive
     underflown, zeros = (found.sum() for found in of_rows)
-    # In the order of `Counts`.
+    # In the order of `GradientCounts`.
     found = torch.stack(
         [count * rows.shape[1], underflown, zeros, torch.full_like(count, len(rows)), len(rows) - count]
     )
@@ -217,7 +179,7 @@ def _counted(gradient: Tensor) -> Tensor:
 
 
 def sampled_rows(gradient: Tensor) -> Tensor:
-    """Rows along the last dimension, evenly spread over the others, without a copy of the rest; shape (rows, width)."""
+    """Return rows along the last dimension, evenly spread, without a copy of the rest; shape (rows, width)."""
     width = gradient.shape[-1] if gradient.dim() else 1
     count = gradient.numel() // width
     every = count // max(SAMPLED_ROWS, math.ceil(SAMPLED_ELEMENTS / width))
@@ -231,22 +193,3 @@ def sampled_rows(gradient: Tensor) -> Tensor:
         index.append(places % size)
         places = places // size
     return gradient[tuple(reversed(index))]
-
-
-def _of_all_ranks(scale: float, look: Look) -> Figures:
-    own = (largest_gradient(look.largest(), torch.float16), look.counts())
-    of_ranks: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(of_ranks, own)
-    counts: dict[str, Counts] = {}
-    for group in (EMBEDDING, *LAYERS, HEAD):
-        of_group = [counted[group] for _, counted in of_ranks if group in counted]
-        if of_group:
-            total = Counts()
-            for counted in of_group:
-                total = total.plus(counted)
-            counts[group] = total
-    return Figures(scale, max(largest for largest, _ in of_ranks), counts)
-
-
-def _ignore(_: Tensor) -> None:
-    """Outputs say nothing about the loss scale."""

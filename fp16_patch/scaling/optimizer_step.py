@@ -1,139 +1,170 @@
-"""An optimizer step as every framework takes it under the plan: allowed, watched, recorded, and stopped at a collapse.
-
-What differs between frameworks is how a step is taken and how one sees that it was skipped: `WatchedEngine`.
-"""
+"""An engine's optimizer step under the plan: allowed by the driver, recorded, and stopped at a collapse."""
 
 from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import nn
 
 from fp16_patch.plan.errors import LossScaleCollapse
 from fp16_patch.runtime import preflight
 from fp16_patch.runtime.activation import current_plan
-from fp16_patch.scaling.retry import Update, update_of
-from fp16_patch.scaling.scaler import StepHistory, StepOutcome, collapse_reason
-from fp16_patch.scaling.tensor_range import Extent, first_nonfinite, forward_is_nan
+from fp16_patch.scaling.ranks import gather
+from fp16_patch.scaling.scaler import StepHistory, StepOutcome, collapse_reason, hold_floor, scale_of, step_outcome
 
 logger = logging.getLogger(__name__)
 
-_HISTORY = "_fp16_patch_history"
-_LOOKED = "_fp16_patch_looked"
-# Each look computes an update once more.
-_LOOKS = 3
+S = TypeVar("S", bound="OptimizerStep")
+_SLOT = "_fp16_patch"
 
 
-def history_of(engine: Any) -> StepHistory:
-    """A framework engine's record of its optimizer steps."""
-    if not hasattr(engine, _HISTORY):
-        setattr(engine, _HISTORY, StepHistory())
-    return getattr(engine, _HISTORY)  # type: ignore[no-any-return]
+@dataclass(frozen=True)
+class Attempt:
+    """An optimizer step that was tried.
+
+    Attributes:
+        outcome: what became of it.
+        scale: the loss scale that its gradients were computed with; None without a scaler.
+        culprits: parameters of this rank with non-finite gradients, where they were looked for.
+    """
+
+    outcome: StepOutcome
+    scale: float | None
+    culprits: list[str]
 
 
-def start_anew(engine: Any) -> None:
-    """Forget the steps of an engine that is built again."""
-    for name in (_HISTORY, _LOOKED):
-        if hasattr(engine, name):
-            delattr(engine, name)
+class RecordedStep(NamedTuple):
+    """A step that was taken, or skipped for good, and the `fp16/*` metrics as it left them."""
+
+    outcome: StepOutcome
+    metrics: dict[str, float]
 
 
-def share_history(engine: Any, other: Any) -> None:
-    """Let another object of the framework have the record of an engine's steps, too."""
-    setattr(other, _HISTORY, history_of(engine))
+class OptimizerStep(ABC):
+    """The optimizer step of one engine of a framework, and the history of its steps.
 
-
-class WatchedEngine(ABC):
-    """One optimizer step of a framework's engine.
+    It lies in one slot of the framework's object, where `of` finds it. Subclasses say how a framework steps; by default
+    it does so by a gradient scaler of torch's.
 
     Args:
-        engine: the framework's object, which keeps the history.
-        role: `actor` or `critic`.
+        engine: the framework's object.
+        role: `actor`, `critic` or another, as in logs and errors.
     """
 
     def __init__(self, engine: Any, role: str) -> None:
         self.engine, self.role = engine, role
-        self.history = history_of(engine)
+        self.history = StepHistory()
+        self.overflow_sites: dict[int, str] = {}
+        """Rank → where the last overflow that was searched for began."""
+        self._recording: list[RecordedStep] | None = None
 
-    @abstractmethod
-    def loss_scale(self) -> float | None:
-        """The scale in force; None without a scaler."""
+    @classmethod
+    def of(cls: type[S], engine: Any, *more: Any) -> S:
+        """Return what lies in the engine's slot; at first use, make it from these arguments."""
+        if not hasattr(engine, _SLOT):
+            cls(engine, *more).share_with(engine)
+        return getattr(engine, _SLOT)  # type: ignore[no-any-return]
 
-    @abstractmethod
-    def take(self) -> float:
-        """Take the step as the framework does; the norm of the unscaled gradients."""
+    def share_with(self, engine: Any) -> None:
+        """Put this one into a framework object's slot."""
+        setattr(engine, _SLOT, self)
 
-    @abstractmethod
-    def was_skipped(self, scale_before: float | None, scale_after: float | None, grad_norm: float) -> bool:
-        """Whether the step was not taken."""
+    def run(self, step: Callable[[], Any]) -> tuple[StepOutcome, Any]:
+        """Take the framework's optimizer step, if the driver allows training, and record what became of it.
 
-    @abstractmethod
-    def nonfinite(self) -> list[str]:
-        """The first parameters with non-finite gradients on this rank, asked before the step."""
+        Args:
+            step: the framework's.
 
-    def set_loss_scale(self, scale: float) -> None:
-        """Compute the next attempt at this scale. Only of engines whose updates can be computed again."""
-        raise NotImplementedError
-
-    def module(self) -> nn.Module:
-        """The model that is trained. Only of engines whose updates can be computed again."""
-        raise NotImplementedError
-
-    def uncount(self) -> None:  # noqa: B027, most frameworks count nothing
-        """Take back what the framework has counted for an attempt that will be repeated."""
-
-    def step(self) -> StepOutcome:
-        """Take the step if the driver allows it. One that overflowed is settled only once it is not tried again.
+        Returns:
+            The outcome, and what `step` returned.
 
         Raises:
             PrecisionError: the driver never judged the job.
             LossScaleCollapse: skips do not end; on every rank.
         """
+        self.note_dtypes()
         preflight.require_training_grant()
         scale = self.loss_scale()
         # Looked for before the step: clipping by a NaN norm makes every gradient NaN.
-        culprits = self.nonfinite() if self._may_collapse(scale) else []
-        grad_norm = self.take()
-        after = self.loss_scale()
-        outcome = StepOutcome(after, self.was_skipped(scale, after, grad_norm), grad_norm)
-        update = update_of(self.engine)
-        if outcome.skipped and update is not None:
-            self._overflowed(update, Overflow(self, outcome, scale, culprits))
-        else:
-            self.settle(outcome, scale, culprits)
-        return outcome
+        culprits = self.nonfinite_gradients() if self._may_collapse(scale) else []
+        returned = self.take(step)
+        outcome = self.outcome_of(returned, scale)
+        self.settle(Attempt(outcome, scale, culprits))
+        if outcome.skipped and current_plan().overrides_dtype:
+            hold_floor(self.scaler, current_plan().min_scale)
+        return outcome, returned
 
-    def _overflowed(self, update: Update, overflow: Overflow) -> None:
-        if update.may_repeat(overflow.scale):
-            self.uncount()
-            update.leave_open(overflow)
-        elif update.first is None or self.history.calibrating:
-            overflow.give_up(update.retries)
-        else:
-            # Steps have been taken at the scale in force: what overflows at every lower one, too, says little about it.
-            update.first.give_up(update.retries)
+    # How a framework differs.
 
-    def settle(self, outcome: StepOutcome, scale: float | None, culprits: list[str], retries: int = 0) -> None:
-        """Record what became of a step.
+    @property
+    def scaler(self) -> Any:
+        """torch's gradient scaler; None without one, and where the framework has one of its own."""
+        return None
+
+    @abstractmethod
+    def note_dtypes(self) -> None:
+        """Note the dtypes of gradients and master weights in the ledger."""
+
+    @abstractmethod
+    def nonfinite_gradients(self) -> list[str]:
+        """Name the first parameters with non-finite gradients on this rank."""
+
+    def loss_scale(self) -> float | None:
+        """Return the scale in force; None without a scaler."""
+        return scale_of(self.scaler)
+
+    def take(self, step: Callable[[], Any]) -> Any:
+        """Take the framework's step, with what must be done right before and after."""
+        return step()
+
+    def outcome_of(self, returned: Any, scale_before: float | None) -> StepOutcome:
+        """Return what became of a step that returned this; by default the norm of the unscaled gradients."""
+        return step_outcome(self.scaler, scale_before, float(returned))
+
+    # What is recorded.
+
+    def settle(self, attempt: Attempt) -> None:
+        """Record an attempt; where it may be repeated, only the last."""
+        self.record(attempt)
+
+    def record(self, attempt: Attempt, retries: int = 0) -> None:
+        """Add a step, taken or skipped for good, to the history.
 
         Args:
-            scale: the loss scale it was computed with.
-            culprits: parameters of this rank.
             retries: how often it has been tried again before.
 
         Raises:
             LossScaleCollapse: skips do not end; on every rank.
         """
-        self.history.add(outcome)
-        if outcome.skipped and current_plan().overrides_dtype:
-            self._announce_skip(scale, retries)
-            self._raise_on_collapse(scale, culprits)
+        self.history.add(attempt.outcome)
+        if attempt.outcome.skipped and current_plan().overrides_dtype:
+            self._announce_skip(attempt.scale, retries)
+            self._raise_on_collapse(attempt)
+        if self._recording is not None:
+            self._recording.append(RecordedStep(attempt.outcome, self.history.metrics()))
+
+    @contextmanager
+    def recording(self) -> Iterator[list[RecordedStep]]:
+        """Collect the steps that are recorded in this block."""
+        steps: list[RecordedStep] = []
+        self._recording = steps
+        try:
+            yield steps
+        finally:
+            self._recording = None
+
+    def metrics(self) -> dict[str, float]:
+        """Return `fp16/*` of the last step."""
+        return self.history.metrics()
+
+    def resume(self, history: Mapping[str, Any]) -> None:
+        """Go on with the history of a checkpoint."""
+        self.history.load_state_dict(history)
 
     def _may_collapse(self, scale: float | None) -> bool:
         plan = current_plan()
@@ -156,100 +187,27 @@ class WatchedEngine(ABC):
                 tried,
             )
 
-    def _raise_on_collapse(self, scale: float | None, culprits: list[str]) -> None:
-        reason = collapse_reason(current_plan(), self.history, scale)
+    def _raise_on_collapse(self, attempt: Attempt) -> None:
+        reason = collapse_reason(current_plan(), self.history, attempt.scale)
         if reason is None:
             return
         # Every rank skipped the same step, so every rank comes here.
-        of_ranks = _of_every_rank(culprits)
-        suspects = getattr(self.engine, _LOOKED, _Looks()).suspects
-        raise LossScaleCollapse(self.role, self.history.attempted, reason, dict(enumerate(of_ranks)), suspects)
+        culprits = dict(enumerate(gather(attempt.culprits)))
+        raise LossScaleCollapse(self.role, self.history.attempted, reason, culprits, self.overflow_sites)
 
 
-@dataclass
-class _Looks:
-    """Looks into an engine's overflows, and what the last one found: rank → place, and whether a forward gave NaN."""
-
-    taken: int = 0
-    suspects: dict[int, str] = field(default_factory=dict)
-    forward: bool = False
+def step_of(engine: Any) -> OptimizerStep | None:
+    """Return what lies in an engine's slot; None before its first step."""
+    return getattr(engine, _SLOT, None)
 
 
-@dataclass(frozen=True)
-class Overflow:
-    """A step whose gradients overflowed, before it is decided whether its update is tried again.
-
-    Attributes:
-        step: the step, which has lowered the scale.
-        scale: the loss scale it was computed with.
-        culprits: parameters of this rank, where they have been looked for.
-    """
-
-    step: WatchedEngine
-    outcome: StepOutcome
-    scale: float | None
-    culprits: list[str]
-
-    def give_up(self, retries: int) -> None:
-        """It is a skipped step, and the scale is where this one left it, however low it has been tried since."""
-        if self.outcome.loss_scale is not None:
-            self.step.set_loss_scale(self.outcome.loss_scale)
-        self.step.settle(self.outcome, self.scale, self.culprits, retries)
-
-    def announce_retry(self, number: int) -> None:
-        """Count a retry of this update, and say so at its first."""
-        self.step.history.add_retry()
-        if number > 1 or torch.distributed.get_rank() != 0:
-            return
-        calibrates = " This is calibration and expected." if self.step.history.calibrating else ""
-        logger.warning(
-            "%s: gradients overflowed at loss scale %g; optimizer step %d is tried again with the same mini-batch at "
-            "%g.%s",
-            self.step.role,
-            self.scale,
-            self.step.history.attempted + 1,
-            self.outcome.loss_scale,
-            calibrates,
-        )
-
-    def wants_suspects(self, first: bool, last: bool) -> bool:
-        """Whether to look where it came from: a few times a run, and where all other attempts were in vain.
-
-        Args:
-            first: whether it is the first of its update; while the scale looks for its level, that says nothing.
-            last: whether only one more attempt can follow.
-        """
-        if not first:
-            return last
-        return (last or not self.step.history.calibrating) and self._looks().taken < _LOOKS
-
-    @contextmanager
-    def suspecting(self) -> Iterator[None]:
-        """Computed again in this block, at the same scale, the attempt shows which module overflowed first."""
-        assert self.scale is not None
-        self.step.set_loss_scale(self.scale)
-        with Extent(self.step.module()) as extent:
-            yield
-        largest = extent.largest()
-        of_ranks = _of_every_rank((first_nonfinite(largest), forward_is_nan(largest)))
-        found = {rank: str(where) for rank, (where, _) in enumerate(of_ranks) if where is not None}
-        looks = self._looks()
-        looks.taken, looks.suspects, looks.forward = looks.taken + 1, found, any(is_nan for _, is_nan in of_ranks)
-        if found and torch.distributed.get_rank() == 0:
-            where = "; ".join(f"rank {rank}: {place}" for rank, place in found.items())
-            logger.warning("%s: the overflow at loss scale %g began in %s", self.step.role, self.scale, where)
-
-    def began_in_the_forward(self) -> bool:
-        """Whether the look showed NaN before the loss, on any rank."""
-        return self._looks().forward
-
-    def _looks(self) -> _Looks:
-        if not hasattr(self.step.engine, _LOOKED):
-            setattr(self.step.engine, _LOOKED, _Looks())
-        return getattr(self.step.engine, _LOOKED)  # type: ignore[no-any-return]
+def history_of(engine: Any) -> StepHistory:
+    """Return the history of an engine's optimizer steps; an empty one before its first."""
+    step = step_of(engine)
+    return StepHistory() if step is None else step.history
 
 
-def _of_every_rank(own: Any) -> list[Any]:
-    of_ranks: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(of_ranks, own)
-    return of_ranks
+def start_anew(engine: Any) -> None:
+    """Forget the steps of an engine that is built again."""
+    if hasattr(engine, _SLOT):
+        delattr(engine, _SLOT)

@@ -27,7 +27,7 @@ GRADIENT_MARGIN = 8.0
 
 
 def fitting_scale(headroom: float) -> float:
-    """The first loss scale for gradients that, unscaled, fit so many times into FP16's range: a power of two.
+    """Return the first loss scale for gradients that, unscaled, fit so many times into FP16's range: a power of two.
 
     At most `LARGEST_SCALE`, with room for gradients `GRADIENT_MARGIN` times as large, at least 1.
     """
@@ -36,7 +36,7 @@ def fitting_scale(headroom: float) -> float:
 
 
 def sharded_scaler(plan: Plan, device: str) -> ShardedGradScaler:
-    """torch's scaler for sharded gradients, with the plan's settings, on the device the gradients are on.
+    """Make torch's scaler for sharded gradients, with the plan's settings, on the device the gradients are on.
 
     Args:
         device: device type, as `cuda`, `npu` or `cpu`. torch's default is `cuda`, and on any other machine the scaler
@@ -102,6 +102,7 @@ class StepHistory:
         return self.skipped_total == self.attempted
 
     def add(self, outcome: StepOutcome) -> None:
+        """Count a step that was taken, or skipped for good."""
         self.attempted += 1
         self.last = outcome
         if outcome.skipped:
@@ -115,8 +116,20 @@ class StepHistory:
         self.retries_since_lr += 1
         self.retries_total += 1
 
+    def lr_may_advance(self) -> bool:
+        """Return whether the LR schedule, which counts updates, may advance: if a step was taken since it last did.
+
+        Asked once each time the framework would advance it. Before the first attempt it may: then a checkpoint is being
+        loaded, which goes forward by as many steps as it had taken.
+        """
+        self.retries_since_lr = 0
+        if self.attempted and not self.taken_since_lr:
+            return False
+        self.taken_since_lr = False
+        return True
+
     def metrics(self) -> dict[str, float]:
-        """`fp16/*` of the last step; `step_skipped` 0 or 1, `loss_scale` and `retries` only with a scaler."""
+        """Return `fp16/*` of the last step; `step_skipped` 0 or 1, `loss_scale` and `retries` only with a scaler."""
         if self.last is None:
             return {}
         return {
@@ -143,8 +156,41 @@ class StepHistory:
             setattr(self, name, value)
 
 
+def scale_of(scaler: Any) -> float | None:
+    """Return the loss scale in force; None without a scaler, or with one that torch has disabled."""
+    return float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else None
+
+
+def set_scale(scaler: Any, scale: float) -> None:
+    """Go on at this scale, also before the scaler has scaled anything."""
+    scaler.load_state_dict({**scaler.state_dict(), "scale": float(scale)})
+
+
+def hold_floor(scaler: Any, floor: float) -> None:
+    """Raise the scale to the floor if an overflow has taken it below."""
+    scale = scale_of(scaler)
+    if scale is not None and scale < floor:
+        scaler.update(float(floor))
+
+
+def step_outcome(scaler: Any, scale_before: float | None, grad_norm: float) -> StepOutcome:
+    """Return what became of a step that torch's scaler took or skipped; without one, of a step skipped by its norm.
+
+    Args:
+        scaler: torch's, or None.
+        scale_before: the loss scale that the gradients were computed with.
+        grad_norm: norm of the unscaled gradients before clipping.
+    """
+    scale = scale_of(scaler)
+    if scaler is None:
+        return StepOutcome(scale, not math.isfinite(grad_norm), grad_norm)
+    # torch lowers the scale after an overflow and never otherwise; a scaler it has disabled skips nothing.
+    lowered = scale_before is not None and scale is not None and scale < scale_before
+    return StepOutcome(scale, lowered, grad_norm)
+
+
 def collapse_reason(plan: Plan, history: StepHistory, scale_before: float | None) -> str | None:
-    """Why the run must stop after a skipped step, or None while skips are still calibration.
+    """Return why the run must stop after a skipped step, or None while skips are still calibration.
 
     Args:
         scale_before: the loss scale the skipped step was computed with; None without a scaler.
@@ -162,7 +208,7 @@ def collapse_reason(plan: Plan, history: StepHistory, scale_before: float | None
 
 
 def nonfinite_parameters(named_gradients: Iterable[tuple[str, torch.Tensor]], limit: int = MAX_CULPRITS) -> list[str]:
-    """Names of the first parameters whose gradient holds inf or NaN."""
+    """Return the names of the first parameters whose gradient holds inf or NaN."""
     culprits = []
     for name, gradient in named_gradients:
         if not gradient.detach().isfinite().all():

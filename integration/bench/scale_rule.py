@@ -71,7 +71,7 @@ def summary(runs: list[list[dict[str, float]]]) -> dict[str, float]:
 
     `usable` is the share of the updates that were taken at a scale that is at most `USABLE` times below the largest
     which the update's own gradients bear; `underflow` is the mean share of FP16 gradients that are zero or subnormal,
-    as `fp16_patch.scaling.gradient_stats.Counts` counts them.
+    as `fp16_patch.scaling.gradient_stats.GradientCounts` counts them.
     """
     updates = [update for run in runs for update in run[1:]]
     taken = [update for update in updates if not update["skipped"]]
@@ -148,15 +148,15 @@ class _Looked(Learner):
     def _look(self, *args: Any, **kwargs: Any) -> Any:
         import torch
 
-        from fp16_patch.scaling.gradient_stats import Counts, Look
+        from fp16_patch.scaling.gradient_stats import GradientCounts, GradientStatsHooks
         from fp16_patch.scaling.tensor_range import largest_gradient
 
-        scale, look = float(self.engine.scaler.get_scale()), Look(self.engine.module)
-        with look:
+        scale = float(self.engine.scaler.get_scale())
+        with GradientStatsHooks(self.engine.module) as hooks:
             result = self._compute(*args, **kwargs)
-        largest = largest_gradient(look.largest(), torch.float16)
-        total = Counts()
-        for counts in look.counts().values():
+        largest = largest_gradient(hooks.largest(), torch.float16)
+        total = GradientCounts()
+        for counts in hooks.counts().values():
             total = total.plus(counts)
         underflow = total.shares().get("underflow", 0.0)
         self._passes.append({"largest": largest, "unscaled": largest / scale, "underflow": underflow, "scale": scale})

@@ -11,19 +11,22 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 
-from fp16_patch.scaling import gradient_stats
-from fp16_patch.scaling.gradient_stats import Counts, Figures, Look, groups_of
-from fp16_patch.scaling.scaler import StepHistory, StepOutcome
+from fp16_patch import Plan
+from fp16_patch.scaling import gradient_stats, retry, scale_growth
+from fp16_patch.scaling import update as update_module
+from fp16_patch.scaling.gradient_stats import GradientCounts, GradientStats, GradientStatsHooks, groups_of
+from fp16_patch.scaling.scaler import StepOutcome
+from fp16_patch.scaling.update import MiniBatchUpdate
 
 LAST_SUBNORMAL = 2.0**-14 * (1 - 2.0**-10)
 NUMBERS = st.sampled_from([0.0, -0.0, 2.0**-24, -LAST_SUBNORMAL, 2.0**-14, -1.0, 65504.0, math.inf])
 
 
-def counted(rows: list[list[float]]) -> Counts:
+def counted(rows: list[list[float]]) -> GradientCounts:
     """One by one."""
     alive = [row for row in rows if any(row)]
     numbers = [number for row in alive for number in row]
-    return Counts(
+    return GradientCounts(
         elements=len(numbers),
         underflown=sum(abs(number) < 2.0**-14 for number in numbers),
         zeros=sum(number == 0 for number in numbers),
@@ -34,14 +37,14 @@ def counted(rows: list[list[float]]) -> Counts:
 
 @given(st.integers(1, 5).flatmap(lambda width: st.lists(st.lists(NUMBERS, min_size=width, max_size=width), min_size=1)))
 def test_zeros_and_subnormal_numbers_count_in_rows_that_are_not_zero_throughout(rows: list[list[float]]) -> None:
-    found = Counts(*gradient_stats._counted(torch.tensor(rows, dtype=torch.float16)).tolist())
+    found = GradientCounts(*gradient_stats._counted(torch.tensor(rows, dtype=torch.float16)).tolist())
     assert found == counted(rows)
 
 
 def test_shares_are_of_what_there_is() -> None:
-    assert Counts(10, 5, 2, 4, 1).shares() == {"underflow": 0.5, "zeros": 0.2, "zero_rows": 0.25}
-    assert Counts(rows=4, zero_rows=4).shares() == {"zero_rows": 1.0}
-    assert Counts().shares() == {}
+    assert GradientCounts(10, 5, 2, 4, 1).shares() == {"underflow": 0.5, "zeros": 0.2, "zero_rows": 0.25}
+    assert GradientCounts(rows=4, zero_rows=4).shares() == {"zero_rows": 1.0}
+    assert GradientCounts().shares() == {}
 
 
 def test_a_vector_is_one_row_and_a_number_too() -> None:
@@ -58,7 +61,7 @@ def test_of_a_large_gradient_evenly_spread_rows_are_counted_and_stand_for_all() 
     # Not contiguous, as the gradient of a transposed output.
     sample = gradient_stats.sampled_rows(gradient.transpose(0, 1))
     assert 8 * width <= sample.numel() <= 4 * gradient_stats.SAMPLED_ELEMENTS
-    found = Counts(*gradient_stats._counted(gradient.transpose(0, 1)).tolist())
+    found = GradientCounts(*gradient_stats._counted(gradient.transpose(0, 1)).tolist())
     assert found.rows == pytest.approx(rows)
     assert found.shares()["underflow"] == 0.25
     assert found.shares()["zero_rows"] == pytest.approx(0.25, abs=0.05)
@@ -120,9 +123,9 @@ def test_a_model_without_layers_is_a_head() -> None:
 def test_fp16_gradients_of_outputs_and_parameters_are_counted_once() -> None:
     torch.manual_seed(0)
     model = Model().half()
-    with Look(model) as look:
+    with GradientStatsHooks(model) as hooks:
         model(torch.tensor([[0, 1, 2]])).float().square().sum().mul(2.0**-12).backward()
-    counts = look.counts()
+    counts = hooks.counts()
     # 3 tokens; the embedding's rows of words 3 and 4 are zero.
     assert counts["embedding"].rows == 5 + 3
     assert counts["embedding"].zero_rows == 2
@@ -136,15 +139,15 @@ def test_fp16_gradients_of_outputs_and_parameters_are_counted_once() -> None:
 def test_with_activation_checkpointing_the_same_is_counted(reentrant: bool) -> None:
     from torch.utils.checkpoint import checkpoint
 
-    def counts(layer_of: Any) -> dict[str, Counts]:
+    def counts(layer_of: Any) -> dict[str, GradientCounts]:
         torch.manual_seed(0)
         model = Model().half()
-        with Look(model) as look:
+        with GradientStatsHooks(model) as hooks:
             hidden = model.embedding(torch.tensor([[0, 1, 2]]))
             for layer in model.layers:
                 hidden = layer_of(layer, hidden)
             model.head(model.norm(hidden)).float().square().sum().mul(2.0**-12).backward()
-        return look.counts()
+        return hooks.counts()
 
     plain = counts(lambda layer, hidden: layer(hidden))
     assert counts(lambda layer, hidden: checkpoint(layer, hidden, use_reentrant=reentrant)) == plain
@@ -152,71 +155,91 @@ def test_with_activation_checkpointing_the_same_is_counted(reentrant: bool) -> N
 
 def test_gradients_in_another_dtype_are_not_counted() -> None:
     model = Model()
-    with Look(model) as look:
+    with GradientStatsHooks(model) as hooks:
         model(torch.tensor([[0, 1]])).sum().backward()
-    assert look.counts() == {}
+    assert hooks.counts() == {}
 
 
 def test_the_metrics_are_the_headroom_and_shares_by_group() -> None:
-    figures = Figures(scale=8.0, largest=32752.0, counts={"head": Counts(10, 5, 2, 4, 1)})
-    assert figures.unscaled == 4094.0
-    assert figures.metrics() == {
+    stats = GradientStats(scale=8.0, largest=32752.0, counts={"head": GradientCounts(10, 5, 2, 4, 1)})
+    assert stats.unscaled == 4094.0
+    assert stats.metrics() == {
         "fp16/gradient_headroom/min": 2.0,
         "fp16/underflow/head": 0.5,
         "fp16/zeros/head": 0.2,
         "fp16/zero_rows/head": 0.25,
     }
-    assert Figures(8.0, 0.0, {}).metrics() == {}
+    assert GradientStats(8.0, 0.0, {}).metrics() == {}
 
 
 def test_verl_averages_shares_over_mini_batches_and_takes_the_least_headroom() -> None:
     groups = (gradient_stats.EMBEDDING, *gradient_stats.LAYERS, gradient_stats.HEAD)
-    metrics = Figures(1.0, 1.0, {group: Counts(10, 5, 2, 4, 1) for group in groups}).metrics()
+    metrics = GradientStats(1.0, 1.0, {group: GradientCounts(10, 5, 2, 4, 1) for group in groups}).metrics()
     # It goes by these parts of names.
     assert [name for name in metrics if "min" in name] == ["fp16/gradient_headroom/min"]
     assert not [name for name in metrics if "max" in name]
 
 
-class Step:
-    def __init__(self, model: Any, scale: float) -> None:
-        self.engine, self.history, self._model, self.scale = self, StepHistory(), model, scale
+class Update(MiniBatchUpdate):
+    """Of a model whose updates are not stepped on, and are skipped or taken as told."""
 
-    def loss_scale(self) -> float:
-        return self.scale
+    def __init__(self, model: Any, skipped: bool) -> None:
+        super().__init__(self, "actor")
+        self.model, self.skipped = model, skipped
+        # torch's scaler grows after so many updates, which no test here comes to.
+        self.torch_scaler = torch.amp.GradScaler("cpu", init_scale=2.0**17, growth_interval=100)
+
+    @property
+    def scaler(self) -> Any:
+        return self.torch_scaler
 
     def module(self) -> Any:
-        return self._model
+        return self.model
+
+    def note_dtypes(self) -> None:
+        raise AssertionError("nothing steps here")
+
+    nonfinite_gradients = zero_grad = note_dtypes
+
+    def loss_is_finite(self, result: Any) -> bool:
+        return True
+
+    def retry_on_overflow(self, attempt: Any, forward_was_finite: Any) -> Any:
+        """Two attempts, the first at a scale that is too high."""
+        attempt(False)
+        self.set_loss_scale(1024.0)
+        result = attempt(True)
+        self.history.add(StepOutcome(1024.0, self.skipped, 1.0))
+        return result
 
 
-def looked(skipped: bool, monkeypatch: pytest.MonkeyPatch) -> tuple[Step, Figures | None]:
-    """Two attempts at one update, the first at a scale that is too high."""
+def looked_at(skipped: bool, monkeypatch: pytest.MonkeyPatch) -> Update:
+    """An update that was looked at."""
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
     monkeypatch.setattr(torch.distributed, "all_gather_object", lambda all_ranks, own: all_ranks.__setitem__(0, own))
-    step = Step(torch.nn.Linear(2, 2).half(), scale=2.0**17)
-    looks = gradient_stats.Looking(step)  # type: ignore[arg-type]
+    for module in (scale_growth, retry, update_module):
+        monkeypatch.setattr(module, "current_plan", lambda: Plan(first_scale="fixed", gradient_look_every=1))
+    update = Update(torch.nn.Linear(2, 2).half(), skipped)
 
     def compute() -> None:
-        (step.model(torch.ones(1, 2).half()).float().sum() * step.scale).backward()
+        (update.model(torch.ones(1, 2).half()).float().sum() * update.loss_scale()).backward()
 
-    step.model = step.module()
-    attempt = looks.through(compute)
-    attempt()
-    step.scale = 1024.0
-    attempt()
-    step.history.add(StepOutcome(1024.0, skipped, 1.0))
-    return step, looks.figures()
+    update.run_mini_batch(compute, "cpu")
+    return update
 
 
 def test_the_last_attempt_at_an_update_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    step, figures = looked(False, monkeypatch)
-    assert figures is not None
-    assert (figures.scale, figures.largest) == (1024.0, 1024.0)
-    assert gradient_stats.metrics_of(step)["fp16/gradient_headroom/min"] == 65504 / 1024
-    gradient_stats.forget(step)
-    assert gradient_stats.metrics_of(step) == {}
+    update = looked_at(False, monkeypatch)
+    assert update.gradients is not None
+    assert (update.gradients.scale, update.gradients.largest) == (1024.0, 1024.0)
+    assert update.metrics()["fp16/gradient_headroom/min"] == 65504 / 1024
+    monkeypatch.setattr(scale_growth, "current_plan", lambda: Plan(gradient_look_every=0))
+    update.run_mini_batch(lambda: None, "cpu")
+    assert update.gradients is None
+    assert update.metrics() == update.history.metrics()
 
 
 def test_a_skipped_update_shows_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    step, figures = looked(True, monkeypatch)
-    assert figures is None
-    assert gradient_stats.metrics_of(step) == {}
+    update = looked_at(True, monkeypatch)
+    assert update.gradients is None
+    assert update.metrics() == update.history.metrics()

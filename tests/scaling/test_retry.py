@@ -13,11 +13,13 @@ torch = pytest.importorskip("torch")
 from fp16_patch import Plan
 from fp16_patch.plan.errors import LossScaleCollapse
 from fp16_patch.runtime import activation, preflight
-from fp16_patch.scaling import optimizer_step, retry
-from fp16_patch.scaling.first_scale import measure, measuring
-from fp16_patch.scaling.optimizer_step import WatchedEngine, history_of
-from fp16_patch.scaling.retry import RandomState, until_taken
-from fp16_patch.scaling.tensor_range import GRADIENT, OUTPUT, PARAMETER, Extent, first_nonfinite, largest_gradient
+from fp16_patch.scaling import first_scale, optimizer_step, retry, update
+from fp16_patch.scaling.first_scale import measure_first_scale
+from fp16_patch.scaling.optimizer_step import history_of
+from fp16_patch.scaling.random_state import RandomState
+from fp16_patch.scaling.scaler import StepOutcome
+from fp16_patch.scaling.tensor_range import GRADIENT, OUTPUT, PARAMETER, AbsMaxHooks, first_nonfinite, largest_gradient
+from fp16_patch.scaling.update import MiniBatchUpdate
 
 
 @pytest.fixture(autouse=True)
@@ -34,9 +36,8 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def plan(monkeypatch: pytest.MonkeyPatch) -> Any:
     def use(**settings: Any) -> None:
         made = Plan(**settings)
-        for module in (activation, retry, optimizer_step):
+        for module in (activation, retry, optimizer_step, first_scale, update):
             monkeypatch.setattr(module, "current_plan", lambda: made)
-        monkeypatch.setattr("fp16_patch.scaling.first_scale.current_plan", lambda: made)
 
     return use
 
@@ -52,11 +53,17 @@ class Engine:
     def compute(self, again: bool = False) -> float:
         self.attempts.append(self.scale)
         self.model(torch.ones(1, 2)).sum().backward()
-        _Step(self).step()
+        _Update.of(self).run(self.step)
+        return 1.0
+
+    def step(self) -> float:
+        if self.scale > self.bearable:
+            self.scale /= 2
+            return math.inf
         return 1.0
 
 
-class _Step(WatchedEngine):
+class _Update(MiniBatchUpdate):
     def __init__(self, engine: Engine) -> None:
         super().__init__(engine, "actor")
 
@@ -69,21 +76,28 @@ class _Step(WatchedEngine):
     def module(self) -> Any:
         return self.engine.model
 
-    def take(self) -> float:
-        if self.engine.scale > self.engine.bearable:
-            self.engine.scale /= 2
-            return math.inf
-        return 1.0
+    def outcome_of(self, returned: float, scale_before: float | None) -> StepOutcome:
+        return StepOutcome(self.engine.scale, math.isinf(returned), returned)
 
-    def was_skipped(self, scale_before: float | None, scale_after: float | None, grad_norm: float) -> bool:
-        return math.isinf(grad_norm)
+    def note_dtypes(self) -> None:
+        pass
 
-    def nonfinite(self) -> list[str]:
+    def nonfinite_gradients(self) -> list[str]:
         return ["weight"]
+
+    def zero_grad(self) -> None:
+        pass
+
+    def loss_is_finite(self, result: Any) -> bool:
+        return True
 
 
 def finite(_: Any) -> bool:
     return True
+
+
+def retry_on_overflow(engine: Engine, forward_was_finite: Any = finite) -> None:
+    _Update.of(engine).retry_on_overflow(engine.compute, forward_was_finite)
 
 
 def counts(engine: Engine) -> tuple[int, int, int]:
@@ -94,7 +108,7 @@ def counts(engine: Engine) -> tuple[int, int, int]:
 def test_it_is_tried_again_until_it_is_taken(plan: Any) -> None:
     plan()
     engine = Engine(64.0, bearable=8.0)
-    until_taken(engine, engine.compute, finite)
+    retry_on_overflow(engine)
     assert engine.attempts == [64.0, 32.0, 16.0, 8.0]
     assert counts(engine) == (1, 0, 3)
 
@@ -104,7 +118,7 @@ def test_after_so_many_retries_it_is_a_skip(plan: Any, caplog: pytest.LogCapture
     plan(max_retries=2)
     engine = Engine(64.0, bearable=1.0)
     engine.scale = 64.0
-    until_taken(engine, engine.compute, finite)
+    retry_on_overflow(engine)
     # Before the last retry the attempt is looked into, at its own scale.
     assert engine.attempts == [64.0, 32.0, 32.0, 16.0]
     assert counts(engine) == (1, 1, 2)
@@ -116,7 +130,7 @@ def test_nothing_is_tried_again_at_the_floor(plan: Any) -> None:
     plan(min_scale=32.0)
     engine = Engine(64.0, bearable=1.0)
     with pytest.raises(LossScaleCollapse, match="min_scale=32"):
-        until_taken(engine, engine.compute, finite)
+        retry_on_overflow(engine)
     assert engine.attempts == [64.0, 32.0]
     assert counts(engine) == (1, 1, 1)
 
@@ -124,7 +138,7 @@ def test_nothing_is_tried_again_at_the_floor(plan: Any) -> None:
 def test_where_the_forward_is_not_finite_no_lower_scale_is_tried(plan: Any) -> None:
     plan()
     engine = Engine(64.0, bearable=1.0)
-    until_taken(engine, engine.compute, lambda _: False)
+    retry_on_overflow(engine, lambda _: False)
     # The second attempt looks for the module.
     assert engine.attempts == [64.0, 64.0]
     assert engine.scale == 32.0
@@ -134,11 +148,11 @@ def test_where_the_forward_is_not_finite_no_lower_scale_is_tried(plan: Any) -> N
 def test_where_the_loss_leaves_out_what_is_nan_no_lower_scale_is_tried(plan: Any) -> None:
     plan()
     engine = Engine(64.0, bearable=64.0)
-    until_taken(engine, engine.compute, finite)
+    retry_on_overflow(engine)
     engine.bearable = 0.0
     with torch.no_grad():
         engine.model.bias.fill_(math.nan)
-    until_taken(engine, engine.compute, finite)
+    retry_on_overflow(engine)
     # The last attempt looks for the module.
     assert engine.attempts == [64.0, 64.0, 64.0]
     assert engine.scale == 32.0
@@ -148,9 +162,9 @@ def test_where_the_loss_leaves_out_what_is_nan_no_lower_scale_is_tried(plan: Any
 def test_a_mini_batch_that_overflows_at_every_scale_costs_the_next_ones_one_halving(plan: Any) -> None:
     plan(max_retries=4)
     engine = Engine(64.0, bearable=64.0)
-    until_taken(engine, engine.compute, finite)
+    retry_on_overflow(engine)
     engine.bearable = 1.0
-    until_taken(engine, engine.compute, finite)
+    retry_on_overflow(engine)
     assert engine.attempts == [64.0, 64.0, 64.0, 32.0, 16.0, 8.0, 8.0, 4.0]
     assert engine.scale == 32.0
     assert counts(engine) == (2, 1, 4)
@@ -169,7 +183,7 @@ def test_overflows_are_looked_into_a_few_times_a_run(plan: Any) -> None:
     engine.compute()
     for _ in range(5):
         engine.scale = 16.0
-        until_taken(engine, engine.compute, finite)
+        retry_on_overflow(engine)
     looks = sum(before == after == 16.0 for before, after in zip(engine.attempts, engine.attempts[1:], strict=False))
     assert looks == 3
     assert counts(engine) == (6, 0, 5)
@@ -187,20 +201,22 @@ def test_the_first_scale_leaves_room_over_the_largest_gradient(plan: Any) -> Non
     engine = Engine(1.0, bearable=math.inf)
     engine.model = torch.nn.Linear(2, 2).half()
 
+    first = _Update.of(engine)
+
     def compute() -> None:
-        assert measuring(engine)
+        assert first.measuring
         # The gradient of the output is 3, unscaled: 65536 is too much for it, 256 is not.
         (3.0 * engine.scale * engine.model(torch.full((1, 2), 0.5, dtype=torch.float16)).float().sum()).backward()
 
-    measure(_Step(engine), RandomState("cpu"), compute, finite)
+    first._measure_first_scale(compute, RandomState("cpu"))
     assert engine.scale == 2048.0  # 65504 ÷ 3 ÷ 8 = 2729
-    assert not measuring(engine)
+    assert not first.measuring
 
 
 def test_a_batch_whose_loss_is_not_finite_decides_no_scale(plan: Any) -> None:
     plan()
     engine = Engine(1.0, bearable=math.inf)
-    measure(_Step(engine), RandomState("cpu"), lambda: None, lambda _: False)
+    measure_first_scale(_Update.of(engine), RandomState("cpu"), lambda: None, lambda _: False)
     assert engine.scale == 65536.0
 
 
@@ -212,30 +228,30 @@ def test_gradients_that_are_finite_at_no_scale_decide_none(plan: Any) -> None:
     def compute() -> None:
         (engine.model(torch.ones(1, 2, dtype=torch.float16)).float().sum() * math.nan).backward()
 
-    measure(_Step(engine), RandomState("cpu"), compute, finite)
+    measure_first_scale(_Update.of(engine), RandomState("cpu"), compute, finite)
     assert engine.scale == 65536.0
 
 
 def test_the_first_place_that_is_not_finite_is_named() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
-    with Extent(model) as extent:
+    with AbsMaxHooks(model) as hooks:
         output = model(torch.ones(1, 2))
         (output.sum() * math.inf).backward()
-    place = first_nonfinite(extent.largest())
+    place = first_nonfinite(hooks.largest())
     assert place is not None
     assert (place.module, place.kind) == ("1", GRADIENT)
     with torch.no_grad():
         model[0].weight[0, 0] = math.nan
-    with Extent(model) as extent:
+    with AbsMaxHooks(model) as hooks:
         model(torch.ones(1, 2))
-    assert str(first_nonfinite(extent.largest())) == f"0 ({OUTPUT})"
+    assert str(first_nonfinite(hooks.largest())) == f"0 ({OUTPUT})"
     assert not model[0]._forward_hooks
 
 
 def test_gradients_count_in_their_own_dtype() -> None:
     model = torch.nn.Linear(2, 2)
-    with Extent(model) as extent:
+    with AbsMaxHooks(model) as hooks:
         model(torch.full((1, 2), 4.0)).sum().backward()
-    assert {place.kind for place in extent.largest()} == {OUTPUT, GRADIENT, PARAMETER}
-    assert largest_gradient(extent.largest(), torch.float32) == 4.0
-    assert largest_gradient(extent.largest(), torch.float16) == 0.0
+    assert {place.kind for place in hooks.largest()} == {OUTPUT, GRADIENT, PARAMETER}
+    assert largest_gradient(hooks.largest(), torch.float32) == 4.0
+    assert largest_gradient(hooks.largest(), torch.float16) == 0.0

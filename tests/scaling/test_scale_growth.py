@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 torch = pytest.importorskip("torch")
 
 from fp16_patch import Plan
+from fp16_patch.runtime.torch_private import steps_since_growth
 from fp16_patch.scaling import scale_growth
-from fp16_patch.scaling.gradient_stats import Figures
-from fp16_patch.scaling.scale_growth import MARGIN, Seen, bears
+from fp16_patch.scaling.scale_growth import MARGIN, GradMaxWindow, fits_at_scale
 from fp16_patch.scaling.scaler import StepHistory, StepOutcome
 
 FP16_MAX = 65504.0
@@ -35,10 +35,8 @@ def plan(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 class Step:
     """An engine with torch's own scaler, whose gradients are as large as told."""
 
-    role = "actor"
-
     def __init__(self, scale: float, interval: int) -> None:
-        self.engine, self.history = self, StepHistory()
+        self.window, self.history = GradMaxWindow(), StepHistory()
         self.scaler = torch.amp.GradScaler("cpu", init_scale=scale, growth_interval=interval)
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.optimizer = torch.optim.SGD([self.weight], lr=0.0)
@@ -48,8 +46,8 @@ class Step:
         return float(self.scaler.get_scale())
 
     def update(self, largest: float) -> None:
-        scale_growth.hold_back(self, self.scaler)  # type: ignore[arg-type]
-        look = scale_growth.wants_look(self, self.scaler)  # type: ignore[arg-type]
+        scale_growth.maybe_hold_growth(self.scaler, self.window, self.history.attempted, "actor")
+        look = scale_growth.wants_gradient_stats(self.scaler, self.history.attempted)
         while True:
             scale = self.loss_scale()
             self.scaler.scale(torch.zeros(()))
@@ -62,7 +60,8 @@ class Step:
             self.overflows += 1
         self.history.add(StepOutcome(self.loss_scale(), False, 1.0))
         self.looks += look
-        scale_growth.learn(self, Figures(scale, largest * scale, {}) if look else None)  # type: ignore[arg-type]
+        if look:
+            self.window.add(self.history.attempted, largest)
 
 
 def test_torchs_rule_grows_until_it_breaks(plan: Callable[..., None]) -> None:
@@ -124,9 +123,9 @@ def test_an_overflow_halves_the_scale_under_either_rule(plan: Callable[..., None
 def test_a_resumed_run_looks_before_it_lets_the_scale_grow(plan: Callable[..., None]) -> None:
     plan(scale_rule="ahead", gradient_look_every=0)
     step = Step(4096.0, interval=4)
-    scale_growth.count_from(step.scaler, 3)
+    scale_growth.set_growth_count(step.scaler, 3)
     step.update(10.0)
-    assert (step.loss_scale(), scale_growth.counted(step.scaler), step.looks) == (4096.0, 3, 1)
+    assert (step.loss_scale(), steps_since_growth(step.scaler), step.looks) == (4096.0, 3, 1)
     step.update(10.0)
     assert (step.loss_scale(), step.overflows) == (4096.0, 0)
 
@@ -134,20 +133,20 @@ def test_a_resumed_run_looks_before_it_lets_the_scale_grow(plan: Callable[..., N
 @given(st.floats(2.0**-20, 2.0**10), st.integers(-10, 24))
 def test_what_is_borne_fits_with_the_margin(largest: float, exponent: int) -> None:
     scale = 2.0**exponent
-    assume(bears(largest, scale))
+    assume(fits_at_scale(largest, scale))
     assert largest * scale <= FP16_MAX / MARGIN
-    assert bears(largest / 2, scale)
-    assert bears(largest, scale / 2)
+    assert fits_at_scale(largest / 2, scale)
+    assert fits_at_scale(largest, scale / 2)
 
 
 def test_nothing_is_borne_where_a_gradient_is_not_finite() -> None:
-    assert not bears(math.inf, 1.0)
-    assert not bears(math.nan, 1.0)
+    assert not fits_at_scale(math.inf, 1.0)
+    assert not fits_at_scale(math.nan, 1.0)
 
 
 @given(st.lists(st.tuples(st.integers(0, 50), st.floats(0, 10)), max_size=20), st.integers(0, 50))
 def test_the_largest_of_the_last_steps(looks: list[tuple[int, float]], since: int) -> None:
-    seen = Seen()
+    seen = GradMaxWindow()
     for number, largest in sorted(looks):
         seen.add(number, largest)
     recent = [largest for number, largest in looks if number >= since]

@@ -18,7 +18,7 @@ _ADAPTER = ".lora_"
 
 
 def broadcast_to_vllm(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
-    """`ActorPPOTrainer.broadcast_to_vllm`: for the length of the call, a PEFT model shows its merged weights."""
+    """`ActorPPOTrainer.broadcast_to_vllm`: let a PEFT model show its merged weights while it is called."""
     from peft import PeftModel
 
     model = trainer.actor.model.module
@@ -59,7 +59,7 @@ class MergedWeight:
 
 
 def merged_parameters(model: Any) -> Iterator[tuple[str, Any]]:
-    """Name in the base model, and weight, of everything a sampler holds."""
+    """Yield name in the base model, and weight, of everything a sampler holds."""
     from peft.tuners.lora import Linear, LoraLayer
 
     adapted = {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}

@@ -15,23 +15,22 @@ from typing import Any
 
 import torch
 
-from fp16_patch.openrlhf.deepspeed.strategy import inner
-from fp16_patch.scaling import retry
-from fp16_patch.scaling.optimizer_step import history_of
-from fp16_patch.scaling.retry import RandomState, until_taken
+from fp16_patch.openrlhf.deepspeed.engines import inner
+from fp16_patch.openrlhf.deepspeed.step import DeepSpeedStep
+from fp16_patch.scaling.random_state import RandomState
+from fp16_patch.scaling.retry import retries_wanted
 
-_MICRO_BATCHES = "_fp16_patch_micro_batches"
 _LOSSES = ("policy_loss", "critic_loss")
 
 
 def actor_step(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
-    """`ActorPPOTrainer.training_step`: the update is computed again while its gradients overflow."""
+    """`ActorPPOTrainer.training_step`: compute the update again while its gradients overflow."""
     with _averaged_once(trainer) as first:
         return _step(inner(trainer.actor), lambda: wrapped(*args, **kwargs), first)
 
 
 def critic_step(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
-    """`CriticPPOTrainer.training_step`: as for the actor."""
+    """`CriticPPOTrainer.training_step`: compute the update again while its gradients overflow."""
     return _step(inner(trainer.critic), lambda: wrapped(*args, **kwargs), lambda: None)
 
 
@@ -55,9 +54,10 @@ class _MicroBatch:
 
 
 def _step(engine: Any, compute: Callable[[], Any], first_is_done: Callable[[], None]) -> Any:
-    if not (retry.wanted() and engine.fp16_enabled()):
+    if not (retries_wanted() and engine.fp16_enabled()):
         return compute()
-    update, settled = _update_of(engine), history_of(engine).attempted
+    step = DeepSpeedStep.of(engine)
+    update, attempted = step.micro_batches, step.history.attempted
     update.append(_MicroBatch(RandomState(torch.device(engine.device).type), compute))
 
     def attempt(again: bool) -> Any:
@@ -67,22 +67,15 @@ def _step(engine: Any, compute: Callable[[], Any], first_is_done: Callable[[], N
         first_is_done()
         return status
 
-    status = until_taken(engine, attempt, lambda _: all(math.isfinite(micro_batch.loss) for micro_batch in update))
-    if history_of(engine).attempted > settled:
+    status = step.retry_on_overflow(attempt, lambda _: all(math.isfinite(micro_batch.loss) for micro_batch in update))
+    if step.history.attempted > attempted:
         update.clear()
     return status
 
 
-def _update_of(engine: Any) -> list[_MicroBatch]:
-    """The micro-batches since the last step."""
-    if not hasattr(engine, _MICRO_BATCHES):
-        setattr(engine, _MICRO_BATCHES, [])
-    return getattr(engine, _MICRO_BATCHES)  # type: ignore[no-any-return]
-
-
 @contextmanager
 def _averaged_once(trainer: Any) -> Iterator[Callable[[], None]]:
-    """Of the calls in this block that average the weights, those of the first attempt are made, at its end.
+    """Average the weights at the end of this block, as often as the first attempt in it asked for.
 
     An average moves by the weights as the update leaves them, and its clock counts micro-batches.
     """

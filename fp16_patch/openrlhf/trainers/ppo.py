@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
-
-from fp16_patch.openrlhf.deepspeed.strategy import history_since, inner, norms_of
+from fp16_patch.openrlhf.deepspeed.engines import inner
+from fp16_patch.openrlhf.deepspeed.step_report import train_and_report
 from fp16_patch.openrlhf.trainers.driver import OpenRLHFDriver
 from fp16_patch.openrlhf.trainers.observation import has_sampler_log_probs, observe_buffer
 from fp16_patch.patching.call_arguments import argument
-from fp16_patch.runtime.activation import current_plan
-from fp16_patch.scaling.optimizer_step import history_of
 
 _ACTOR_TRAINED = "actor_lr"
 
@@ -69,12 +65,12 @@ def save_logs_and_checkpoints(wrapped: Any, trainer: Any, args: Any, kwargs: Any
 def train_actor(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
     """`ActorPPOTrainer.ppo_train`: observe what it trains on, and add what becomes of its steps to the status."""
     observe_buffer(trainer)
-    return _reported("actor", "fp16/", inner(trainer.actor), lambda: wrapped(*args, **kwargs))
+    return train_and_report("actor", "fp16/", inner(trainer.actor), lambda: wrapped(*args, **kwargs))
 
 
 def train_critic(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
     """`CriticPPOTrainer.ppo_train`: add what becomes of its steps to the status."""
-    return _reported("critic", "fp16/critic/", inner(trainer.critic), lambda: wrapped(*args, **kwargs))
+    return train_and_report("critic", "fp16/critic/", inner(trainer.critic), lambda: wrapped(*args, **kwargs))
 
 
 def _steps_before(wrapped: Any, args: Any, kwargs: Any) -> int:
@@ -94,23 +90,3 @@ def _drop_copies(actor_class: Any) -> None:
         copy = vars(actor_class).get(name)
         if hasattr(method, "__wrapped__") and getattr(copy, "__qualname__", None) == f"BasePPOTrainer.{name}":
             setattr(actor_class, name, method)
-
-
-def _reported(role: str, prefix: str, engine: Any, train: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    history, norms = history_of(engine), norms_of(engine)
-    before = history.attempted, history.skipped_total, history.retries_total
-    norms.clear()
-    status = train()
-    outcome = history_since(engine, *before)
-    status.update({prefix + name.removeprefix("fp16/"): value for name, value in outcome.items()})
-    if current_plan().overrides_dtype and history.skipped_total > before[1]:
-        _without_skipped_norms(status, f"{role}_grad_norm", role, norms)
-    return status
-
-
-def _without_skipped_norms(status: dict[str, Any], name: str, role: str, norms: list[float]) -> None:
-    # DeepSpeed repeats the norm of the last step taken, 0 if there was none. Up to 0.9.5 it is not in the status.
-    reported = status.pop(name, None)
-    if norms and reported is not None:
-        # OpenRLHF reports the actor's last norm and the critic's mean.
-        status[name] = norms[-1] if role == "actor" else float(torch.tensor(norms).mean())

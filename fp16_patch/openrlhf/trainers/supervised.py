@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from fp16_patch.openrlhf.deepspeed.strategy import inner
+from fp16_patch.openrlhf.deepspeed.engines import inner
 from fp16_patch.patching.call_arguments import argument
 from fp16_patch.scaling.optimizer_step import history_of
 
 
 def save_logs_and_checkpoints(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
-    """`SFTTrainer`, `DPOTrainer` and `RewardModelTrainer.save_logs_and_checkpoints`: the step's outcome is logged."""
+    """`SFTTrainer`, `DPOTrainer` and `RewardModelTrainer.save_logs_and_checkpoints`: log the step's outcome."""
     logs = argument(wrapped, args, kwargs, "logs_dict")
     if logs is not None:
         logs.update(history_of(inner(trainer.model)).metrics())

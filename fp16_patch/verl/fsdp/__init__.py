@@ -1,1 +1,1 @@
-"""verl's FSDP engine: steps, FP32 numerics, checkpoints, exported weights, the weight sync."""
+"""verl's FSDP engine: building, updates, FP32 numerics, checkpoints, exported weights, the weight sync."""

@@ -6,14 +6,14 @@ import json
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
+from fp16_patch.patching.call_arguments import argument
 from fp16_patch.runtime.activation import current_plan
-from fp16_patch.scaling import scale_growth
-from fp16_patch.scaling.optimizer_step import history_of
-from fp16_patch.verl.fsdp.engine import scaler_of
+from fp16_patch.scaling.optimizer_step import OptimizerStep
+from fp16_patch.verl.fsdp.update import FSDPUpdate
 
 logger = logging.getLogger(__name__)
 
@@ -22,45 +22,44 @@ _STATE = ("scale", "_growth_tracker")
 
 
 def save_checkpoint(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
-    """`FSDPEngine.save_checkpoint`: the scale, its growth counter and the step counters go with the model."""
-    return save_with_scaler(engine, wrapped, args, kwargs)
+    """`FSDPEngine.save_checkpoint`: save the scale, its growth counter and the step counters with the model."""
+    return save_with_scaler(FSDPUpdate.of(engine), wrapped, args, kwargs)
 
 
 def load_checkpoint(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
     """`FSDPEngine.load_checkpoint`: go on with the saved scale; its factors and interval are the plan's."""
-    return load_with_scaler(engine, wrapped, args, kwargs)
+    return load_with_scaler(FSDPUpdate.of(engine), wrapped, args, kwargs)
 
 
-def save_with_scaler(owner: Any, save: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """Save as verl does, and beside it the state of the scaler that `owner` has."""
+def save_with_scaler(step: OptimizerStep | None, save: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Save as verl does, and beside it the history of an engine's steps and the state of its scaler, if it has one."""
     result = save(*args, **kwargs)
-    if scaler_of(owner) is not None and current_plan().overrides_dtype:
-        state = owner.scaler.state_dict()
+    if _has_scaler(step):
+        state = step.scaler.state_dict()
         saved = {
             "version": _VERSION,
             "scaler": {name: state[name] for name in _STATE},
-            "history": history_of(owner).state_dict(),
+            "history": step.history.state_dict(),
         }
-        _state_file(_path_of(args, kwargs)).write_text(json.dumps(saved), encoding="utf-8")
+        path = _state_file(argument(save, args, kwargs, "local_path"))
+        path.write_text(json.dumps(saved), encoding="utf-8")
     return result
 
 
-def load_with_scaler(owner: Any, load: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """Load as verl does, and what was saved beside it into the scaler that `owner` has."""
-    path = _path_of(args, kwargs)
+def load_with_scaler(step: OptimizerStep | None, load: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Load as verl does, and what was saved beside it into the scaler and the history of an engine's steps."""
+    path = argument(load, args, kwargs, "local_path")
     # Read first: verl may delete the local copy after loading it.
-    wanted = path is not None and scaler_of(owner) is not None and current_plan().overrides_dtype
-    saved = _agreed_state(path) if wanted else None
+    saved = _agreed_state(path) if path is not None and _has_scaler(step) else None
     result = load(*args, **kwargs)
-    if saved is not None:
-        owner.scaler.load_state_dict({**owner.scaler.state_dict(), **saved["scaler"]})
-        history_of(owner).load_state_dict(saved["history"])
-        scale_growth.forget(owner)
+    if saved is not None and _has_scaler(step):
+        step.scaler.load_state_dict({**step.scaler.state_dict(), **saved["scaler"]})
+        step.resume(saved["history"])
     return result
 
 
-def _path_of(args: Any, kwargs: Any) -> Any:
-    return kwargs["local_path"] if "local_path" in kwargs else args[0]
+def _has_scaler(step: OptimizerStep | None) -> TypeGuard[OptimizerStep]:
+    return step is not None and step.scaler is not None and current_plan().overrides_dtype
 
 
 def _state_file(local_path: str) -> Path:
@@ -69,7 +68,7 @@ def _state_file(local_path: str) -> Path:
 
 
 def _agreed_state(local_path: str) -> dict[str, Any] | None:
-    """What rank 0 finds, on every rank: ranks that scale differently would add up gradients of different size."""
+    """Return what rank 0 finds, on every rank: with different scales they would add up gradients of different size."""
     found = [_read_state(Path(local_path)) if torch.distributed.get_rank() == 0 else None]
     torch.distributed.broadcast_object_list(found, src=0)
     return found[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def device_type() -> str:
-    """torch's name of its type: `cuda`, `npu`, `cpu`."""
+    """Return torch's name of its type: `cuda`, `npu`, `cpu`."""
     from verl.utils.device import get_device_name
 
     return str(get_device_name())

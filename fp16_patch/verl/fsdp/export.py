@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from fp16_patch.patching.call_arguments import argument
 from fp16_patch.runtime.activation import current_plan
 
 logger = logging.getLogger(__name__)
@@ -19,21 +20,21 @@ _LABELS = ("dtype", "torch_dtype")
 
 
 def full_state_dict(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> dict[str, Any]:
-    """`get_fsdp_full_state_dict`, which verl calls for `hf_model` checkpoints only: FP32 masters, rounded once."""
+    """`get_fsdp_full_state_dict`, called for `hf_model` checkpoints only: round the FP32 masters once."""
     state: dict[str, Any] = wrapped(*args, **kwargs)
     return in_plan_dtype(state) if current_plan().overrides_dtype else state
 
 
 def save_checkpoint(wrapped: Any, manager: Any, args: Any, kwargs: Any) -> Any:
-    """`FSDPCheckpointManager.save_checkpoint`: its Hugging Face folder says the dtype the weights have."""
+    """`FSDPCheckpointManager.save_checkpoint`: write the weights' dtype into its Hugging Face folder."""
     result = wrapped(*args, **kwargs)
     if current_plan().overrides_dtype and manager.should_save_hf_model and manager.rank == 0:
-        label(Path(kwargs.get("local_path", args[0] if args else "")) / "huggingface")
+        label(Path(argument(wrapped, args, kwargs, "local_path")) / "huggingface")
     return result
 
 
 def merge_shards(wrapped: Any, merger: Any, args: Any, kwargs: Any) -> dict[str, Any]:
-    """`FSDPModelMerger._load_and_merge_state_dicts`: each shard is rounded to the plan's dtype, not to bfloat16."""
+    """`FSDPModelMerger._load_and_merge_state_dicts`: round each shard to the plan's dtype, not to bfloat16."""
     if not current_plan().overrides_dtype:
         return wrapped(*args, **kwargs)  # type: ignore[no-any-return]
     with _bfloat16_means_plan_dtype():
@@ -41,7 +42,7 @@ def merge_shards(wrapped: Any, merger: Any, args: Any, kwargs: Any) -> dict[str,
 
 
 def save_merged(wrapped: Any, merger: Any, args: Any, kwargs: Any) -> Any:
-    """`BaseModelMerger.save_hf_model_and_tokenizer`: the merged model's config.json says its dtype."""
+    """`BaseModelMerger.save_hf_model_and_tokenizer`: write the merged model's dtype into its config.json."""
     result = wrapped(*args, **kwargs)
     if current_plan().overrides_dtype:
         label(Path(merger.config.target_dir))
@@ -49,7 +50,7 @@ def save_merged(wrapped: Any, merger: Any, args: Any, kwargs: Any) -> Any:
 
 
 def in_plan_dtype(state: dict[str, Any]) -> dict[str, Any]:
-    """A state dict with its floating-point tensors in the plan's dtype; one that is out of its range stays as it is."""
+    """Round the floating-point tensors of a state dict to the plan's dtype; what is out of its range stays as it is."""
     return {name: _rounded(name, value) for name, value in state.items()}
 
 

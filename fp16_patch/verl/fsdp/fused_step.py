@@ -16,7 +16,7 @@ from fp16_patch.verl.fsdp.device import device_type
 
 
 def build_optimizer(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Optimizer:
-    """`FSDPEngine._build_optimizer`: on the kernel that takes a loss scale, unless the configuration names another."""
+    """`FSDPEngine._build_optimizer`: use the kernel that takes a loss scale, unless the configuration names another."""
     optimizer: Optimizer = wrapped(*args, **kwargs)
     plan = current_plan()
     # In every mode that decides a dtype: the arms of a comparison are to differ in nothing else.
@@ -25,7 +25,7 @@ def build_optimizer(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Optimi
 
 
 def possible(engine: Any) -> bool:
-    """Whether the engine's step can be taken so; otherwise verl takes it."""
+    """Return whether the engine's step can be taken so; otherwise verl takes it."""
     scaler = getattr(engine, "scaler", None)
     if not current_plan().scales_loss or scaler is None or not scaler.is_enabled():
         return False
@@ -35,14 +35,14 @@ def possible(engine: Any) -> bool:
 
 
 def take(engine: Any) -> float:
-    """What `FSDPEngine.optimizer_step` does and returns: clip, step unless an overflow, adapt the scale; the norm."""
+    """Clip, step unless an overflow, adapt the scale, and return the norm, as `FSDPEngine.optimizer_step` does."""
     max_norm = engine.optimizer_config.clip_grad
     norm = fused_step.step(engine.scaler, engine.optimizer, _scaled_norm(engine.module), max_norm)
     return float(norm)
 
 
 def _scaled_norm(module: nn.Module) -> Tensor:
-    """The norm that verl takes, of the gradients as they are."""
+    """Return the norm that verl takes, of the gradients as they are."""
     if isinstance(module, FullyShardedDataParallel):
         sharded, whole = _by_placement(module)
         if sharded:
@@ -53,7 +53,7 @@ def _scaled_norm(module: nn.Module) -> Tensor:
 
 
 def _by_placement(module: Any) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Parameters of which each rank holds a piece, and those it holds whole, as `clip_grad_norm_` tells them apart."""
+    """Return parameters of which each rank holds a piece, and those it holds whole, as `clip_grad_norm_` does."""
     sharded: list[nn.Parameter] = []
     whole: list[nn.Parameter] = []
     for handle in module._all_handles:

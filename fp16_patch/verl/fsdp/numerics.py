@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from fp16_patch.patching.call_arguments import bound
 from fp16_patch.runtime.activation import current_plan, ledger
 from fp16_patch.verl.fsdp.engine import role_of
 
@@ -13,7 +14,7 @@ _SMALLEST_TEMPERATURE = 1e-8
 
 
 def scale_logits_by_temperature(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> torch.Tensor:
-    """`_scale_logits_by_temperature`: logits are divided in FP32, as vLLM divides them.
+    """`_scale_logits_by_temperature`: divide logits in FP32, as vLLM does.
 
     verl's bound on the temperature, 1e-8, is 0 once cast to FP16.
     """
@@ -30,8 +31,9 @@ def _in_fp32(logits: torch.Tensor, temperature: torch.Tensor, *, is_unit_tempera
 
 
 def divide_in_fp32(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> dict[str, Any]:
-    """`FSDPEngineWithLMHead.prepare_model_outputs` where it divides by the temperature itself, in the logits' dtype."""
-    output, micro_batch = _argument(0, "output", args, kwargs), _argument(2, "micro_batch", args, kwargs)
+    """`FSDPEngineWithLMHead.prepare_model_outputs` where it divides by the temperature: let it divide in FP32."""
+    call = bound(wrapped, args, kwargs).arguments
+    output, micro_batch = call["output"], call["micro_batch"]
     # Fused kernels return log-probs and no logits.
     if current_plan().overrides_dtype and getattr(output, "logits", None) is not None:
         unit = is_unit(micro_batch["temperature"])
@@ -39,12 +41,8 @@ def divide_in_fp32(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> dict[st
     return wrapped(*args, **kwargs)  # type: ignore[no-any-return]
 
 
-def _argument(position: int, name: str, args: Any, kwargs: Any) -> Any:
-    return kwargs[name] if name in kwargs else args[position]
-
-
 def is_unit(temperature: Any) -> bool:
-    """Whether dividing by the temperature does nothing, as far as one can tell without waiting for the device."""
+    """Return whether dividing by it does nothing, as far as one can tell without waiting for the device."""
     # One that differs from row to row lies on the device, and looking at it would wait for the device.
     if isinstance(temperature, torch.Tensor):
         return False
@@ -52,7 +50,7 @@ def is_unit(temperature: Any) -> bool:
 
 
 def autocast_upcasts_softmax() -> bool:
-    """CUDA's autocast runs softmax, log_softmax and logsumexp in FP32 by itself."""
+    """Return whether autocast runs softmax, log_softmax and logsumexp in FP32 by itself, as CUDA's does."""
     return bool(torch.is_autocast_enabled("cuda"))
 
 

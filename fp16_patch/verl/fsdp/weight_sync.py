@@ -13,6 +13,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
+from fp16_patch.patching.call_arguments import argument
 from fp16_patch.runtime.activation import current_plan, ledger
 from fp16_patch.runtime.fp32_weights import Kept, end_of, stays, unmatched
 from fp16_patch.verl.fsdp.engine import role_of
@@ -20,13 +21,13 @@ from fp16_patch.verl.fsdp.engine import role_of
 logger = logging.getLogger(__name__)
 
 _FSDP_ENGINE = "verl.workers.engine.fsdp.transformer_impl"
-_ROUNDING, _SENT_ENDS = "_fp16_patch_rounding", "_fp16_patch_sent_ends"
+_SLOT = "_fp16_patch_weight_sync"
 Weights = Iterator[tuple[str, torch.Tensor]]
 
 
 @dataclass(frozen=True)
 class _Rounding:
-    """In which dtype each weight is sent: `dtype`, unless the sampler keeps it."""
+    """The dtype in which weights are sent: `dtype`, unless the sampler keeps one in another."""
 
     dtype: torch.dtype
     kept: Kept
@@ -34,22 +35,35 @@ class _Rounding:
 
     @property
     def rounds_all(self) -> bool:
-        """Whether no weight stays as it is, so that no name needs to be known."""
+        """Return whether no weight stays as it is, so that no name needs to be known."""
         return self.dtype != torch.float32 and not any(stays(end, self.kept) for end in self.sent_ends)
 
     def of(self, name: str, weight: torch.Tensor) -> torch.Tensor:
-        """The weight as it is sent."""
+        """Return the weight as it is sent."""
         if weight.dtype not in (torch.float32, self.dtype) or stays(name, self.kept):
             return weight
         # Transports pack weights end to end and view them in place, so an FP32 one must not follow half of four bytes.
         return weight.to(torch.float32 if weight.numel() % 2 else self.dtype)
 
 
+@dataclass
+class _WeightSync:
+    """What an engine's syncs have shown so far.
+
+    Attributes:
+        sent_ends: how the names of the weights end that its last sync sent.
+        rounding: what was decided once that was known, and what the samplers keep.
+    """
+
+    sent_ends: frozenset[str] | None = None
+    rounding: _Rounding | None = None
+
+
 _AS_THEY_ARE = _Rounding(torch.float32, {"parameters": [], "buffers": []}, frozenset())
 
 
 def per_tensor_param(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
-    """`FSDPEngine.get_per_tensor_param`: each weight is sent in the dtype that it has in the sampler.
+    """`FSDPEngine.get_per_tensor_param`: send each weight in the dtype that it has in the sampler.
 
     vLLM's loaders copy a weight into its parameter before anything else, and so would round it to the same; an FP32
     wire is twice as long. Until the driver has told what the samplers keep, and one sync has told what is sent,
@@ -66,7 +80,7 @@ def per_tensor_param(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _loses_adapters(engine: Any) -> bool:
-    """Whether verl merges adapters and takes them out again before it reads the weights, as 0.8.0 does."""
+    """Return whether verl merges adapters and takes them out again before it reads the weights, as 0.8.0 does."""
     merges = _is_merging(engine) and engine.model_config.lora.get("merge", False)
     return merges and not hasattr(engine, "_merged_lora_per_tensor_param")
 
@@ -81,16 +95,21 @@ def _sent(engine: Any, weights: Iterable[tuple[str, torch.Tensor]], rounding: _R
         if sent.is_floating_point():
             ledger().note(role_of(engine), "wire", sent.dtype)
         yield name, sent
-    setattr(engine, _SENT_ENDS, frozenset(ends))
+    _sync_of(engine).sent_ends = frozenset(ends)
+
+
+def _sync_of(engine: Any) -> _WeightSync:
+    if not hasattr(engine, _SLOT):
+        setattr(engine, _SLOT, _WeightSync())
+    return getattr(engine, _SLOT)  # type: ignore[no-any-return]
 
 
 def _rounding_of(engine: Any) -> _Rounding:
-    """What was decided at the first sync for which enough was known."""
-    kept, sent_ends = ledger().sampler_keeps, getattr(engine, _SENT_ENDS, None)
-    if not hasattr(engine, _ROUNDING) and kept is not None and sent_ends is not None:
-        setattr(engine, _ROUNDING, _decided(engine, kept, sent_ends))
-    rounding: _Rounding = getattr(engine, _ROUNDING, _AS_THEY_ARE)
-    return rounding
+    """Return what was decided at the first sync for which enough was known."""
+    kept, sync = ledger().sampler_keeps, _sync_of(engine)
+    if sync.rounding is None and kept is not None and sync.sent_ends is not None:
+        sync.rounding = _decided(engine, kept, sync.sent_ends)
+    return sync.rounding or _AS_THEY_ARE
 
 
 def _decided(engine: Any, kept: Kept, sent_ends: frozenset[str]) -> _Rounding:
@@ -110,7 +129,7 @@ def _say(engine: Any, how: str) -> None:
 
 
 def _rounded_before_gathering(weights: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype) -> Weights:
-    """The same weights; shards, which they are made of one at a time, are gathered in `dtype`."""
+    """Yield the same weights, whose shards are gathered in `dtype`: each is made when it is asked for."""
     remaining = iter(weights)
     while True:
         # Not around what the receiver of a weight does with it.
@@ -122,7 +141,7 @@ def _rounded_before_gathering(weights: Iterable[tuple[str, torch.Tensor]], dtype
 
 
 class _RoundedShards(TorchFunctionMode):  # type: ignore[misc]  # torch has no types for it
-    """An FP32 shard that is taken to the device is rounded, too."""
+    """Rounds FP32 shards that are taken to the device, too."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -136,12 +155,12 @@ class _RoundedShards(TorchFunctionMode):  # type: ignore[misc]  # torch has no t
 
 
 def _is_merging(engine: Any) -> bool:
-    """Whether adapters are merged into the very shards while they are sent."""
+    """Return whether adapters are merged into the very shards while they are sent."""
     return hasattr(getattr(engine.module, "_fsdp_wrapped_module", engine.module), "peft_config")
 
 
 def merged_lora_weights(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Weights:
-    """`FSDPEngine._merged_lora_per_tensor_param`: base plus adapter, as they are.
+    """`FSDPEngine._merged_lora_per_tensor_param`: send base plus adapter as they are.
 
     As on verl's plain path, where `per_tensor_param` decides in which dtype each of them is sent.
     """
@@ -179,12 +198,12 @@ def _same_storage(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def new_checkpoint_engine(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    """`CheckpointEngineRegistry.new`: engines that cast weights (mooncake, kimi) cast to the plan's dtype.
+    """`CheckpointEngineRegistry.new`: let engines that cast weights (mooncake, kimi) cast to the plan's dtype.
 
     Their `rollout_dtype` is bfloat16 by default and cannot be set from YAML: a string is taken for a device.
     """
     plan = current_plan()
-    backend = kwargs.get("backend", args[0] if args else None)
+    backend = argument(wrapped, args, kwargs, "backend")
     if plan.overrides_dtype and "rollout_dtype" in inspect.signature(_engine_class(backend)).parameters:
         kwargs = {**kwargs, "rollout_dtype": plan.torch_dtype}
     return wrapped(*args, **kwargs)

@@ -1,51 +1,43 @@
-"""`DataParallelPPOActor` and `DataParallelPPOCritic`: autocast, loss scale, log-probs, the outcome of each step."""
+"""`DataParallelPPOActor` and `DataParallelPPOCritic`, verl's learners before its engines."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fp16_patch.patching.call_arguments import argument
 from fp16_patch.runtime.activation import current_plan, ledger
-from fp16_patch.scaling.optimizer_step import WatchedEngine, history_of
+from fp16_patch.scaling.optimizer_step import OptimizerStep
 from fp16_patch.scaling.retry import say_no_retries
 from fp16_patch.scaling.scaler import StepOutcome, nonfinite_parameters, sharded_scaler
 from fp16_patch.verl.fsdp.device import device_type
-from fp16_patch.verl.fsdp.engine import (
-    hold_floor,
-    local_gradients,
-    note_gradients,
-    reducible_metrics,
-    scale_of,
-    scaler_of,
-)
+from fp16_patch.verl.fsdp.gradients import local_gradients, note_gradients
 from fp16_patch.verl.fsdp.numerics import autocast_upcasts_softmax, is_unit
+from fp16_patch.verl.fsdp.step_metrics import add_steps
 
 logger = logging.getLogger(__name__)
 
-_METRICS = "_fp16_patch_metrics"
-_NORM = "grad_norm"
-
 
 def role_of(learner: Any) -> str:
-    """`actor`, `ref` or `critic`: a reference is an actor without an optimizer."""
+    """Return `actor`, `ref` or `critic`: a reference is an actor without an optimizer."""
     if hasattr(learner, "critic_module"):
         return "critic"
     return "ref" if learner.actor_optimizer is None else "actor"
 
 
 def module_of(learner: Any) -> nn.Module:
-    """The model that a learner trains or scores with."""
+    """Return the model that a learner trains or scores with."""
     return learner.critic_module if role_of(learner) == "critic" else learner.actor_module
 
 
 def new_learner(wrapped: Any, learner: Any, args: Any, kwargs: Any) -> None:
-    """`__init__` of actor and critic: the plan's autocast dtype, and a scaler with its settings where one is needed."""
+    """`__init__` of actor and critic: set the plan's autocast dtype, and a scaler if it trains in FP16."""
     wrapped(*args, **kwargs)
     plan = current_plan()
     if plan.overrides_dtype:
@@ -57,8 +49,8 @@ def new_learner(wrapped: Any, learner: Any, args: Any, kwargs: Any) -> None:
 
 
 def divide_in_fp32(wrapped: Any, actor: Any, args: Any, kwargs: Any) -> Any:
-    """`DataParallelPPOActor._forward_micro_batch`: logits are FP32 when they are divided by the temperature."""
-    temperature = kwargs["temperature"] if "temperature" in kwargs else args[1]
+    """`DataParallelPPOActor._forward_micro_batch`: divide logits by the temperature in FP32."""
+    temperature = argument(wrapped, args, kwargs, "temperature")
     if not current_plan().overrides_dtype or (is_unit(temperature) and autocast_upcasts_softmax()):
         return wrapped(*args, **kwargs)
     with _logits_in_fp32(actor.actor_module):
@@ -66,7 +58,7 @@ def divide_in_fp32(wrapped: Any, actor: Any, args: Any, kwargs: Any) -> Any:
 
 
 def scale_log_probs(wrapped: Any, actor: Any, args: Any, kwargs: Any) -> tuple[Tensor | None, Tensor]:
-    """`DataParallelPPOActor._forward_micro_batch` where the loss is not scaled: gradients get the scale here.
+    """`DataParallelPPOActor._forward_micro_batch` where the loss is not scaled: scale its gradients here.
 
     What follows, up to the loss, is FP32, so that this is the same as scaling the loss.
     """
@@ -77,7 +69,7 @@ def scale_log_probs(wrapped: Any, actor: Any, args: Any, kwargs: Any) -> tuple[T
 
 
 def scale_values(wrapped: Any, critic: Any, args: Any, kwargs: Any) -> Tensor:
-    """`DataParallelPPOCritic._forward_micro_batch`: values are FP32, and their gradients get the loss scale."""
+    """`DataParallelPPOCritic._forward_micro_batch`: return values in FP32, and scale their gradients."""
     values: Tensor = wrapped(*args, **kwargs)
     if not current_plan().overrides_dtype:
         return values
@@ -103,16 +95,48 @@ def note_values(wrapped: Any, critic: Any, args: Any, kwargs: Any) -> Tensor:
     return values
 
 
+class LearnerStep(OptimizerStep):
+    """The steps of an actor or critic, each of which returns the norm, a tensor.
+
+    Attributes:
+        skips_by_norm: verl knows no scaler there, and skips a step whose norm is not finite.
+    """
+
+    skips_by_norm = False
+
+    def __init__(self, learner: Any) -> None:
+        super().__init__(learner, role_of(learner))
+
+    @property
+    def scaler(self) -> Any:
+        return getattr(self.engine, "scaler", None)
+
+    def outcome_of(self, returned: Any, scale_before: float | None) -> StepOutcome:
+        norm = float(returned.full_tensor() if hasattr(returned, "full_tensor") else returned)
+        if self.skips_by_norm:
+            return StepOutcome(self.loss_scale(), not math.isfinite(norm), norm)
+        return super().outcome_of(norm, scale_before)
+
+    def note_dtypes(self) -> None:
+        note_gradients(module_of(self.engine), self.role)
+
+    def nonfinite_gradients(self) -> list[str]:
+        return nonfinite_parameters(local_gradients(module_of(self.engine)))
+
+
 def step_with_scaler(wrapped: Any, learner: Any, args: Any, kwargs: Any) -> Any:
-    """`_optimizer_step` of an actor that has a scaler: allowed, recorded, stopped at a collapse."""
-    return _recorded(_OwnScaler(learner, lambda: wrapped(*args, **kwargs)))
+    """`_optimizer_step` of an actor that has a scaler: step only if allowed, record it, raise at a collapse."""
+    _, grad_norm = LearnerStep.of(learner).run(lambda: wrapped(*args, **kwargs))
+    return grad_norm
 
 
 def step_without_scaler(wrapped: Any, learner: Any, args: Any, kwargs: Any) -> Any:
-    """`_optimizer_step` that knows no scaler: gradients are unscaled before it clips them, the scale follows."""
+    """`_optimizer_step` that knows no scaler: unscale gradients before it clips them, adapt the scale afterwards."""
+    step = LearnerStep.of(learner)
+    step.skips_by_norm = True
 
     def take() -> Any:
-        scaler = scaler_of(learner) if current_plan().overrides_dtype else None
+        scaler = step.scaler if current_plan().overrides_dtype else None
         if scaler is None:
             return wrapped(*args, **kwargs)
         scaler.unscale_(_optimizer_of(learner))
@@ -120,22 +144,16 @@ def step_without_scaler(wrapped: Any, learner: Any, args: Any, kwargs: Any) -> A
         scaler.update()
         return grad_norm
 
-    return _recorded(_SkipsByNorm(learner, take))
+    _, grad_norm = step.run(take)
+    return grad_norm
 
 
 def update(wrapped: Any, learner: Any, args: Any, kwargs: Any) -> dict[str, Any]:
-    """`update_policy` and `update_critic`: steps' outcomes go into the metrics, a skipped step's norm does not."""
-    steps: list[tuple[StepOutcome, dict[str, float]]] = []
-    setattr(learner, _METRICS, steps)
-    metrics: dict[str, Any] = wrapped(*args, **kwargs)
-    role = role_of(learner)
-    for _, outcome in steps:
-        for name, value in outcome.items():
-            metrics.setdefault(f"{role}/{name}", []).append(value)
-    if current_plan().overrides_dtype:
-        taken = [outcome.grad_norm for outcome, _ in steps if not outcome.skipped]
-        metrics.pop(f"{role}/{_NORM}", None)
-        metrics.update({f"{role}/{_NORM}": taken} if taken else {})
+    """`update_policy` and `update_critic`: add the outcomes of steps to the metrics, and no norm of a skipped one."""
+    step = LearnerStep.of(learner)
+    with step.recording() as steps:
+        metrics: dict[str, Any] = wrapped(*args, **kwargs)
+    add_steps(metrics, step.role, steps)
     return metrics
 
 
@@ -144,7 +162,8 @@ def _optimizer_of(learner: Any) -> Any:
 
 
 def _scales(learner: Any) -> bool:
-    return current_plan().overrides_dtype and scaler_of(learner) is not None and torch.is_grad_enabled()
+    scaler = getattr(learner, "scaler", None)
+    return current_plan().overrides_dtype and scaler is not None and torch.is_grad_enabled()
 
 
 def _scaled(scaler: Any, output: Tensor) -> Tensor:
@@ -153,7 +172,7 @@ def _scaled(scaler: Any, output: Tensor) -> Tensor:
 
 
 class _ScaledGradient(torch.autograd.Function):  # type: ignore[misc]
-    """The identity, whose gradient is multiplied."""
+    """Returns its input, and multiplies its gradient."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, scale: Tensor) -> Tensor:
@@ -180,46 +199,3 @@ def _upcast_logits(_module: nn.Module, _inputs: Any, output: Any) -> Any:
     if getattr(output, "logits", None) is not None:
         output.logits = output.logits.float()
     return output
-
-
-def _recorded(step: _LearnerStep) -> Any:
-    learner = step.engine
-    note_gradients(module_of(learner), step.role)
-    outcome = step.step()
-    getattr(learner, _METRICS, []).append((outcome, reducible_metrics(history_of(learner))))
-    if outcome.skipped and current_plan().overrides_dtype:
-        hold_floor(scaler_of(learner))
-    return step.returned
-
-
-class _LearnerStep(WatchedEngine):
-    """A step whose result, a tensor, goes back to verl as it is."""
-
-    def __init__(self, learner: Any, take: Callable[[], Any]) -> None:
-        super().__init__(learner, role_of(learner))
-        self._take = take
-        self.returned: Any = None
-
-    def loss_scale(self) -> float | None:
-        return scale_of(scaler_of(self.engine))
-
-    def take(self) -> float:
-        self.returned = self._take()
-        whole = self.returned.full_tensor() if hasattr(self.returned, "full_tensor") else self.returned
-        return float(whole)
-
-    def nonfinite(self) -> list[str]:
-        return nonfinite_parameters(local_gradients(module_of(self.engine)))
-
-
-class _OwnScaler(_LearnerStep):
-    def was_skipped(self, scale_before: float | None, scale_after: float | None, grad_norm: float) -> bool:
-        if scaler_of(self.engine) is None:
-            return not math.isfinite(grad_norm)  # what verl looks at then
-        # torch lowers the scale after an overflow and never otherwise; a scaler it has disabled skips nothing.
-        return scale_before is not None and scale_after is not None and scale_after < scale_before
-
-
-class _SkipsByNorm(_LearnerStep):
-    def was_skipped(self, scale_before: float | None, scale_after: float | None, grad_norm: float) -> bool:
-        return not math.isfinite(grad_norm)

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from fp16_patch.mismatch.collection import rank
 from fp16_patch.mismatch.statistics.summary import MismatchStats
+from fp16_patch.patching.call_arguments import argument
 from fp16_patch.runtime.activation import current_plan
 from fp16_patch.verl.trainers.observation import ORDER
 
 
 def compute_log_prob(wrapped: Any, actor: Any, args: Any, kwargs: Any) -> Any:
     """`DataParallelPPOActor.compute_log_prob`: where the driver ordered it, both sides' log-probs are compared."""
-    data = kwargs["data"] if "data" in kwargs else args[0]
+    data = argument(wrapped, args, kwargs, "data")
     order = data.meta_info.get(ORDER)
     outputs = wrapped(*args, **kwargs)
     if order is None or "rollout_log_probs" not in data.batch.keys():  # noqa: SIM118, it iterates over rows

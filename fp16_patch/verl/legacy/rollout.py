@@ -1,4 +1,4 @@
-"""The sampler of before 0.7.1, whose model lives in the trainer's own workers: note what it gets and what it holds."""
+"""The sampler of verl before 0.7.1, whose model lives in the trainer's workers: what it gets and what it holds."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from fp16_patch.patching.call_arguments import argument, bound
 from fp16_patch.runtime.activation import ledger
 from fp16_patch.vllm.engine import note_engine, watch_hidden_states
 
@@ -16,15 +17,16 @@ _WATCHED = "_fp16_patch_watched"
 
 async def update_weights(wrapped: Any, rollout: Any, args: Any, kwargs: Any) -> Any:
     """`update_weights` of vLLM's rollouts: note what came over the wire and what it became."""
-    weights = kwargs.pop("weights") if "weights" in kwargs else args[0]
-    result = await wrapped(_noted(weights), *args[1:], **kwargs)
+    call = bound(wrapped, args, kwargs)
+    call.arguments["weights"] = _noted(call.arguments["weights"])
+    result = await wrapped(*call.args, **call.kwargs)
     _note_sampler(rollout.inference_engine)
     return result
 
 
 def update_params(wrapped: Any, manager: Any, args: Any, kwargs: Any) -> Any:
-    """`FSDPVLLMShardingManager.update_params`: the same in 0.5.0."""
-    weights = kwargs["updated_params"] if "updated_params" in kwargs else args[0]
+    """`FSDPVLLMShardingManager.update_params`, in 0.5.0: note what came over the wire and what it became."""
+    weights = argument(wrapped, args, kwargs, "updated_params")
     ledger().note(_ROLE, "wire", *(weight.dtype for weight in weights.values() if weight.is_floating_point()))
     result = wrapped(*args, **kwargs)
     _note_sampler(manager.inference_engine)

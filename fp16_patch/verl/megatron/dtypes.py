@@ -5,7 +5,6 @@ Nothing of Megatron is imported before verl has imported it.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Iterator
 from functools import partial
 from importlib import import_module
@@ -13,6 +12,7 @@ from typing import Any
 
 import torch
 
+from fp16_patch.patching.call_arguments import argument, bound
 from fp16_patch.plan.errors import Conflict, PlanError
 from fp16_patch.plan.plan import Plan
 from fp16_patch.runtime.activation import current_plan, ledger
@@ -26,14 +26,14 @@ _WATCHED = "_fp16_patch_watched"
 
 
 def role_of(engine: Any) -> str:
-    """`actor`, `critic` or `ref`: what a Megatron engine was built for."""
+    """Return `actor`, `critic` or `ref`: what a Megatron engine was built for."""
     if getattr(engine, "is_value_model", False):
         return "critic"
     return "ref" if engine.engine_config.forward_only else "actor"
 
 
 def init_configs(wrapped: Any, worker: Any, args: Any, kwargs: Any) -> Any:
-    """`MegatronWorker._init_hf_config_and_tf_config`, which actor, ref, critic and reward model share.
+    """`MegatronWorker._init_hf_config_and_tf_config`: configure all roles' models for the plan's dtype.
 
     The ref takes the actor's dtype otherwise, and before 0.6.1 all of them bfloat16.
     """
@@ -41,7 +41,7 @@ def init_configs(wrapped: Any, worker: Any, args: Any, kwargs: Any) -> Any:
     if not plan.overrides_dtype:
         return wrapped(*args, **kwargs)
     worker.param_dtype = worker.dtype = plan.torch_dtype
-    call = inspect.signature(wrapped).bind(*args, **kwargs)
+    call = bound(wrapped, args, kwargs)
     call.arguments["dtype"] = plan.torch_dtype
     result = wrapped(*call.args, **call.kwargs)
     _fit(worker, plan)
@@ -49,7 +49,7 @@ def init_configs(wrapped: Any, worker: Any, args: Any, kwargs: Any) -> Any:
 
 
 def build_tf_config(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
-    """`MegatronEngine._build_tf_config`: actor, ref and critic take the plan's dtype, whatever their keys say."""
+    """`MegatronEngine._build_tf_config`: build actor, ref and critic for the plan's dtype, whatever their keys say."""
     plan = current_plan()
     if not plan.overrides_dtype:
         return wrapped(*args, **kwargs)
@@ -61,8 +61,8 @@ def build_tf_config(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
 
 
 def make_module(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    """`make_megatron_module`: gradients add up and are reduced in FP32, and what the model computes in is noted."""
-    call = inspect.signature(wrapped).bind(*args, **kwargs)
+    """`make_megatron_module`: add up and reduce gradients in FP32, and note what the model computes in."""
+    call = bound(wrapped, args, kwargs)
     wrap = call.arguments["wrap_config"]
     if current_plan().overrides_dtype and wrap.wrap_with_ddp:
         override = call.arguments.get("override_ddp_config") or {}
@@ -73,7 +73,7 @@ def make_module(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
 
 
 def optimizer_config(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    """`init_megatron_optim_config`: the plan's dtype, its loss scale, and FP32 for all that an optimizer keeps."""
+    """`init_megatron_optim_config`: set the plan's dtype and loss scale, and FP32 for all that an optimizer keeps."""
     config, plan = wrapped(*args, **kwargs), current_plan()
     if plan.overrides_dtype:
         for name, value in {**_optimizer_dtypes(plan), **(_loss_scale(plan) if plan.scales_loss else {})}.items():
@@ -82,20 +82,20 @@ def optimizer_config(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any
 
 
 def make_optimizer(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    """`get_megatron_optimizer`: its scalers have the plan's factors, and losses are multiplied by their scale.
+    """`get_megatron_optimizer`: give its scalers the plan's factors, and multiply losses by their scale.
 
     Before 0.6.1 nothing multiplies: gradients would only be divided.
     """
     optimizer, plan = wrapped(*args, **kwargs), current_plan()
     if plan.overrides_dtype and plan.scales_loss:
         _set_factors(optimizer, plan)
-        for chunk in kwargs["model"] if "model" in kwargs else args[0]:
+        for chunk in argument(wrapped, args, kwargs, "model"):
             _config_of(chunk).grad_scale_func = optimizer.scale_loss
     return optimizer
 
 
 def load_shards(wrapped: Any, merger: Any, args: Any, kwargs: Any) -> Any:
-    """`MegatronModelMerger._load_state_dicts`: shards are loaded into a model of the plan's dtype, not of bfloat16."""
+    """`MegatronModelMerger._load_state_dicts`: load shards into a model of the plan's dtype, not of bfloat16."""
     plan = current_plan()
     if not plan.overrides_dtype:
         return wrapped(*args, **kwargs)
@@ -109,12 +109,12 @@ def load_shards(wrapped: Any, merger: Any, args: Any, kwargs: Any) -> Any:
 
 
 def parts_of(optimizer: Any) -> list[Any]:
-    """The optimizers behind a chained one (dense and expert parameters have one each), or the one itself."""
+    """Return the optimizers behind a chained one (dense and expert parameters have one each), or the one itself."""
     return list(getattr(optimizer, "chained_optimizers", [optimizer]))
 
 
 def scalers_of(optimizer: Any) -> list[Any]:
-    """Its loss scalers, one a part; the first is the one that losses are multiplied by."""
+    """Return its loss scalers, one a part; the first is the one that losses are multiplied by."""
     scalers = [getattr(part, "grad_scaler", None) for part in parts_of(optimizer)]
     return [scaler for scaler in scalers if scaler is not None]
 
@@ -131,7 +131,7 @@ def watch_chunks(chunks: Iterable[Any], role: str) -> None:
 
 
 def _fit(owner: Any, plan: Plan) -> None:
-    """What was built for one dtype becomes fit for the plan's: verl sets only some of it, and not in each release."""
+    """Make what was built for one dtype fit for the plan's: verl sets only some of it, and not in each release."""
     if owner.bridge is None:
         raise PlanError([Conflict("megatron.use_mbridge", False, NO_BRIDGE, "set it to true for every role")])
     provider = getattr(owner, "provider", None)

@@ -1,6 +1,6 @@
-"""What becomes of each of Megatron's optimizer steps: a skipped one is no error, is counted, and holds the schedule.
+"""Megatron's optimizer steps: a skipped one is no error, is counted, and holds the schedule.
 
-A step is `(update_successful, grad_norm, num_zeros)`; after an overflow Megatron answers `(False, None, None)`.
+A step returns `(update_successful, grad_norm, num_zeros)`; after an overflow Megatron answers `(False, None, None)`.
 """
 
 from __future__ import annotations
@@ -12,105 +12,103 @@ from typing import Any
 
 import torch
 
+from fp16_patch.patching.call_arguments import argument
 from fp16_patch.runtime.activation import current_plan, ledger
-from fp16_patch.scaling.optimizer_step import WatchedEngine, history_of, share_history
-from fp16_patch.scaling.scaler import nonfinite_parameters
-from fp16_patch.verl.fsdp.engine import reducible_metrics
+from fp16_patch.scaling.lr_hold import HeldScheduleStep
+from fp16_patch.scaling.optimizer_step import OptimizerStep
+from fp16_patch.scaling.scaler import StepOutcome, nonfinite_parameters
+from fp16_patch.verl.fsdp.step_metrics import add_steps
 from fp16_patch.verl.megatron.dtypes import parts_of, role_of, scalers_of
 
-_Answer = tuple[bool, Any, Any]
 
+class MegatronStep(OptimizerStep):
+    """The steps of one of Megatron's optimizers.
 
-def optimizer_step(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
-    """`MegatronEngine.optimizer_step`: verl takes a step that Megatron skipped for an error."""
-    share_history(engine.optimizer, engine)
-    with _watched_steps(engine.optimizer, role_of(engine), engine.module):
-        return wrapped(*args, **kwargs)
+    Args:
+        optimizer: Megatron's, with loss scalers of its own.
+        chunks: the parts of the model.
+    """
 
-
-def update_policy(wrapped: Any, actor: Any, args: Any, kwargs: Any) -> dict[str, Any]:
-    """`MegatronPPOActor.update_policy`: as in the engine; what became of the steps goes into verl's metrics."""
-    with _watched_steps(actor.actor_optimizer, "actor", actor.actor_module) as steps:
-        metrics = wrapped(*args, **kwargs)
-    return _with_outcomes(metrics, "actor", steps)
-
-
-def update_critic(wrapped: Any, critic: Any, args: Any, kwargs: Any) -> dict[str, Any]:
-    """`MegatronPPOCritic.update_critic`: as for the actor."""
-    with _watched_steps(critic.critic_optimizer, "critic", critic.critic_module) as steps:
-        metrics = wrapped(*args, **kwargs)
-    return _with_outcomes(metrics, "critic", steps)
-
-
-def make_scheduler(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    """`get_megatron_optimizer_param_scheduler`: the schedule counts updates, so it waits for one that was taken."""
-    scheduler = wrapped(*args, **kwargs)
-    if current_plan().overrides_dtype:
-        scheduler.step = _WaitingStep(scheduler.step, kwargs["optimizer"] if "optimizer" in kwargs else args[0])
-    return scheduler
-
-
-class _WaitingStep:
-    """A scheduler's `step` that does nothing while the optimizer has taken none since the last."""
-
-    def __init__(self, step: Callable[..., Any], optimizer: Any) -> None:
-        self.step, self.optimizer = step, optimizer
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        history = history_of(self.optimizer)
-        # Nothing attempted yet: a checkpoint is being loaded, which goes forward by as many steps as it had taken.
-        if current_plan().overrides_dtype and history.attempted and not history.taken_since_lr:
-            return None
-        history.taken_since_lr = False
-        return self.step(*args, **kwargs)
-
-
-class _MegatronStep(WatchedEngine):
-    answer: _Answer
-
-    def __init__(self, optimizer: Any, role: str, chunks: Iterable[Any], take: Callable[[], _Answer]) -> None:
+    def __init__(self, optimizer: Any, role: str, chunks: Iterable[Any]) -> None:
         super().__init__(optimizer, role)
-        self.chunks, self._take, self.scalers = chunks, take, scalers_of(optimizer)
+        self.chunks, self.scalers = list(chunks), scalers_of(optimizer)
 
     def loss_scale(self) -> float | None:
         return float(self.scalers[0].scale.item()) if self.scalers else None
 
-    def take(self) -> float:
-        self.answer = self._take()
+    def take(self, step: Callable[[], Any]) -> Any:
+        answer = step()
         if self.scalers and current_plan().overrides_dtype:
             _level(self.scalers)
-        taken, grad_norm, _ = self.answer
-        return float(grad_norm) if taken and grad_norm is not None else math.inf
+        return answer
 
-    def was_skipped(self, scale_before: float | None, scale_after: float | None, grad_norm: float) -> bool:
-        return bool(self.scalers) and not self.answer[0]
+    def outcome_of(self, returned: Any, scale_before: float | None) -> StepOutcome:
+        taken, grad_norm, _ = returned
+        norm = float(grad_norm) if taken and grad_norm is not None else math.inf
+        return StepOutcome(self.loss_scale(), bool(self.scalers) and not taken, norm)
 
-    def nonfinite(self) -> list[str]:
+    def nonfinite_gradients(self) -> list[str]:
         return nonfinite_parameters(_gradients(self.chunks))
 
+    def note_dtypes(self) -> None:
+        ledger().note(self.role, "gradient", *(gradient.dtype for _, gradient in _gradients(self.chunks)))
+        ledger().note(self.role, "master", *(dtype for part in parts_of(self.engine) for dtype in _masters(part)))
 
-@contextmanager
-def _watched_steps(optimizer: Any, role: str, chunks: Iterable[Any]) -> Iterator[list[dict[str, float]]]:
-    """Meanwhile the optimizer's steps are recorded, and a skipped one answers as verl knows it.
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Record the optimizer's steps in this block, and let a skipped one answer as verl knows it.
 
-    verl's functions step in their middle, and several times, where no wrapper of theirs reaches.
-    """
-    chunks, steps, take = list(chunks), [], optimizer.step
+        verl's functions step in their middle, and several times, where no wrapper of theirs reaches.
+        """
+        take = self.engine.step
 
-    def step() -> _Answer:
-        _note_what_is_kept(optimizer, role, chunks)
-        watched = _MegatronStep(optimizer, role, chunks, take)
-        outcome = watched.step()
-        steps.append(reducible_metrics(watched.history))
-        if outcome.skipped and current_plan().overrides_dtype:
-            return True, outcome.grad_norm, 0
-        return watched.answer
+        def step() -> Any:
+            outcome, answer = self.run(take)
+            if outcome.skipped and current_plan().overrides_dtype:
+                return True, outcome.grad_norm, 0
+            return answer
 
-    optimizer.step = step
-    try:
-        yield steps
-    finally:
-        del optimizer.step
+        self.engine.step = step
+        try:
+            yield
+        finally:
+            del self.engine.step
+
+
+def optimizer_step(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
+    """`MegatronEngine.optimizer_step`: record the step. verl would take one that Megatron skipped for an error."""
+    step = MegatronStep.of(engine.optimizer, role_of(engine), engine.module)
+    # verl's `train_batch` asks the engine.
+    step.share_with(engine)
+    with step.watching():
+        return wrapped(*args, **kwargs)
+
+
+def update_policy(wrapped: Any, actor: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    """`MegatronPPOActor.update_policy`: record the steps, and add what became of them to verl's metrics."""
+    step = MegatronStep.of(actor.actor_optimizer, "actor", actor.actor_module)
+    return _with_outcomes(step, lambda: wrapped(*args, **kwargs))
+
+
+def update_critic(wrapped: Any, critic: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    """`MegatronPPOCritic.update_critic`: record the steps, and add what became of them to verl's metrics."""
+    step = MegatronStep.of(critic.critic_optimizer, "critic", critic.critic_module)
+    return _with_outcomes(step, lambda: wrapped(*args, **kwargs))
+
+
+def make_scheduler(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    """`get_megatron_optimizer_param_scheduler`: hold the schedule, which counts updates, until one was taken."""
+    scheduler = wrapped(*args, **kwargs)
+    if current_plan().overrides_dtype:
+        scheduler.step = HeldScheduleStep(scheduler.step, argument(wrapped, args, kwargs, "optimizer"))
+    return scheduler
+
+
+def _with_outcomes(step: MegatronStep, update: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    with step.watching(), step.recording() as steps:
+        metrics = update()
+    add_steps(metrics, step.role, steps)
+    return metrics
 
 
 def _level(scalers: list[Any]) -> None:
@@ -126,24 +124,8 @@ def _level(scalers: list[Any]) -> None:
         scaler._scale, scaler._growth_tracker, scaler._hysteresis_tracker = lowest.clone(), growth, hysteresis
 
 
-def _with_outcomes(metrics: dict[str, Any], role: str, steps: list[dict[str, float]]) -> dict[str, Any]:
-    if current_plan().overrides_dtype and any(step["fp16/step_skipped"] for step in steps):
-        norms = [norm for norm in metrics.pop(f"{role}/grad_norm", []) if norm is not None and math.isfinite(norm)]
-        if norms:
-            metrics[f"{role}/grad_norm"] = norms
-    for step in steps:
-        for name, value in step.items():
-            metrics.setdefault(f"{role}/{name}", []).append(value)
-    return metrics
-
-
-def _note_what_is_kept(optimizer: Any, role: str, chunks: Iterable[Any]) -> None:
-    ledger().note(role, "gradient", *(gradient.dtype for _, gradient in _gradients(chunks)))
-    ledger().note(role, "master", *(dtype for part in parts_of(optimizer) for dtype in _masters(part)))
-
-
 def _gradients(chunks: Iterable[Any]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and gradient of every parameter, of which Megatron's buffers hold the sum."""
+    """Yield name and gradient of every parameter, of which Megatron's buffers hold the sum."""
     for chunk in chunks:
         for name, parameter in chunk.named_parameters():
             gradient = getattr(parameter, "main_grad", parameter.grad)

@@ -79,7 +79,7 @@ def test_the_same_of_a_sharding_manager(worker: Any) -> None:
 
     manager = SimpleNamespace(inference_engine=in_this_process(worker))
     update_params(
-        lambda weights, peft_config: worker.model_runner.model.load_weights(weights.items()),
+        lambda updated_params, peft_config: worker.model_runner.model.load_weights(updated_params.items()),
         manager,
         (WEIGHTS,),
         {"peft_config": None},

@@ -1,0 +1,89 @@
+"""The FSDP engine's updates: a mini-batch, its optimizer step, and the LR schedule after it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import nn
+
+from fp16_patch.runtime.activation import current_plan
+from fp16_patch.scaling.lr_hold import holds_lr
+from fp16_patch.scaling.optimizer_step import step_of
+from fp16_patch.scaling.scaler import nonfinite_parameters
+from fp16_patch.scaling.step_report import report_taken_norms
+from fp16_patch.scaling.update import MiniBatchUpdate
+from fp16_patch.verl.fsdp import fused_step
+from fp16_patch.verl.fsdp.device import device_type
+from fp16_patch.verl.fsdp.engine import role_of
+from fp16_patch.verl.fsdp.gradients import local_gradients, note_gradients
+from fp16_patch.verl.fsdp.step_metrics import reducible
+
+
+class FSDPUpdate(MiniBatchUpdate):
+    """The updates of an engine whose `scaler` is torch's."""
+
+    def __init__(self, engine: Any) -> None:
+        super().__init__(engine, role_of(engine))
+
+    @property
+    def scaler(self) -> Any:
+        # Subclasses of verl's engine that build their module another way never set one.
+        return getattr(self.engine, "scaler", None)
+
+    def module(self) -> nn.Module:
+        module: nn.Module = self.engine.module
+        return module
+
+    def note_dtypes(self) -> None:
+        note_gradients(self.engine.module, self.role)
+
+    def nonfinite_gradients(self) -> list[str]:
+        return nonfinite_parameters(local_gradients(self.engine.module))
+
+    def zero_grad(self) -> None:
+        self.engine.optimizer_zero_grad()
+
+    def loss_is_finite(self, result: Any) -> bool:
+        return all(map(math.isfinite, result["loss"]))
+
+
+def train_batch(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
+    """`BaseEngine.train_batch`: try again on an overflow; add the outcome to the metrics, and no skipped norm."""
+    if _is_repeatable(engine):
+        outputs = FSDPUpdate.of(engine).run_mini_batch(lambda: wrapped(*args, **kwargs), device_type())
+    else:
+        outputs = wrapped(*args, **kwargs)
+    # Of the FSDP engine or Megatron's; others record no steps.
+    step = step_of(engine)
+    if step is not None and step.history.last is not None and engine.is_mp_src_rank_with_outputs():
+        # Lists: the worker chains them over ranks and mini-batches.
+        outputs["metrics"].update({name: [value] for name, value in reducible(step.metrics()).items()})
+        if step.history.last.skipped:
+            report_taken_norms(outputs["metrics"], "grad_norm", [step.history.last])
+    return outputs
+
+
+def _is_repeatable(engine: Any) -> bool:
+    """Return whether all that an update does is in `train_batch`, and its scaler is the one made here."""
+    scaler = getattr(engine, "scaler", None)
+    if not current_plan().scales_loss or scaler is None or not scaler.is_enabled():
+        return False
+    return engine.engine_config.strategy in ("fsdp", "fsdp2")
+
+
+def optimizer_step(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> float:
+    """`FSDPEngine.optimizer_step`: step only if the driver allows it, record the outcome, raise at a collapse."""
+    update = FSDPUpdate.of(engine)
+    if update.measuring:
+        return 0.0
+    fuses = fused_step.possible(engine)
+    outcome, _ = update.run(lambda: fused_step.take(engine) if fuses else wrapped(*args, **kwargs))
+    return outcome.grad_norm
+
+
+def lr_scheduler_step(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> float:
+    """`FSDPEngine.lr_scheduler_step`: hold the schedule, which counts updates, until one was taken."""
+    if holds_lr(engine):
+        return engine.lr_scheduler.get_last_lr()[0]  # type: ignore[no-any-return]
+    return wrapped(*args, **kwargs)  # type: ignore[no-any-return]

@@ -122,11 +122,14 @@ def probe(json_path: Path | None, html: Path | None, dtypes: str, device: str | 
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120
     console = Console(stderr=json_path == Path("-"), width=width)
     try:
+        from fp16_patch.mismatch.report.rendering import require_report_extra
         from fp16_patch.probe.examining import ProbeRequest, examine
         from fp16_patch.probe.page import write_page
         from fp16_patch.probe.progress import on_terminal
         from fp16_patch.probe.terminal import print_result
 
+        if html is not None:
+            require_report_extra()
         settings["dtypes"] = tuple(name.strip() for name in dtypes.split(",") if name.strip())
         if device is not None:
             settings["device"] = device
@@ -168,9 +171,11 @@ def report(runs: tuple[Path, ...], html: Path | None, tokenizer: Path | None) ->
       fp16-patch report bf16_run fp16_run --html compare.html
     """
     from fp16_patch.mismatch.record.reading import load_run
+    from fp16_patch.mismatch.report.labels import labelled
 
+    _require_for_page(html, tokenizer)
     try:
-        records = {label: load_run(path) for label, path in _labelled(runs).items()}
+        records = {label: load_run(path) for label, path in labelled(runs).items()}
     except FileNotFoundError as missing:
         raise click.ClickException(str(missing)) from missing
     _show(records, html or runs[0] / "report.html", tokenizer)
@@ -213,11 +218,13 @@ def analyze(
       fp16-patch analyze outputs/token_exports --out runs/before
     """
     from fp16_patch.mismatch.report.dump import DumpError
+    from fp16_patch.mismatch.report.labels import labelled
     from fp16_patch.mismatch.report.offline import analyze as analyzed
     from fp16_patch.mismatch.report.offline import figures, write_record
 
+    _require_for_page(html, tokenizer)
     try:
-        records = {label: analyzed(path, sampler_key, learner_key) for label, path in _labelled(files).items()}
+        records = {label: analyzed(path, sampler_key, learner_key) for label, path in labelled(files).items()}
         if out is not None:
             for label, record in records.items():
                 write_record(record, out / label.strip("/").replace("/", "_") if len(records) > 1 else out)
@@ -358,24 +365,32 @@ def _show(records: Any, html: Path | None, tokenizer: Path | None, quiet: bool =
 
     from fp16_patch.mismatch.report.comparison import print_comparison, print_diagnosis
     from fp16_patch.mismatch.report.page import write_html
+    from fp16_patch.mismatch.report.rendering import ReportExtraMissing
 
     if not quiet:
         console = Console()
         print_comparison(records, console)
         print_diagnosis(records, console)
     if html:
-        write_html(records, html, "sampler against learner", tokenizer)
-        click.echo(f"page: {html}", err=quiet)
+        try:
+            write_html(records, html, "Sampler against learner", tokenizer)
+            click.echo(f"page: {html}", err=quiet)
+        except ReportExtraMissing as missing:
+            click.echo(f"no page was written: {missing}", err=True)
 
 
-def _labelled(paths: tuple[Path, ...]) -> dict[str, Path]:
-    """Each run under its folder's name, or, where names repeat, under its path from where the paths part."""
-    names = [path.resolve().name for path in paths]
-    common = os.path.commonpath([path.resolve() for path in paths]) if len(set(paths)) > 1 else Path.cwd()
-    return {
-        os.path.relpath(path.resolve(), common) if names.count(name) > 1 else name: path
-        for name, path in zip(names, paths, strict=True)
-    }
+def _require_for_page(html: Path | None, tokenizer: Path | None) -> None:
+    """End the command, before any work, where what was asked for the page cannot be had."""
+    from fp16_patch.mismatch.report.decoding import tokenizer_of
+    from fp16_patch.mismatch.report.rendering import require_report_extra
+
+    try:
+        if html is not None:
+            require_report_extra()
+        if tokenizer is not None:
+            tokenizer_of(tokenizer)
+    except Fp16PatchError as problem:
+        raise click.ClickException(str(problem)) from problem
 
 
 def _plan(default_mode: str, mode: str | None = None) -> Plan:

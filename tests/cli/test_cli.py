@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -73,12 +72,3 @@ def test_what_cannot_be_done_is_said(started: dict[str, Any], arguments: list[st
 @pytest.mark.parametrize("command", ["doctor", "run", "report", "analyze", "watch"])
 def test_help_has_examples(command: str) -> None:
     assert "Examples:" in CliRunner().invoke(main, [command, "--help"]).output
-
-
-def test_runs_of_the_same_name_stay_apart() -> None:
-    from fp16_patch.cli import _labelled
-
-    paths = (Path("a/checkpoints"), Path("b/checkpoints"), Path("c"))
-    assert list(_labelled(paths)) == ["a/checkpoints", "b/checkpoints", "c"]
-    deep = (Path("out/demo/bf16/checkpoints"), Path("out/demo/fp16/checkpoints"))
-    assert list(_labelled(deep)) == ["bf16/checkpoints", "fp16/checkpoints"]

@@ -165,13 +165,13 @@ class RunRecord:
 
 
 def load_run(path: str | Path) -> RunRecord:
-    """Read the record at ``path``, or in its folder ``fp16_patch``.
+    """Read the record at ``path``, in its folder ``fp16_patch``, or in that of the one run right below it.
 
     A killed run leaves some of the files; what is there is read, what is missing is noted.
     Unreadable lines are left out and noted; of lines with the same step (a resumed run) the last one counts.
 
     Raises:
-        FileNotFoundError: neither directory holds any file of a record.
+        FileNotFoundError: none of them holds any file of a record, or several runs lie right below.
     """
     folder = _record_folder(Path(path))
     notes = [f"{name} is missing" for name in RECORD_FILES if not (folder / name).is_file()]
@@ -207,12 +207,27 @@ def worst_of(tokens: Iterable[tuple[int, WorstToken]]) -> list[tuple[int, WorstT
 def _record_folder(path: Path) -> Path:
     candidates = (path, path / RECORD_FOLDER)
     for folder in candidates:
-        if any((folder / name).is_file() for name in RECORD_FILES):
+        if _holds_record(folder):
             return folder
+    # verl's record lies in its checkpoints' folder: below the one that a user gives a run.
+    below = [folder for folder in sorted(path.glob(f"*/{RECORD_FOLDER}")) if _holds_record(folder)]
+    if len(below) == 1:
+        return below[0]
+    if below:
+        raise FileNotFoundError(f"{path} holds several runs. Give one, or several, of them: {_listed_runs(below)}")
     raise FileNotFoundError(
         f"no run record: looked for {', '.join(RECORD_FILES)} in {' and '.join(map(str, candidates))}. "
         "Give the record directory of a run that had fp16_patch active, or its parent."
     )
+
+
+def _holds_record(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in RECORD_FILES)
+
+
+def _listed_runs(records: Sequence[Path], most: int = 8) -> str:
+    runs = [str(record.parent) for record in records]
+    return ", ".join(runs[:most]) + (f" and {len(runs) - most} more" if len(runs) > most else "")
 
 
 def _read_object(path: Path, notes: list[str]) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -88,7 +87,7 @@ def comparison_rows(runs: Runs) -> list[tuple[str, list[str]]]:
         return _times(ratio(summaries[first]["mismatch"]["mean_abs"], summaries[name]["mismatch"]["mean_abs"]))
 
     rows: dict[str, Callable[[str], str]] = {
-        PLAN: lambda name: _plan_text(runs[name].plan),
+        PLAN: lambda name: _plan_text(runs[name]),
         "steps": lambda name: number_text(summaries[name]["steps"]),
         "tokens": lambda name: number_text(summaries[name]["tokens"]),
         WALL_TIME: lambda name: _duration(summaries[name]["wall_s"]),
@@ -154,7 +153,7 @@ def key_figures(run: RunRecord) -> list[tuple[str, str]]:
 def verdict(runs: Runs) -> list[str]:
     """Return sentences on all runs, the most important first."""
     alerts = (_alerts_verdict(name, run) for name, run in runs.items())
-    ledgers = (_ledger_verdict(name, run) for name, run in runs.items())
+    ledgers = (_ledger_verdict(name, run) for name, run in runs.items() if not is_offline(run))
     return [_mismatch_verdict(runs), *filter(None, alerts), *ledgers]
 
 
@@ -199,9 +198,13 @@ def _uniformity_verdict(name: str, run: RunRecord) -> str:
     return f"▲ {name}: no dtype was planned, and compute was mixed: {listed}."
 
 
-def _plan_text(plan: dict[str, Any]) -> str:
-    if plan.get("mode") == OFFLINE:
-        return "–"
+def is_offline(run: RunRecord) -> bool:
+    """Say whether the record was made of a file of log-probs, which holds neither a plan nor dtypes."""
+    return bool(run.plan.get("mode") == OFFLINE)
+
+
+def _plan_text(run: RunRecord) -> str:
+    plan = {} if is_offline(run) else run.plan
     return ", ".join(str(plan[key]) for key in ("mode", "dtype") if plan.get(key)) or "–"
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fp16_patch.mismatch.diagnosis.findings import Diagnosis, diagnose_run
 from fp16_patch.mismatch.record.reading import RunRecord, Runs
-from fp16_patch.mismatch.report.comparison import cause_text, gap_sentence, key_figures, verdict
+from fp16_patch.mismatch.report.comparison import cause_text, gap_sentence, is_offline, key_figures, verdict
 from fp16_patch.mismatch.report.decoding import TokenizerError, tokenizer_of
 from fp16_patch.mismatch.report.distributions import distribution_charts, length_maps, probability_maps
 from fp16_patch.mismatch.report.rendering import TEMPLATES, render
@@ -63,7 +63,7 @@ def write_html(
             "Σd against the length of the sequence": length_maps(runs),
         },
         worst=[table for name, run in runs.items() if (table := _worst_table(name, run, tokenizer))],
-        ledgers={name: ledger_table(name, run) for name, run in runs.items()},
+        ledgers={name: ledger_table(name, run) for name, run in runs.items() if not is_offline(run)},
         records=runs,
         plans={name: json.dumps(run.plan, indent=2, sort_keys=True) for name, run in runs.items()},
     )

@@ -37,6 +37,7 @@ LEAST_POINTS, MOST_POINTS = 100, 1000
 """A chart's lines share ``POINTS_A_CHART``, within these bounds: so the page stays small however many runs it shows."""
 
 CHART_HEIGHT, MAP_HEIGHT = 300, 360
+LEGEND_ROW, LEGEND_WIDTH, LEGEND_KEY, LEGEND_LETTER = 19, 300, 45, 7
 EVERY_STEP = 10
 WIDE_DECADES, SMALL = 3, 1e-3
 TICK_DISTANCE = 0.085
@@ -76,13 +77,18 @@ def _lines(chart: Chart) -> Figure:
     ]
     values = [y for line in chart.lines for y in line.points.values()] + [level.value for level in chart.levels]
     layout = {
-        "height": CHART_HEIGHT,
+        "height": CHART_HEIGHT + LEGEND_ROW * (_legend_rows(names) - 1),
         "hovermode": "x unified",
         "showlegend": len(names) > 1,
         "xaxis": _axis(chart.x, [x for line in chart.lines for x in line.points]),
         "yaxis": _axis(chart.y, values),
     }
     return _figure(traces, layout)
+
+
+def _legend_rows(names: Iterable[str]) -> int:
+    """Estimate in how many rows a legend lies over a chart, which is not to become lower by it."""
+    return math.ceil(sum(LEGEND_KEY + LEGEND_LETTER * len(name) for name in names) / LEGEND_WIDTH) or 1
 
 
 def _figure(traces: Iterable[dict[str, Any]], layout: dict[str, Any]) -> Figure:
@@ -94,7 +100,7 @@ def _figure(traces: Iterable[dict[str, Any]], layout: dict[str, Any]) -> Figure:
 
 
 def _line_traces(chart: Chart, most: int) -> Iterable[dict[str, Any]]:
-    """One trace a line; the first of each run stands in the legend."""
+    """Draw each line; the first of each run stands in the legend."""
     listed: set[str] = set()
     for line in chart.lines:
         points = thinned([(x, y) for x, y in line.points.items() if chart.y.shows(y)], most)
@@ -107,7 +113,7 @@ def _line_traces(chart: Chart, most: int) -> Iterable[dict[str, Any]]:
             "mode": "lines+markers" if marked else "lines",
             "line": {
                 "color": colour(line.style),
-                "width": 2 if marked else 1.3,
+                "width": 2 if marked else 1.6,
                 "dash": line.dash or dash(line.style),
                 "shape": "hv" if chart.y.scale == "log2" else "linear",
             },
@@ -133,18 +139,18 @@ def _places(axis: Axis, values: Sequence[float]) -> list[Any]:
 
 
 def _rounded(value: float) -> float:
-    """Six significant digits: more would make the page larger and show nothing."""
+    """Round to six significant digits: more would make the page larger and show nothing."""
     return float(f"{value:.6g}")
 
 
 def _floor(chart: Chart) -> float:
-    """The bottom of bands whose lower line has no place on a logarithmic axis."""
+    """Return the bottom of bands whose lower line has no place on a logarithmic axis."""
     values = [value for line in chart.lines for value in line.points.values() if value > 0]
     return 10.0 ** math.floor(math.log10(min(values))) if values and chart.y.scale == "log" else -math.inf
 
 
 def _band(low: Line, high: Line, most: int, floor: float) -> dict[str, Any]:
-    """The area between two lines, where both have a point."""
+    """Fill the area between two lines, where both have a point."""
     steps = sorted(low.points.keys() & high.points.keys())
     kept = steps[:: math.ceil(len(steps) / most) or 1]
     outline = [(x, high.points[x]) for x in kept] + [(x, low.points[x]) for x in reversed(kept)]
@@ -214,7 +220,7 @@ def _decade_ticks(values: Sequence[float]) -> dict[str, Any]:
 
 
 def _density(heatmap: Heatmap) -> Figure:
-    """Cells the darker the more is in them, by the logarithm of the count; empty ones are blank."""
+    """Shade each cell by the logarithm of its count; empty ones are blank."""
     columns, rows = len(heatmap.counts), len(heatmap.counts[0])
     fullest = max(max(column) for column in heatmap.counts)
     x1, y1, x2, y2 = heatmap.guide
@@ -243,7 +249,6 @@ def _density(heatmap: Heatmap) -> Figure:
     }
     layout = {
         "height": MAP_HEIGHT,
-        "margin": {"l": 8, "r": 10, "t": 28, "b": 8},
         "shapes": [guide],
         "xaxis": _cells_axis(heatmap.x_label, columns, _apart(heatmap.x_ticks, 2 * TICK_DISTANCE)),
         "yaxis": _cells_axis(heatmap.y_label, rows, _apart(heatmap.y_ticks, TICK_DISTANCE)),
@@ -280,7 +285,7 @@ def _cells_axis(label: str, cells: int, ticks: Iterable[tuple[float, str]]) -> d
 
 
 def _apart(ticks: Iterable[tuple[float, str]], distance: float) -> Iterable[tuple[float, str]]:
-    """The ticks without those that would stand on the one before."""
+    """Leave out the ticks that would stand on the one before."""
     last = -math.inf
     for place, text in ticks:
         if place - last >= distance:

@@ -21,9 +21,17 @@ from tests.mismatch.report.test_report import rewrite, uneven_stats, write_recor
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 QUIET = (
-    "--headless --no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync "
-    "--no-first-run --virtual-time-budget=8000 --window-size=1400,1000 --dump-dom"
-).split()
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+    "--virtual-time-budget=8000",
+    "--window-size=1400,1000",
+    "--dump-dom",
+)
 
 # Acts as a reader does, and leaves what the page shows after each act.
 READER = """
@@ -36,9 +44,9 @@ READER = """
       .map((trace) => trace.legendgroup ?? trace.name))].sort(),
   ]));
   const press = (element) => {
-    for (const kind of ["mousedown", "mouseup"]) element.dispatchEvent(new MouseEvent(kind, { bubbles: true, view: window }));
+    for (const kind of ["mousedown", "mouseup"]) element.dispatchEvent(new MouseEvent(kind, { bubbles: true }));
   };
-  const pressed = () => [...document.querySelectorAll("button.run")].map((button) => button.getAttribute("aria-pressed"));
+  const pressed = () => [...document.querySelectorAll("button.run")].map((button) => button.ariaPressed);
   const first = document.querySelector(".plot");
   const found = { all: shown() };
   document.querySelector('button.run[data-run="bf16"]').click();

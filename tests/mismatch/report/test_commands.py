@@ -95,3 +95,4 @@ def test_analyze_has_no_empty_rows(tmp_path: Path) -> None:
     for row in ("plan", "wall time", "reward", "loss scale", "skipped steps", "actor compute", "sampler weights"):
         assert row not in shown.output
     assert "mean |d|" in shown.output
+    assert "no dtypes were recorded" not in shown.output

@@ -341,6 +341,18 @@ def test_long_runs_keep_the_page_small(tmp_path: Path) -> None:
     assert page.traces("Mean |d| of a token", "bf16")[0]["mode"] == "lines", "too many points for a marker at each"
 
 
+def test_many_very_long_runs_keep_to_the_limit(tmp_path: Path) -> None:
+    names = ("mean_abs", "abs_p50", "abs_p99_9", "seq_mean_abs", "k1", "k3", "ess")
+    numbers = torch.rand(2500, len(names), generator=torch.Generator().manual_seed(0), dtype=torch.float64).tolist()
+    mismatch = {
+        step: {f"mismatch/{name}": x for name, x in zip(names, row, strict=True)} for step, row in enumerate(numbers)
+    }
+    run = RunRecord(tmp_path, {}, {}, 0, {}, mismatch, uneven_stats(1e-2), None)
+    page = shown({f"run {number}": run for number in range(12)}, tmp_path)
+
+    assert len(page.whole.encode()) < MOST_BYTES
+
+
 def coverage(tokens: int, ranks: int, **more: Any) -> dict[str, Any]:
     return {
         "tokens": tokens,

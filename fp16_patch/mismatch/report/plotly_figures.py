@@ -106,7 +106,7 @@ def _line_traces(chart: Chart, most: int) -> Iterable[dict[str, Any]]:
         points = thinned([(x, y) for x, y in line.points.items() if chart.y.shows(y)], most)
         marked = len(points) <= MARKED_POINTS
         yield {
-            **_of_run(line.name, line.style),
+            **_of_run(line.name),
             "name": escape(line.name),
             "x": _places(chart.x, [x for x, _ in points]),
             "y": [_rounded(y) for _, y in points],
@@ -124,8 +124,8 @@ def _line_traces(chart: Chart, most: int) -> Iterable[dict[str, Any]]:
         listed.add(line.name)
 
 
-def _of_run(name: str, style: int) -> dict[str, Any]:
-    return {"type": "scatter", "legendgroup": name, "meta": {"style": style}}
+def _of_run(name: str) -> dict[str, Any]:
+    return {"type": "scatter", "legendgroup": name}
 
 
 def _hover(value: str, label: str) -> str:
@@ -135,12 +135,12 @@ def _hover(value: str, label: str) -> str:
 def _places(axis: Axis, values: Sequence[float]) -> list[Any]:
     if axis.names:
         return [escape(axis.names[round(value)]) for value in values]
-    return [int(value) if float(value).is_integer() else _rounded(value) for value in values]
+    return [_rounded(value) for value in values]
 
 
 def _rounded(value: float) -> float:
-    """Round to six significant digits: more would make the page larger and show nothing."""
-    return float(f"{value:.6g}")
+    """Round to six significant digits, but for whole numbers: more would make the page larger and show nothing."""
+    return int(value) if float(value).is_integer() else float(f"{value:.6g}")
 
 
 def _floor(chart: Chart) -> float:
@@ -155,7 +155,7 @@ def _band(low: Line, high: Line, most: int, floor: float) -> dict[str, Any]:
     kept = steps[:: math.ceil(len(steps) / most) or 1]
     outline = [(x, high.points[x]) for x in kept] + [(x, low.points[x]) for x in reversed(kept)]
     return {
-        **_of_run(low.name, low.style),
+        **_of_run(low.name),
         **NO_HOVER,
         "x": [_rounded(x) for x, _ in outline],
         "y": [_rounded(max(y, floor)) for _, y in outline],
@@ -169,7 +169,7 @@ def _band(low: Line, high: Line, most: int, floor: float) -> dict[str, Any]:
 def _level(chart: Chart, level: Level) -> dict[str, Any]:
     steps = [x for line in chart.lines if line.name == level.name for x in line.points]
     return {
-        **_of_run(level.name, level.style),
+        **_of_run(level.name),
         "name": escape(level.name),
         "x": [min(steps), max(steps)],
         "y": [_rounded(level.value)] * 2,
@@ -184,7 +184,7 @@ def _mark_traces(marks: Sequence[Mark]) -> Iterable[dict[str, Any]]:
     for name in dict.fromkeys(mark.name for mark in marks):
         own = [mark for mark in marks if mark.name == name]
         yield {
-            **_of_run(name, own[0].style),
+            **_of_run(name),
             "name": escape(name),
             "x": [mark.x for mark in own],
             "y": [mark.y for mark in own],

@@ -167,12 +167,14 @@ def _band(low: Line, high: Line, most: int, floor: float) -> dict[str, Any]:
 
 
 def _level(chart: Chart, level: Level) -> dict[str, Any]:
-    steps = [x for line in chart.lines if line.name == level.name for x in line.points]
+    """Draw a straight line of many points, so that it answers wherever the reader points."""
+    steps = sorted({x for line in chart.lines if line.name == level.name for x in line.points})
+    kept = sorted({*steps[:: math.ceil(len(steps) / LEAST_POINTS)], steps[-1]})
     return {
         **_of_run(level.name),
         "name": escape(level.name),
-        "x": [min(steps), max(steps)],
-        "y": [_rounded(level.value)] * 2,
+        "x": _places(chart.x, kept),
+        "y": [_rounded(level.value)] * len(kept),
         "mode": "lines",
         "line": {"color": colour(level.style), "width": 1.6, "dash": "dot"},
         "hovertemplate": _hover(f"%{{y:{chart.digits}}}", f"{level.name}, {level.text}"),

@@ -425,7 +425,8 @@ def test_the_gap_is_held_against_the_noise_floor(record: Path, tmp_path: Path) -
     assert re.search(r"mean \|d\| ÷ learner against itself +│ +5× │ +– │", printed(runs))
     floor = shown(runs, tmp_path).traces("Mean |d| of a token", "run")[1]
     assert "learner against learner" in floor["hovertemplate"]
-    assert floor["y"] == pytest.approx([2e-4, 2e-4])
+    assert floor["x"] == [1, 2, 3]
+    assert floor["y"] == pytest.approx([2e-4] * 3)
     assert "÷ learner against itself" not in printed({"without": without})
 
 

@@ -140,7 +140,8 @@ def gap_sentence(run: RunRecord, finding: Diagnosis) -> str:
 def key_figures(run: RunRecord) -> list[tuple[str, str]]:
     """Return the few figures (label, value) that stand at the head of the page."""
     metrics = run.total().metrics(prefix="")
-    dtypes = {"actor": run.dtypes_of(COMPUTE_QUANTITIES, "actor"), "sampler": run.dtypes_of(["engine_weight"])}
+    actor, sampler = run.dtypes_of(COMPUTE_QUANTITIES, "actor"), run.dtypes_of(["engine_weight"])
+    dtypes = {"both in": actor} if actor == sampler else {"actor in": actor, "sampler in": sampler}
     return [
         ("mean |d|", number_text(metrics["mean_abs"])),
         ("max |d|", number_text(metrics["max_abs"])),
@@ -235,7 +236,8 @@ def _percent(share: float) -> str:
     if not math.isfinite(share):
         return "–"
     missing = 100 * (1 - share)
-    digits = min(6, 1 - math.floor(math.log10(missing))) if 1e-6 < missing < 10 else 0
+    # The exponent once rounded: 9.99e-4 are 1.0e-3.
+    digits = min(6, 1 - int(f"{missing:.1e}".split("e")[1])) if 1e-6 < missing < 10 else 0
     return f"{100 * share:.{digits}f} %"
 
 

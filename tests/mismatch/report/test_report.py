@@ -18,7 +18,7 @@ from fp16_patch.mismatch.diagnosis import findings
 from fp16_patch.mismatch.diagnosis.findings import diagnose_run
 from fp16_patch.mismatch.record import reading as record_module
 from fp16_patch.mismatch.record.reading import RunRecord, load_run
-from fp16_patch.mismatch.report.comparison import CAUSES, cause_text, print_comparison, print_diagnosis
+from fp16_patch.mismatch.report.comparison import CAUSES, cause_text, key_figures, print_comparison, print_diagnosis
 from fp16_patch.mismatch.report.decoding import visible
 from fp16_patch.mismatch.report.page import write_html
 from fp16_patch.mismatch.statistics.summary import MismatchStats
@@ -459,6 +459,20 @@ def test_the_page_begins_with_a_sentence_on_each_run(record: Path, tmp_path: Pat
         "Sampler and learner agree exactly.",
         "24 tokens are too few to say what the gap comes from.",
     ]
+
+
+def test_the_page_begins_with_the_dtype_of_both_sides_or_of_each(tmp_path: Path) -> None:
+    ledgers = [
+        {"actor": {"activation": ["float16"]}, "rollout": {"engine_weight": [dtype]}}
+        for dtype in ("float16", "bfloat16")
+    ]
+    same, mixed = (
+        key_figures(load_run(write_record(tmp_path / str(number), ledger=ledger)))
+        for number, ledger in enumerate(ledgers)
+    )
+
+    assert same[-1] == ("both in", "float16")
+    assert mixed[-2:] == [("actor in", "float16"), ("sampler in", "bfloat16")]
 
 
 def test_every_cause_has_a_title() -> None:

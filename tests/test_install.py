@@ -50,6 +50,11 @@ def test_the_wheel_carries_patches_types_and_entry_points(wheel: Path) -> None:
     assert {f"fp16_patch/{name}" for name in declared} <= set(names)
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "fp16_patch").rglob("*.py")}
     assert {*modules, "fp16_patch/py.typed", "fp16_patch/versions.toml"} <= set(names)
+    pages = {path.relative_to(ROOT).as_posix() for path in (ROOT / "fp16_patch").rglob("*.html.j2")}
+    pages |= {f"fp16_patch/mismatch/report/templates/page.{kind}" for kind in ("css", "js")}
+    assert len(pages) > 2
+    assert pages <= set(names)
+    assert not [name for name in names if name.endswith(".png")]
     assert not [name for name in names if name.startswith(("tests/", "integration/", "patches/"))]
     (entry_points,) = [name for name in names if name.endswith("entry_points.txt")]
     text = zipfile.ZipFile(wheel).read(entry_points).decode()

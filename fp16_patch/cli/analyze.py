@@ -9,7 +9,7 @@ import click
 
 from fp16_patch.cli.group import Failure
 from fp16_patch.cli.options import FormerlyOption, OutputFile
-from fp16_patch.cli.runs import labelled, require_page_writer, show
+from fp16_patch.cli.runs import require_for_page, show
 
 
 @click.command("analyze")
@@ -61,9 +61,9 @@ def command(
     """
     from fp16_patch.mismatch.report import offline
     from fp16_patch.mismatch.report.dump import DumpError
+    from fp16_patch.mismatch.report.labels import labelled
 
-    if html is not None:
-        require_page_writer()
+    require_for_page(html, tokenizer)
     try:
         records = {label: offline.analyze(path, sampler_key, learner_key) for label, path in labelled(files).items()}
         if output is not None:

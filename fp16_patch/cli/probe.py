@@ -76,7 +76,10 @@ def command(json_path: Path | None, html: Path | None, device: str | None, **set
         from fp16_patch.probe.terminal import print_result
 
         if html is not None:
+            from fp16_patch.mismatch.report.rendering import require_report_extra
             from fp16_patch.probe.page import write_page
+
+            require_report_extra()
         if device is not None:
             settings["device"] = device
         request = ProbeRequest(**settings)

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import click
 
+from fp16_patch.cli.group import Failure
 from fp16_patch.cli.options import OutputFile, check_folder
-from fp16_patch.cli.runs import labelled, record_at, require_folders, require_page_writer, show
+from fp16_patch.cli.runs import require_folders, require_for_page, show
 
 
 @click.command("report")
@@ -35,7 +36,11 @@ def command(ctx: click.Context, runs: tuple[Path, ...], html: Path | None, token
     page = html or runs[0] / "report.html"
     check_folder(page.parent, ctx.fail)
     from fp16_patch.mismatch.record.reading import load_run
+    from fp16_patch.mismatch.report.labels import labelled
 
-    require_page_writer()
-    places = {label: record_at(path) for label, path in labelled(runs).items()}
-    show({label: load_run(path) for label, path in places.items()}, page, tokenizer)
+    require_for_page(html, tokenizer)
+    try:
+        records = {label: load_run(path) for label, path in labelled(runs).items()}
+    except FileNotFoundError as missing:
+        raise Failure(missing) from missing
+    show(records, page, tokenizer)

@@ -7,7 +7,6 @@ from pathlib import Path
 import click
 
 from fp16_patch.cli.group import Failure
-from fp16_patch.cli.runs import record_at
 
 
 @click.command("watch")
@@ -42,9 +41,11 @@ def command(run: Path | None, address: str, every: float, once: bool) -> None:
 
 
 def _place(run: Path, once: bool) -> Path:
+    from fp16_patch.mismatch.record.reading import record_folder
+
     try:
-        return record_at(run)
-    except Failure:
+        return record_folder(run)
+    except FileNotFoundError:
         if once and run.is_dir():
             raise
         return run

@@ -23,7 +23,7 @@ COUNTED = ("tokens", "sequences", "nonfinite_sampler", "nonfinite_learner")
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """One learner's dtype against one sampler's.
+    """Compares one learner's dtype with one sampler's.
 
     Attributes:
         d: log π − log μ, (sequences, longest response), float64; what is not finite is left out of every mean.
@@ -50,7 +50,7 @@ class Pair:
         return self.mask & self.d.isfinite()
 
     def figures(self, seed: int) -> dict[str, Any]:
-        """`SHOWN` and `COUNTED` of `MismatchStats.metrics`, 95 % intervals of two, and the unlikely tokens apart."""
+        """Return `SHOWN` and `COUNTED` of `MismatchStats.metrics`, 95 % intervals of two, the unlikely tokens apart."""
         metrics = self.stats.metrics(prefix="")
         low = self._finite & (self.sampler < LOW_LOG_PROB)
         return {
@@ -66,7 +66,7 @@ class Pair:
         }
 
     def resampled_mean_abs(self, seed: int) -> Tensor:
-        """mean |d| over tokens, of ``RESAMPLED`` draws of as many sequences with replacement, (RESAMPLED,)."""
+        """Return mean |d| over tokens of each of ``RESAMPLED`` draws of sequences with replacement, (RESAMPLED,)."""
         sums = self.d.where(self._finite, 0.0).abs().sum(1)
         counts = self._finite.sum(1).double()
         drawn = _draws(len(sums), seed)
@@ -79,7 +79,7 @@ class Pair:
 
 
 def ratio(over: Pair, under: Pair, seed: int) -> dict[str, Any]:
-    """mean |d| of one pair ÷ that of the other, with its interval; the two draw their sequences apart."""
+    """Divide mean |d| of one pair by that of the other, with its 95 % interval; the two draw their sequences apart."""
     values = (over.stats.metrics(prefix="")["mean_abs"], under.stats.metrics(prefix="")["mean_abs"])
     resampled = over.resampled_mean_abs(seed) / under.resampled_mean_abs(seed + 1)
     return {"ratio": values[0] / values[1] if values[1] else math.nan, "interval": _interval(resampled)}

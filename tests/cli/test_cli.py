@@ -12,8 +12,7 @@ from click.testing import CliRunner
 
 from fp16_patch import __version__
 from fp16_patch.cli import main, run
-from fp16_patch.cli.group import Failure
-from fp16_patch.cli.runs import labelled, record_at
+from fp16_patch.mismatch.record.reading import record_folder
 from fp16_patch.plan.plan import MODE_ENV, PLAN_ENV, Plan
 from fp16_patch.plan.settings import SETTINGS
 from fp16_patch.releases import tree_diff
@@ -195,15 +194,8 @@ def test_a_run_one_level_down_is_found(tmp_path: Path) -> None:
     (record / "steps.jsonl").write_text(json.dumps(line) + "\n")
     watched = CliRunner().invoke(main, ["watch", str(tmp_path), "--once"])
     assert (watched.exit_code, "loss scale" in watched.output) == (0, True)
-    assert record_at(tmp_path) == record.parent
+    assert record_folder(tmp_path) == record
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "plan.json").write_text("{}")
-    with pytest.raises(Failure, match="holds several runs"):
-        record_at(tmp_path)
-
-
-def test_runs_of_the_same_name_stay_apart() -> None:
-    paths = (Path("a/checkpoints"), Path("b/checkpoints"), Path("c"))
-    assert list(labelled(paths)) == ["a/checkpoints", "b/checkpoints", "c"]
-    deep = (Path("out/demo/bf16/checkpoints"), Path("out/demo/fp16/checkpoints"))
-    assert list(labelled(deep)) == ["bf16/checkpoints", "fp16/checkpoints"]
+    with pytest.raises(FileNotFoundError, match="holds several runs"):
+        record_folder(tmp_path)

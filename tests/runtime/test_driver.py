@@ -96,7 +96,9 @@ def test_a_trainer_has_one_driver() -> None:
     assert Driven.of(Trainer()) is not Driven.of(trainer)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda trainer: pickle.loads(pickle.dumps(trainer))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda trainer: pickle.loads(pickle.dumps(trainer))], ids=["deepcopy", "pickle"]
+)
 def test_a_copy_of_the_trainer_has_a_driver_of_its_own_without_the_record(copied: Any) -> None:
     trainer = Trainer()
     Driven.of(trainer).begin()

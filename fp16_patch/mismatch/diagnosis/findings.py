@@ -24,8 +24,13 @@ class Diagnosis:
 
 @dataclass(frozen=True)
 class _Cause:
+    """Advice that depends on the run is made from its evidence."""
+
     detect: Callable[[Evidence], Sentences]
-    advice: str
+    advice: str | Callable[[Evidence], str]
+
+    def advise(self, evidence: Evidence) -> str:
+        return self.advice if isinstance(self.advice, str) else self.advice(evidence)
 
 
 # In order of importance.
@@ -76,11 +81,7 @@ _FAULTS = {
     ),
 }
 _NO_FAULT = {
-    "precision": _Cause(
-        causes.precision,
-        "Nothing to repair. Under bfloat16, float16 on both sides (FP16_PATCH=1) makes the gap about 8 times smaller; "
-        "under float16, batch-invariant kernels would be next.",
-    ),
+    "precision": _Cause(causes.precision, causes.precision_advice),
     "unknown": _Cause(
         causes.unknown,
         "Score some of the sampler's sequences with the sampler's own weights in float32, outside both engines: the "
@@ -128,5 +129,5 @@ def diagnose_run(run: RunRecord) -> list[Diagnosis]:
 
 
 def _found(table: Mapping[str, _Cause], evidence: Evidence) -> list[Diagnosis]:
-    found = ((name, cause.detect(evidence), cause.advice) for name, cause in table.items())
-    return [Diagnosis(name, sentences, advice) for name, sentences, advice in found if sentences]
+    found = ((name, cause, cause.detect(evidence)) for name, cause in table.items())
+    return [Diagnosis(name, sentences, cause.advise(evidence)) for name, cause, sentences in found if sentences]

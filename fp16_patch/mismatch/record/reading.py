@@ -165,15 +165,15 @@ class RunRecord:
 
 
 def load_run(path: str | Path) -> RunRecord:
-    """Read the record at ``path``, or in its folder ``fp16_patch``.
+    """Read the record at ``path``, in its folder ``fp16_patch``, or in that of the one run right below it.
 
     A killed run leaves some of the files; what is there is read, what is missing is noted.
     Unreadable lines are left out and noted; of lines with the same step (a resumed run) the last one counts.
 
     Raises:
-        FileNotFoundError: neither directory holds any file of a record.
+        FileNotFoundError: none of them holds any file of a record, or several runs lie right below.
     """
-    folder = _record_folder(Path(path))
+    folder = record_folder(Path(path))
     notes = [f"{name} is missing" for name in RECORD_FILES if not (folder / name).is_file()]
     ledger = _read_object(folder / LEDGER, notes)
     steps = _read_lines(folder / STEPS, notes)
@@ -204,15 +204,39 @@ def worst_of(tokens: Iterable[tuple[int, WorstToken]]) -> list[tuple[int, WorstT
     return sorted(tokens, key=lambda pair: -abs(pair[1].d))[:WORST_TOKENS]
 
 
-def _record_folder(path: Path) -> Path:
-    candidates = (path, path / RECORD_FOLDER)
-    for folder in candidates:
-        if any((folder / name).is_file() for name in RECORD_FILES):
-            return folder
+def record_folder(path: Path) -> Path:
+    """Return the folder that holds a run's record files: `path`, `fp16_patch` in it, or the only such one level down.
+
+    Raises:
+        FileNotFoundError: there is no record, or several runs lie right below; the message lists them.
+    """
+    if (found := _record_in(path)) is not None:
+        return found
+    # verl's record lies in its checkpoints' folder, below the one that a user gives a run.
+    below = [found for folder in _folders_in(path) if (found := _record_in(folder)) is not None]
+    if len(below) == 1:
+        return below[0]
+    if below:
+        raise FileNotFoundError(f"{path} holds several runs: {_listed_runs(below)}. Fix: name those you mean")
+    where = f"{path}, {path / RECORD_FOLDER} and the folders in {path}"
     raise FileNotFoundError(
-        f"no run record: looked for {', '.join(RECORD_FILES)} in {' and '.join(map(str, candidates))}. "
-        "Give the record directory of a run that had fp16_patch active, or its parent."
+        f"no run record: looked for {', '.join(RECORD_FILES)} in {where}. "
+        "Fix: give the output directory of a run that had fp16_patch active"
     )
+
+
+def _record_in(folder: Path) -> Path | None:
+    places = (folder, folder / RECORD_FOLDER)
+    return next((place for place in places if any((place / name).is_file() for name in RECORD_FILES)), None)
+
+
+def _folders_in(path: Path) -> list[Path]:
+    return sorted(folder for folder in path.iterdir() if folder.is_dir()) if path.is_dir() else []
+
+
+def _listed_runs(records: Sequence[Path], most: int = 8) -> str:
+    runs = [str(record.parent if record.name == RECORD_FOLDER else record) for record in records]
+    return ", ".join(runs[:most]) + (f" and {len(runs) - most} more" if len(runs) > most else "")
 
 
 def _read_object(path: Path, notes: list[str]) -> dict[str, Any]:

@@ -4,28 +4,42 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from fp16_patch.mismatch.diagnosis.causes import MIN_TOKENS
 from fp16_patch.mismatch.diagnosis.findings import Diagnosis, diagnose_run
 from fp16_patch.mismatch.record.reading import RunRecord, Runs
 
-# What a finding is called before its evidence.
+# What a finding says, before its evidence.
 CAUSES = {
-    "precision": "rounding: the gap is what the dtype makes it",
-    "temperature": "temperature: the two divide the logits by different temperatures",
-    "raw_log_probs": "raw log-probs: the sampler reports them before temperature and truncation",
-    "truncated_sampling": "truncated sampling: top-p or top-k on the sampler's side only",
-    "stale_weights": "stale weights: the sampler ran on older ones than the learner",
-    "mask_shifted": "shifted mask: the two score different tokens",
-    "one_side_lower_precision": "lower precision on one side",
-    "nonfinite_sampler": "the sampler's log-probs are not finite",
-    "nonfinite_learner": "the learner's log-probs are not finite",
-    "unknown": "no known cause",
+    "precision": "rounding explains the gap",
+    "temperature": "the two sides divide the logits by different temperatures",
+    "raw_log_probs": "the sampler reports log-probs from before temperature and truncation",
+    "truncated_sampling": "the sampler truncates (top-p or top-k), the learner does not",
+    "stale_weights": "the sampler runs on older weights than the learner",
+    "mask_shifted": "the two sides score different tokens",
+    "one_side_lower_precision": "one side computes in lower precision than the other",
+    "nonfinite_sampler": "the sampler's log-probs are not all finite",
+    "nonfinite_learner": "the learner's log-probs are not all finite",
+    "unknown": "no known cause explains the gap",
 }
+OFFLINE = "analyze"
+"""The mode of a record that was made of a file of log-probs, not of a run."""
+
 AGAINST_ITSELF, COVERAGE, ALERTS = "mean |d| ÷ learner against itself", "tokens measured", "alerts at the end"
+PLAN, WALL_TIME, REWARD, LOSS_SCALE, SKIPPED = (
+    "plan",
+    "wall time",
+    "reward, first → last",
+    "loss scale",
+    "skipped steps",
+)
+ACTOR, SAMPLER = "actor compute", "sampler weights"
+LEFT_OUT_IF_EMPTY = frozenset({PLAN, WALL_TIME, REWARD, LOSS_SCALE, SKIPPED, ACTOR, SAMPLER})
+"""What a file of log-probs has not; a metric that is missing, on the other hand, is shown as missing."""
+
 COMPUTE_QUANTITIES = ("activation", "autocast", "parameter")
 
 
@@ -56,11 +70,12 @@ def print_diagnosis(runs: Runs, console: Console) -> None:
 
 
 def cause_text(finding: Diagnosis) -> str:
+    """Say what the finding is, in a clause without evidence."""
     return CAUSES.get(finding.cause, finding.cause.replace("_", " "))
 
 
 def comparison_rows(runs: Runs) -> list[tuple[str, list[str]]]:
-    """Rows of (label, a cell for each run)."""
+    """Return rows of (label, a cell for each run); without those that say nothing of any run."""
     summaries = {name: run.summary() for name, run in runs.items()}
     first = next(iter(summaries), "")
     against_first = f"mean |d| of {first} ÷ this"
@@ -72,10 +87,10 @@ def comparison_rows(runs: Runs) -> list[tuple[str, list[str]]]:
         return _times(ratio(summaries[first]["mismatch"]["mean_abs"], summaries[name]["mismatch"]["mean_abs"]))
 
     rows: dict[str, Callable[[str], str]] = {
-        "plan": lambda name: _plan_text(runs[name].plan),
+        PLAN: lambda name: _plan_text(runs[name]),
         "steps": lambda name: number_text(summaries[name]["steps"]),
         "tokens": lambda name: number_text(summaries[name]["tokens"]),
-        "wall time": lambda name: _duration(summaries[name]["wall_s"]),
+        WALL_TIME: lambda name: _duration(summaries[name]["wall_s"]),
         "mean |d|": mismatch("mean_abs"),
         against_first: times_less,
         AGAINST_ITSELF: lambda name: _times(runs[name].over_floor()),
@@ -86,20 +101,21 @@ def comparison_rows(runs: Runs) -> list[tuple[str, list[str]]]:
         "k3 = mean(r − 1 − d)": mismatch("k3"),
         "effective sample size": lambda name: _percent(runs[name].total().metrics(prefix="")["ess"]),
         "non-finite tokens": lambda name: number_text(runs[name].total().nonfinite_tokens),
-        "reward, first → last": lambda name: _first_to_last(summaries[name]["reward"]),
-        "loss scale": lambda name: number_text(summaries[name]["loss_scale"]),
-        "skipped steps": lambda name: number_text(summaries[name]["skipped"]),
+        REWARD: lambda name: _first_to_last(summaries[name]["reward"]),
+        LOSS_SCALE: lambda name: number_text(summaries[name]["loss_scale"]),
+        SKIPPED: lambda name: _skipped_text(runs[name]),
         COVERAGE: lambda name: coverage_text(runs[name]),
         ALERTS: lambda name: _standing(runs[name]) or "none",
-        "actor compute": lambda name: dtypes_text(runs[name].dtypes_of(COMPUTE_QUANTITIES, "actor")),
-        "sampler weights": lambda name: dtypes_text(runs[name].dtypes_of(["engine_weight"])),
+        ACTOR: lambda name: dtypes_text(runs[name].dtypes_of(COMPUTE_QUANTITIES, "actor")),
+        SAMPLER: lambda name: dtypes_text(runs[name].dtypes_of(["engine_weight"])),
     }
     idle = _idle_rows(runs, against_first)
-    return [(label, [cell(name) for name in runs]) for label, cell in rows.items() if label not in idle]
+    shown = [(label, [cell(name) for name in runs]) for label, cell in rows.items() if label not in idle]
+    return [(label, cells) for label, cells in shown if label not in LEFT_OUT_IF_EMPTY or {*cells} != {"–"}]
 
 
 def _idle_rows(runs: Runs, against_first: str) -> set[str]:
-    """Rows that say nothing of any of the runs."""
+    """Return the rows that say nothing of any of the runs."""
     idle = {
         against_first: len(runs) < 2,
         AGAINST_ITSELF: all(run.noise_floor is None for run in runs.values()),
@@ -109,10 +125,36 @@ def _idle_rows(runs: Runs, against_first: str) -> set[str]:
     return {label for label, is_idle in idle.items() if is_idle}
 
 
+def gap_sentence(run: RunRecord, finding: Diagnosis) -> str:
+    """Say in one sentence what kind of gap the run has, by the most important finding."""
+    total = run.total()
+    mean = total.metrics(prefix="")["mean_abs"]
+    if total.finite_tokens and not mean and finding.cause == "precision":
+        return "Sampler and learner agree exactly."
+    if total.finite_tokens < MIN_TOKENS and finding.cause == "unknown":
+        return f"{number_text(total.finite_tokens)} tokens are too few to say what the gap comes from."
+    said = cause_text(finding)
+    return f"{said[0].upper()}{said[1:]}: mean |d| is {number_text(mean)} over {number_text(total.tokens)} tokens."
+
+
+def key_figures(run: RunRecord) -> list[tuple[str, str]]:
+    """Return the few figures (label, value) that stand at the head of the page."""
+    metrics = run.total().metrics(prefix="")
+    actor, sampler = run.dtypes_of(COMPUTE_QUANTITIES, "actor"), run.dtypes_of(["engine_weight"])
+    dtypes = {"both in": actor} if actor == sampler else {"actor in": actor, "sampler in": sampler}
+    return [
+        ("mean |d|", number_text(metrics["mean_abs"])),
+        ("max |d|", number_text(metrics["max_abs"])),
+        ("k3", number_text(metrics["k3"])),
+        ("ESS", _percent(metrics["ess"])),
+        *((role, dtypes_text(seen)) for role, seen in dtypes.items() if seen),
+    ]
+
+
 def verdict(runs: Runs) -> list[str]:
-    """Sentences for the head of the page, the most important first."""
+    """Return sentences on all runs, the most important first."""
     alerts = (_alerts_verdict(name, run) for name, run in runs.items())
-    ledgers = (_ledger_verdict(name, run) for name, run in runs.items())
+    ledgers = (_ledger_verdict(name, run) for name, run in runs.items() if not is_offline(run))
     return [_mismatch_verdict(runs), *filter(None, alerts), *ledgers]
 
 
@@ -148,7 +190,7 @@ def _ledger_verdict(name: str, run: RunRecord) -> str:
 
 
 def _uniformity_verdict(name: str, run: RunRecord) -> str:
-    """For a run that was only observed: nothing says which dtype is right, only whether there is one."""
+    """Say whether a run that was only observed computed in one dtype: nothing says which is right."""
     by_role = {role: run.compute_dtypes(role) for role in sorted(run.ledger)}
     distinct = {dtype for dtypes in by_role.values() for dtype in dtypes}
     if len(distinct) <= 1:
@@ -157,8 +199,20 @@ def _uniformity_verdict(name: str, run: RunRecord) -> str:
     return f"▲ {name}: no dtype was planned, and compute was mixed: {listed}."
 
 
-def _plan_text(plan: dict[str, Any]) -> str:
+def is_offline(run: RunRecord) -> bool:
+    """Say whether the record was made of a file of log-probs, which holds neither a plan nor dtypes."""
+    return bool(run.plan.get("mode") == OFFLINE)
+
+
+def _plan_text(run: RunRecord) -> str:
+    plan = {} if is_offline(run) else run.plan
     return ", ".join(str(plan[key]) for key in ("mode", "dtype") if plan.get(key)) or "–"
+
+
+def _skipped_text(run: RunRecord) -> str:
+    """Say how many steps were skipped; nothing of a run that has no loss scale."""
+    summary = run.summary()
+    return "–" if summary["loss_scale"] is None and not summary["skipped"] else number_text(summary["skipped"])
 
 
 def dtypes_text(dtypes: Sequence[str]) -> str:
@@ -178,16 +232,17 @@ def _times(factor: float) -> str:
 
 
 def _percent(share: float) -> str:
-    """With two digits of what is missing from the whole, where that is less than a tenth: 99.987 %."""
+    """Write a share with two digits of what is missing from the whole, where that is less than a tenth: 99.987 %."""
     if not math.isfinite(share):
         return "–"
     missing = 100 * (1 - share)
-    digits = min(6, 1 - math.floor(math.log10(missing))) if 1e-6 < missing < 10 else 0
+    # The exponent once rounded: 9.99e-4 are 1.0e-3.
+    digits = min(6, 1 - int(f"{missing:.1e}".split("e")[1])) if 1e-6 < missing < 10 else 0
     return f"{100 * share:.{digits}f} %"
 
 
 def coverage_text(run: RunRecord) -> str:
-    """The share of the tokens that was measured, and how many steps were not measured whole."""
+    """Say which share of the tokens was measured, and how many steps were not measured whole."""
     partial = sum(not part.complete for part in run.coverage.values())
     if not run.coverage or not partial:
         return "all" if run.coverage else "–"
@@ -195,7 +250,7 @@ def coverage_text(run: RunRecord) -> str:
 
 
 def _standing(run: RunRecord) -> str:
-    """The alerts that stand at the last step; nothing if there are none."""
+    """List the alerts that stand at the last step; nothing if there are none."""
     standing = [episode.alert for episode in run.episodes() if episode.standing]
     return ", ".join(f"{alert.name} since step {alert.since}" for alert in standing)
 
@@ -209,7 +264,7 @@ def _duration(seconds: float | None) -> str:
 
 
 def number_text(value: float | None) -> str:
-    """Three significant digits; whole numbers in full; – where there is none."""
+    """Write three significant digits; whole numbers in full; – where there is none."""
     if value is None or not math.isfinite(value):
         return "–"
     if float(value).is_integer() and abs(value) < 1e15:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
+
+from fp16_patch.plan.errors import Fp16PatchError
 
 CONTROL_PICTURES = 0x2400
 SPACE = "␣"
@@ -12,12 +15,13 @@ SPACE = "␣"
 TextOf = Callable[[int], str]
 
 
-class TokenizerError(Exception):
-    """Why there are no texts."""
+class TokenizerError(Fp16PatchError):
+    """Says why there are no texts."""
 
 
+@lru_cache(maxsize=8)
 def tokenizer_of(path: str | Path) -> TextOf:
-    """What decodes the ids of the tokenizer, or of the model, at ``path``. Nothing is fetched from anywhere.
+    """Return what decodes the ids of the tokenizer, or of the model, at ``path``. Nothing is fetched from anywhere.
 
     Raises:
         TokenizerError: transformers is not installed, or finds no tokenizer there.
@@ -46,7 +50,7 @@ def _decoded(tokenizer: Any, token_id: int) -> str:
 
 
 def visible(text: str) -> str:
-    """The text with a sign in the place of whatever leaves no mark, or moves what is around it."""
+    """Put a sign in the place of whatever leaves no mark, or moves what is around it."""
     return "".join(_visible_character(character) for character in text)
 
 

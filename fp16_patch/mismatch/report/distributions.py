@@ -5,24 +5,26 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fp16_patch.mismatch.record.reading import Runs
-from fp16_patch.mismatch.report.axis import SUPERSCRIPTS, category_axis, decade_axis
+from fp16_patch.mismatch.report.charts import Axis, Chart, Heatmap, Line, power_text
 from fp16_patch.mismatch.report.comparison import number_text, ratio
-from fp16_patch.mismatch.report.figure import Chart, Line
-from fp16_patch.mismatch.report.heatmap import Heatmap, Ticks
 from fp16_patch.mismatch.statistics.summary import BINS_PER_DECADE, BINS_PER_SIGN, Band, MismatchStats, bin_edges
 
 ROOM_FOR_ZERO = 0.04
+NEAR_ONE = 0.01
+Ticks = Sequence[tuple[float, str]]
+
 NAMED_PROBABILITIES = (1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999, 0.9999, 0.99999)
 
 
 def distribution_charts(runs: Runs) -> list[Chart]:
-    """The charts that have something to show."""
+    """Return the charts that have something to show."""
     candidates = [
         _histogram_chart(runs),
         _band_chart(
@@ -35,17 +37,14 @@ def distribution_charts(runs: Runs) -> list[Chart]:
 
 
 def _histogram_chart(runs: Runs) -> Chart | None:
-    """The share of finite tokens in each sixth of a decade of |d|, from the merged histograms."""
+    """Draw the share of finite tokens in each sixth of a decade of |d|, from the merged histograms."""
     lines = [Line(name, style, _histogram_points(run.total())) for style, (name, run) in enumerate(runs.items())]
     lines = [line for line in lines if line.points]
     if not lines:
         return None
-    magnitudes = [x for line in lines for x in line.points]
-    shares = [share for line in lines for share in line.points.values()]
     zeros = ", ".join(f"{name} {_zero_share(run.total()):.2g} %" for name, run in runs.items() if run.total().tokens)
-    x, y = decade_axis("|d| (nats)", magnitudes), decade_axis("share of tokens", shares)
     caption = f"Share of tokens in each sixth of a decade. Below 1e-9, hence not drawn: {zeros}."
-    return Chart("Distribution of |d|", lines, x, y, caption)
+    return Chart("Distribution of |d|", lines, Axis("|d| (nats)", "log"), Axis("share of tokens", "log"), caption)
 
 
 def _histogram_points(stats: MismatchStats, bins: int = BINS_PER_DECADE // 6) -> dict[float, float]:
@@ -87,16 +86,16 @@ def _range_text(low: float, high: float) -> str:
 def _category_chart(
     title: str, x: str, texts: Sequence[str], points: Sequence[dict[float, float]], names: Iterable[str], y: str
 ) -> Chart | None:
-    """A line a run through the categories; None where there is no value above 0."""
+    """Draw a line a run through the categories; nothing where there is no value above 0."""
     lines = [Line(name, style, points[style]) for style, name in enumerate(names) if points[style]]
     values = [value for line in lines for value in line.points.values()]
     if not any(value > 0 for value in values):
         return None
-    return Chart(title, lines, category_axis(x, texts), decade_axis(y, values))
+    return Chart(title, lines, Axis(x, "category", tuple(texts)), Axis(y, "log"))
 
 
 def probability_maps(runs: Runs) -> list[Heatmap]:
-    """Fig. 5 of arXiv 2510.26788 as a density: the tokens by the sampler's and the learner's probability.
+    """Count the tokens by the sampler's and the learner's probability: Fig. 5 of arXiv 2510.26788 as a density.
 
     The axes are those of ``probability_edges``, cut to what is occupied in any of the runs, the same for all.
     """
@@ -105,7 +104,8 @@ def probability_maps(runs: Runs) -> list[Heatmap]:
         return []
     together = torch.stack([*counts.values()]).sum(0)
     part = _occupied(together.sum(0) + together.sum(1))
-    ticks = _probability_ticks(MismatchStats.probability_edges()[part.start : part.stop + 1].tolist())
+    edges = MismatchStats.probability_edges()[part.start : part.stop + 1].tolist()
+    ticks, cells = _probability_ticks(edges), _probability_cells(edges)
     return _maps(
         runs,
         counts,
@@ -113,6 +113,8 @@ def probability_maps(runs: Runs) -> list[Heatmap]:
         "tokens; on the dashed line both agree.",
         x_label="sampler's probability",
         y_label="learner's probability",
+        x_cells=cells,
+        y_cells=cells,
         x_ticks=ticks,
         y_ticks=ticks,
         guide=(0, 0, 1, 1),
@@ -120,14 +122,14 @@ def probability_maps(runs: Runs) -> list[Heatmap]:
 
 
 def length_maps(runs: Runs) -> list[Heatmap]:
-    """The sequences by the number of their tokens and by Σd, with the bins of the statistics; the same for all runs."""
+    """Count the sequences by the number of their tokens and by Σd, in the statistics' bins, the same for all runs."""
     counts = _counted({name: run.total().length_density() for name, run in runs.items()})
     if not counts:
         return []
     together = torch.stack([*counts.values()]).sum(0)
     lengths, sums = _occupied(together.sum(1)), _symmetric(_occupied(together.sum(0)), together.shape[1])
-    x_ticks = _edge_ticks(MismatchStats.length_edges()[lengths.start : lengths.stop + 1].tolist(), every=1)
-    y_ticks = _sum_ticks(MismatchStats.sum_edges()[sums.start : sums.stop + 1].tolist())
+    x_edges = MismatchStats.length_edges()[lengths.start : lengths.stop + 1].tolist()
+    y_edges = MismatchStats.sum_edges()[sums.start : sums.stop + 1].tolist()
     return _maps(
         runs,
         counts,
@@ -135,14 +137,16 @@ def length_maps(runs: Runs) -> list[Heatmap]:
         "sequences; on the dashed line Σd is 0.",
         x_label="sampled tokens",
         y_label="Σd (nats)",
-        x_ticks=x_ticks,
-        y_ticks=y_ticks,
+        x_cells=[_range_text(low, high) for low, high in pairwise(x_edges)],
+        y_cells=[f"{_sum_text(low)} … {_sum_text(high)}" for low, high in pairwise(y_edges)],
+        x_ticks=_edge_ticks(x_edges),
+        y_ticks=_sum_ticks(y_edges),
         guide=(0, 0.5, 1, 0.5),
     )
 
 
 def _maps(runs: Runs, counts: dict[str, Tensor], part: tuple[slice, slice], counted: str, **axes: Any) -> list[Heatmap]:
-    """A map of each run that has counts, in the run's colour: this part of them, on the same axes."""
+    """Return a map of each run that has counts, in the run's colour: this part of them, on the same axes."""
     return [
         Heatmap(
             name=name,
@@ -157,18 +161,18 @@ def _maps(runs: Runs, counts: dict[str, Tensor], part: tuple[slice, slice], coun
 
 
 def _counted(tables: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Those with something in them: records of earlier releases have neither table."""
+    """Return those with something in them: records of earlier releases have neither table."""
     return {name: table for name, table in tables.items() if table.any()}
 
 
 def _occupied(counts: Tensor) -> slice:
-    """From the first bin that is not empty to the last."""
+    """Return the bins from the first that is not empty to the last."""
     found = counts.nonzero().flatten().tolist()
     return slice(found[0], found[-1] + 1)
 
 
 def _symmetric(part: slice, size: int) -> slice:
-    """The least slice about the middle bin that has the part in it."""
+    """Return the smallest slice about the middle bin that has the part in it."""
     margin = min(part.start, size - part.stop)
     return slice(margin, size - margin)
 
@@ -179,19 +183,28 @@ def _probability_ticks(edges: Sequence[float]) -> Ticks:
 
 
 def _share(edges: Sequence[float], value: float) -> float:
-    """Where a value lies along bins of equal width."""
+    """Return a value's place, 0 to 1, along bins drawn equally wide."""
     index = max(0, min(len(edges) - 2, bisect_right(edges, value) - 1))
     low, high = edges[index], edges[index + 1]
     return (index + (value - low) / (high - low)) / (len(edges) - 1)
 
 
-def _edge_ticks(edges: Sequence[float], every: int) -> Ticks:
-    finite = [(place, edge) for place, edge in enumerate(edges) if math.isfinite(edge)]
-    return [(place / (len(edges) - 1), f"{edge:.0f}") for place, edge in finite[::every]]
+def _probability_cells(edges: Sequence[float]) -> list[str]:
+    """Write each bin as "0.82 – 0.9"; near 1, where the digits would not do, as "1 − 1e-4 – 1"."""
+    return [f"{_near_one(low)} – {_near_one(high)}" for low, high in pairwise(edges)]
+
+
+def _near_one(probability: float) -> str:
+    rest = 1 - probability
+    return f"1 − {rest:.1e}" if 0 < rest < NEAR_ONE else f"{probability:.2g}"
+
+
+def _edge_ticks(edges: Sequence[float]) -> Ticks:
+    return [(place / (len(edges) - 1), f"{edge:.0f}") for place, edge in enumerate(edges) if math.isfinite(edge)]
 
 
 def _sum_ticks(edges: Sequence[float]) -> Ticks:
-    """Powers of ten on either side of 0, which is the middle of the middle bin."""
+    """Mark powers of ten on either side of 0, which is the middle of the middle bin."""
     powers = [(place, edge) for place, edge in enumerate(edges) if _is_power_of_ten(abs(edge))]
     ticks = [(place / (len(edges) - 1), _power_text(edge)) for place, edge in powers]
     return sorted([*(tick for tick in ticks if abs(tick[0] - 0.5) > ROOM_FOR_ZERO), (0.5, "0")])
@@ -202,6 +215,10 @@ def _is_power_of_ten(value: float) -> bool:
     return abs(exponent - round(exponent)) < 1e-6
 
 
-def _power_text(value: float) -> str:
-    power = f"10{str(round(math.log10(abs(value)))).translate(SUPERSCRIPTS)}"
-    return f"−{power}" if value < 0 else power
+def _power_text(edge: float) -> str:
+    exponent = round(math.log10(abs(edge)))
+    return f"{'−' if edge < 0 else ''}{power_text(10, exponent) if exponent else 1}"
+
+
+def _sum_text(edge: float) -> str:
+    return f"{edge:.2g}".replace("-", "−", 1) if edge < 0 else f"{edge:.2g}"

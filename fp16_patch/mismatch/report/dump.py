@@ -28,7 +28,7 @@ UNKNOWN_TOKEN = -1
 
 @dataclass(frozen=True)
 class Dialect:
-    """The names under which one framework keeps the log-probs of a sequence; None for what it has no name for."""
+    """Names what one framework calls the log-probs of a sequence; None for what it has no name for."""
 
     framework: str
     sampler: str
@@ -50,7 +50,7 @@ DIALECTS = (
 
 
 class DumpError(Fp16PatchError, ValueError):
-    """A line that cannot be compared.
+    """Says which line cannot be compared, and why.
 
     Args:
         path, line: where, lines counted from 1; ``line`` is None for a whole file.
@@ -69,7 +69,7 @@ class DumpError(Fp16PatchError, ValueError):
 
 @dataclass(frozen=True)
 class Row:
-    """One sequence: its name, its tokens' log-probs on both sides, which of them were sampled, and their ids."""
+    """Holds one sequence: its name, its tokens' log-probs on both sides, which of them were sampled, and their ids."""
 
     step: int
     number: int
@@ -82,7 +82,7 @@ class Row:
 def read_dump(
     path: str | Path, sampler_key: str | None = None, learner_key: str | None = None
 ) -> dict[int, MismatchStats]:
-    """The mismatch of each step in a file of sequences, or in all such files of a directory.
+    """Measure the mismatch of each step in a file of sequences, or in all such files of a directory.
 
     A line is a JSON object, a sequence of n tokens::
 
@@ -113,7 +113,7 @@ def read_dump(
 
 
 def dump_files(path: Path) -> list[Path]:
-    """The file itself, or a directory's files in the order of their names."""
+    """List the file itself, or a directory's files in the order of their names."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or directory")
     if not path.is_dir():
@@ -125,7 +125,7 @@ def dump_files(path: Path) -> list[Path]:
 
 
 def _dialects(sampler_key: str | None, learner_key: str | None) -> list[Dialect]:
-    """The known dialects, with the user's names in the place of theirs."""
+    """Return the known dialects, with the user's names in the place of theirs."""
     given = {name: key for name, key in (("sampler", sampler_key), ("learner", learner_key)) if key}
     return [replace(dialect, **given) for dialect in DIALECTS]
 
@@ -155,7 +155,7 @@ def _open(file: Path) -> IO[str]:
 
 @dataclass(frozen=True)
 class _Line:
-    """Where a line is, for what is said about it."""
+    """Says where a line is, in what is said about it."""
 
     file: Path
     number: int
@@ -208,7 +208,7 @@ def _spoken(line: _Line, content: Mapping[str, Any], dialects: Sequence[Dialect]
 
 
 def _mask_keys(dialect: Dialect) -> list[str]:
-    """Under which names a mask is looked for: a mask that is overlooked would count what was not sampled."""
+    """List the names a mask is looked for under: one that is overlooked would count what was not sampled."""
     return list(dict.fromkeys([dialect.mask, *(known.mask for known in DIALECTS)]))
 
 
@@ -272,7 +272,7 @@ def _shown(value: Any, longest: int = 40) -> str:
 
 @dataclass
 class _Batch:
-    """Sequences of one step that will be padded together."""
+    """Collects sequences of one step that will be padded together."""
 
     rows: list[Row] = field(default_factory=list)
     longest: int = 0
@@ -289,7 +289,7 @@ class _Batch:
 
 @dataclass
 class _Batches:
-    """Sequences on their way into the summaries of their steps."""
+    """Collects sequences on their way into the summaries of their steps."""
 
     steps: dict[int, MismatchStats] = field(default_factory=dict)
     waiting: dict[int, _Batch] = field(default_factory=lambda: defaultdict(_Batch))
@@ -325,7 +325,7 @@ def _stats(rows: Sequence[Row]) -> MismatchStats:
 
 
 def _named(stats: MismatchStats, numbers: Tensor) -> MismatchStats:
-    """The summary with its worst tokens in the sequences ``numbers[row]``. As ids these would have to be distinct."""
+    """Name the worst tokens' sequences ``numbers[row]``. As ids these would have to be distinct."""
     vector = stats.vector.clone()
     worst = vector[WORST_PART].view(-1, len(WORST_COLUMNS))
     column = WORST_COLUMNS.index("sequence")

@@ -10,18 +10,17 @@ from typing import Any
 
 from fp16_patch.mismatch.diagnosis.findings import diagnose_run
 from fp16_patch.mismatch.record.reading import MISMATCH, PLAN, RECORD_FILES, RunRecord, worst_of
+from fp16_patch.mismatch.report.comparison import OFFLINE
 from fp16_patch.mismatch.report.dump import read_dump
 from fp16_patch.mismatch.statistics.summary import MismatchStats
 
-MODE = "analyze"
-
 
 def analyze(path: Path, sampler_key: str | None = None, learner_key: str | None = None) -> RunRecord:
-    """The record of a dump, see ``read_dump`` for its form, the keys and what is raised."""
+    """Make a record of a dump; see ``read_dump`` for its form, the keys and what is raised."""
     steps = read_dump(path, sampler_key, learner_key)
     return RunRecord(
         path=path,
-        plan={"mode": MODE, "source": str(path)},
+        plan={"mode": OFFLINE, "source": str(path)},
         ledger={},
         processes=0,
         steps={},
@@ -51,7 +50,7 @@ def write_record(record: RunRecord, folder: Path) -> None:
 
 
 def figures(record: RunRecord) -> dict[str, Any]:
-    """What was measured, JSON-able: all steps together, each step, and the diagnosis. What is not finite is None."""
+    """Return what was measured, JSON-able: all steps together, each step, the diagnosis. What is not finite is None."""
     return {
         "source": str(record.path),
         "metrics": _finite(record.total().metrics()),

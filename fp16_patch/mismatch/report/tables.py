@@ -1,10 +1,10 @@
-"""The tables of the page: comparison, alerts, worst tokens, ledgers."""
+"""The tables of the page as data: comparison, alerts, worst tokens, ledgers."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from html import escape
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from fp16_patch.mismatch.record.reading import FLOAT32_BY_DESIGN, Episode, RunRecord, Runs
 from fp16_patch.mismatch.report.comparison import comparison_rows, dtypes_text, number_text
@@ -29,87 +29,106 @@ LEDGER_KEY = "▲ differs from the plan; float32 is by design in " + ", ".join(
 )
 
 
-def html_table(head: Iterable[str], rows: Iterable[str], caption: str = "", css_class: str = "") -> str:
-    """``rows`` and ``caption`` are HTML, ``head`` is text."""
-    cells = "".join(f"<th>{escape(text)}</th>" for text in head)
-    shown = f"<caption>{caption}</caption>" if caption else ""
-    return (
-        f'<div class="scroll"><table{_class(css_class)}>{shown}<thead><tr>{cells}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
-    )
+@dataclass(frozen=True)
+class Cell:
+    """A cell that is more than text; ``is_token``: a token's text, which may run in either direction."""
+
+    text: str
+    css_class: str = ""
+    title: str = ""
+    is_token: bool = False
 
 
-def _class(name: str) -> str:
-    return f' class="{name}"' if name else ""
+@dataclass(frozen=True)
+class Row:
+    """A row, headed by what stands first in it."""
+
+    first: str
+    cells: Sequence[str | Cell]
+    css_class: str = ""
 
 
-def html_row(first: str, cells: Sequence[str], css_class: str = "") -> str:
-    shown = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
-    return f"<tr{_class(css_class)}><th>{escape(first)}</th>{shown}</tr>"
+@dataclass(frozen=True)
+class Table:
+    """Rows under a head; ``name`` and ``note`` are its caption."""
+
+    head: Sequence[str]
+    rows: Sequence[Row]
+    name: str = ""
+    note: str = ""
+    css_class: str = ""
 
 
-def comparison_table(runs: Runs) -> str:
-    return html_table(["", *runs], (html_row(label, cells) for label, cells in comparison_rows(runs)))
+def comparison_table(runs: Runs) -> Table:
+    """Set the runs side by side, a column each."""
+    return Table(["", *runs], [Row(label, cells) for label, cells in comparison_rows(runs)], css_class="compare")
 
 
-def alerts_table(name: str, run: RunRecord) -> str:
-    """Every alert of the run, those that still stand marked; nothing if there was none."""
+def alerts_table(name: str, run: RunRecord) -> Table | None:
+    """List every alert of the run and mark those that still stand; None if there was none."""
     episodes = run.episodes()
     if not episodes:
-        return ""
+        return None
     head = ("alert", "since step", "until", "value there", "threshold")
-    return html_table(head, map(_alert_row, episodes), f"<b>{escape(name)}</b>▲ stands at the last step")
+    return Table(head, [_alert_row(episode) for episode in episodes], name, "▲ stands at the last step")
 
 
-def _alert_row(episode: Episode) -> str:
+def _alert_row(episode: Episode) -> Row:
     alert = episode.alert
     until = "now" if episode.standing else number_text(episode.until)
     cells = (number_text(alert.since), until, number_text(alert.value), number_text(alert.threshold))
     first = f"▲ {alert.name}" if episode.standing else alert.name
-    return html_row(first, cells, "standing" if episode.standing else "")
+    return Row(first, cells, "standing" if episode.standing else "")
 
 
-def worst_tokens_table(name: str, run: RunRecord, text_of: TextOf | None, note: str) -> str:
-    """The tokens of the largest |d|; ``note`` says where their texts are from, or why there are none."""
+def worst_tokens_table(name: str, run: RunRecord, text_of: TextOf | None, note: str) -> Table | None:
+    """List the tokens of the largest |d|; None if there are none.
+
+    Args:
+        text_of: gives a token's text by its id.
+        note: says where the texts are from, or why there are none.
+    """
     if not run.worst:
-        return ""
+        return None
     head = ("step", "sequence", "position", "token id", "token", "p sampler", "p learner", "d")
-    rows = (_worst_row(step, token, text_of) for step, token in run.worst)
-    return html_table(head, rows, f"<b>{escape(name)}</b>{escape(note)}", "tight")
+    return Table(head, [_worst_row(step, token, text_of) for step, token in run.worst], name, note, "tight")
 
 
-def _worst_row(step: int, token: WorstToken, text_of: TextOf | None) -> str:
+def _worst_row(step: int, token: WorstToken, text_of: TextOf | None) -> Row:
     known = token.token_id >= 0
     text = (text_of(token.token_id) if text_of is not None and known else "") or "–"
-    first = (number_text(token.sequence), number_text(token.position), number_text(token.token_id) if known else "–")
-    last = (_probability(token.sampler), _probability(token.learner), number_text(token.d))
-    return (
-        f"<tr><th>{step}</th>{''.join(f'<td>{cell}</td>' for cell in first)}"
-        f'<td class="text"><bdi>{escape(text)}</bdi></td>{"".join(f"<td>{cell}</td>" for cell in last)}</tr>'
+    cells = (
+        number_text(token.sequence),
+        number_text(token.position),
+        number_text(token.token_id) if known else "–",
+        Cell(text, "text", is_token=True),
+        _probability(token.sampler),
+        _probability(token.learner),
+        number_text(token.d),
     )
+    return Row(str(step), cells)
 
 
 def _probability(log_probability: float) -> str:
     return number_text(math.exp(min(log_probability, 1.0)))
 
 
-def ledger_table(name: str, run: RunRecord) -> str:
+def ledger_table(name: str, run: RunRecord) -> Table | None:
+    """List the dtypes that were seen, a row a role, and mark what differs from the plan; None if none were recorded."""
     seen = {quantity for row in run.ledger.values() for quantity in row}
     quantities = [*(quantity for quantity in QUANTITIES if quantity in seen), *sorted(seen - {*QUANTITIES})]
     if not quantities:
-        return f'<p class="soft"><b>{escape(name)}</b>: no dtypes were recorded.</p>'
-    rows = (
-        f"<tr><th>{escape(role)}</th>{''.join(_ledger_cell(run, row, quantity) for quantity in quantities)}</tr>"
+        return None
+    rows = [
+        Row(role, [_ledger_cell(run, row, quantity) for quantity in quantities])
         for role, row in sorted(run.ledger.items())
-    )
-    planned = run.planned_dtype() or "no dtype"
-    caption = f"<b>{escape(name)}</b>planned {escape(planned)}; {run.processes} processes. {LEDGER_KEY}"
-    return html_table(["role", *quantities], rows, caption)
+    ]
+    note = f"planned {run.planned_dtype() or 'no dtype'}; {run.processes} processes. {LEDGER_KEY}"
+    return Table(["role", *quantities], rows, name, note)
 
 
-def _ledger_cell(run: RunRecord, row: dict[str, list[str]], quantity: str) -> str:
+def _ledger_cell(run: RunRecord, row: dict[str, list[str]], quantity: str) -> str | Cell:
     dtypes = row.get(quantity, [])
-    text = escape(dtypes_text(dtypes))
     if run.deviates(quantity, dtypes):
-        return f'<td class="deviates" title="planned {escape(str(run.planned_dtype()))}">▲ {text}</td>'
-    return f"<td>{text}</td>"
+        return Cell(f"▲ {dtypes_text(dtypes)}", "deviates", f"planned {run.planned_dtype()}")
+    return dtypes_text(dtypes)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from html.parser import HTMLParser
 from typing import Any
 
 import pytest
 
 pytest.importorskip("torch")
+pytest.importorskip("plotly")
 
+from fp16_patch.mismatch.report.charts import Chart
+from fp16_patch.mismatch.report.plotly_figures import figure
 from integration.bench import page, write
+from tests.mismatch.report.pages import MOST_BYTES, Page
 
 CURVES = {"reward": [0.2, None, 0.6], "mean_abs": [1e-3, 2e-3, 3e-3], "grad_norm": [1.0, 2.0, None]}
 SPREAD = {"mean": 0.5, "min": 0.4, "max": 0.6}
@@ -57,30 +60,15 @@ EVIDENCE: dict[str, Any] = {
 }
 
 
-class Balanced(HTMLParser):
-    """Fails on an end without its beginning; ``open`` is what was not ended."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.open: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: Any) -> None:
-        if tag != "meta":
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-
 def test_the_page_shows_every_section_and_needs_nothing_else() -> None:
-    drawn = page.page(EVIDENCE)
-    parsed = Balanced()
-    parsed.feed(drawn)
-    assert parsed.open == []
-    assert drawn.count("<h2>") == 5
+    drawn = Page.of(page.page(EVIDENCE))
+    assert drawn.open == []
+    assert drawn.own.count("<h2>") == 5
     # Reward and mismatch of one arm; three figures of two algorithms; mismatch and reward of the pairs.
-    assert drawn.count("<figure>") == 2 + 6 + 2
-    assert not any(word in drawn for word in ("http:", "https:", "<script", "nan"))
+    assert drawn.own.count("<figure>") == 2 + 6 + 2
+    assert not any(word in drawn.own for word in ("http:", "https:", "nan"))
+    assert not any({"src", "href"} & attributes.keys() for _, attributes in drawn.seen)
+    assert len(drawn.whole.encode()) < MOST_BYTES
 
 
 @pytest.mark.parametrize("section", EVIDENCE)
@@ -90,10 +78,14 @@ def test_a_section_that_was_not_measured_is_left_out(section: str) -> None:
     assert page.page({section: EVIDENCE[section]}).count("<h2>") == 1
 
 
+def areas(chart: Chart) -> list[Any]:
+    return [trace for trace in figure(chart).data if trace.fill]
+
+
 def test_a_band_is_drawn_where_there_are_seeds() -> None:
     several = page.over_seeds("x", {"bf16": {"0": CURVES, "1": CURVES}}, "mean_abs", 1)
     one = page.over_seeds("x", {"bf16": {"0": CURVES}}, "mean_abs", 1)
-    assert ("polygon" in several.extras, one.extras) == (True, "")
+    assert ([trace["fill"] for trace in areas(several)], areas(one)) == (["toself"], [])
     assert several.lines[0].points == one.lines[0].points == {1.0: 1e-3, 2.0: 2e-3, 3.0: 3e-3}
 
 
@@ -105,7 +97,8 @@ def test_averages_begin_where_there_are_so_many_steps() -> None:
 
 def test_a_run_that_has_no_such_curve_has_an_empty_chart() -> None:
     chart = page.over_seeds("x", {"bf16": {"0": {"reward": []}}}, "reward", 5)
-    assert "<svg" in page.figure(chart)
+    (trace,) = figure(chart).data
+    assert (trace.name, trace.x, trace.y) == ("bf16", (), ())
 
 
 def test_the_tables_say_whether_the_reward_separates() -> None:

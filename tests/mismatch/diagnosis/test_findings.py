@@ -443,6 +443,23 @@ def test_advice_names_the_setting(planted: str, settings: tuple[str, ...]) -> No
     assert all(setting in finding.advice for setting in settings)
 
 
+@pytest.mark.parametrize(
+    ("noise", "dtype", "advice"),
+    [
+        (BF16, "bfloat16", "Nothing to repair, but float16 on both sides (FP16_PATCH=1) makes the gap about 8 times"),
+        (FP16, "float16", "Nothing to repair: the gap is as small as float16 makes it. Batch-invariant kernels"),
+        (FP16 / 64, "float32", "Nothing to repair."),
+        (FP16, None, "Nothing to repair. If a side computes in bfloat16, float16 on both sides"),
+    ],
+)
+def test_advice_on_rounding_is_by_the_dtype_of_the_run(noise: float, dtype: str | None, advice: str) -> None:
+    (finding,) = diagnose(Policy(noise).run(3000, seed=0), plan={"dtype": dtype})
+
+    assert finding.cause == "precision"
+    assert finding.advice.startswith(advice)
+    assert ("FP16_PATCH" in finding.advice) is (dtype not in ("float16", "float32"))
+
+
 def test_the_diagnosis_of_a_record() -> None:
     steps = Policy(FP16, top_p=0.9).run(3000, seed=0)
     record = run_record(steps, UNIFORM)

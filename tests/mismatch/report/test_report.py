@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import html
 import io
 import json
 import math
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from markupsafe import escape
 from rich.console import Console
 
 from fp16_patch.mismatch.diagnosis import findings
 from fp16_patch.mismatch.diagnosis.findings import diagnose_run
 from fp16_patch.mismatch.record import reading as record_module
 from fp16_patch.mismatch.record.reading import RunRecord, load_run
-from fp16_patch.mismatch.report.axis import Axis, decade_axis, linear_axis, octave_axis
-from fp16_patch.mismatch.report.comparison import CAUSES, cause_text, print_comparison, print_diagnosis
+from fp16_patch.mismatch.report.comparison import CAUSES, cause_text, key_figures, print_comparison, print_diagnosis
 from fp16_patch.mismatch.report.decoding import visible
-from fp16_patch.mismatch.report.figure import thinned
-from fp16_patch.mismatch.report.heatmap import Heatmap, heatmap_figure
 from fp16_patch.mismatch.report.page import write_html
 from fp16_patch.mismatch.statistics.summary import MismatchStats
+from tests.mismatch.report.pages import MOST_BYTES, Page
 
 FLOAT16_LEDGER = {
     "actor": {"activation": ["float16"], "gradient": ["float32"], "master": ["float32"], "wire": ["float32"]},
@@ -91,9 +88,14 @@ def record(tmp_path: Path) -> Path:
     return write_record(tmp_path / "run" / "fp16_patch")
 
 
-def page_of(runs: dict[str, RunRecord], tmp_path: Path) -> str:
+def shown(runs: dict[str, RunRecord], tmp_path: Path) -> Page:
     write_html(runs, tmp_path / "page.html", "a <title> & more")
-    return (tmp_path / "page.html").read_text(encoding="utf-8")
+    return Page.read(tmp_path / "page.html")
+
+
+def page_of(runs: dict[str, RunRecord], tmp_path: Path) -> str:
+    """The page but for Plotly's own script."""
+    return shown(runs, tmp_path).own
 
 
 def printed(runs: dict[str, RunRecord]) -> str:
@@ -301,50 +303,27 @@ def test_names_are_not_markup(record: Path, tmp_path: Path) -> None:
     assert "[bold]<b>run</b>: every recorded dtype is as planned, float16." in printed(runs)
 
 
-class Elements(HTMLParser):
-    """The tags that are open at the end, and every (tag, attributes) on the way."""
-
-    VOID = frozenset({"meta", "br"})
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.seen: list[tuple[str, dict[str, str | None]]] = []
-        self.open: list[str] = []
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.seen.append((tag, dict(attrs)))
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.seen.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-
 def test_page_needs_nothing_else(record: Path, tmp_path: Path) -> None:
     alert = {"name": "k1", "value": 0.2, "threshold": 0.1, "since": 2}
     rewrite(record, 2, stats=uneven_stats(1e-2), noise_floor=stats_of(1e-4).to_dict(), alerts=[alert])
-    page = page_of({"run": load_run(record), "again": load_run(record)}, tmp_path)
-    elements = Elements(page)
+    page = shown({"run": load_run(record), "again": load_run(record)}, tmp_path)
 
-    assert elements.open == []
-    assert not {"script", "link", "img", "iframe"} & {tag for tag, _ in elements.seen}
-    assert not any({"src", "href"} & attributes.keys() for _, attributes in elements.seen)
-    assert not re.search(r"https?://|@import|url\(", page)
-    assert "prefers-color-scheme:dark" in page
+    assert page.open == []
+    assert not {"link", "img", "iframe"} & {tag for tag, _ in page.seen}
+    assert not any({"src", "href"} & attributes.keys() for _, attributes in page.seen)
+    assert not re.search(r"https?://|@import|url\(", page.own)
+    assert "prefers-color-scheme:dark" in page.own
 
 
 def test_page_shows_the_values(tmp_path: Path) -> None:
     runs = {name: load_run(write_record(tmp_path / name, d)) for name, d in (("bf16", 8e-3), ("fp16", 1e-3))}
-    page = page_of(runs, tmp_path)
+    drawn = shown(runs, tmp_path)
+    page = drawn.own
 
     assert "a &lt;title&gt; &amp; more" in page
     assert "fp16 has the smallest mismatch: mean |d| is 1.00e-3, 8× less than in bf16." in page
-    assert "<title>bf16, step 2: 8.00e-3</title>" in page
-    assert "<title>fp16, step 1: skipped at 65\u202f536</title>" in page
+    assert drawn.points("Mean |d| of a token", "bf16")[2] == pytest.approx(8e-3)
+    assert drawn.texts("Loss scale", "fp16")[1] == "skipped at 65\u202f536"
     assert "Below 1e-9, hence not drawn: bf16 0 %, fp16 0 %." in page
     for title in ("Mean |d| of a token", "Spread of |d|", "Mean |Σd|", "Distribution", "Reward", "Loss scale"):
         assert title in page
@@ -355,20 +334,23 @@ def test_long_runs_keep_the_page_small(tmp_path: Path) -> None:
     line = {"metrics": stats.metrics(), "state": stats.to_dict()}
     lines = (json.dumps({"step": step, **line}) + "\n" for step in range(1, 501))
     (folder / "mismatch.jsonl").write_text("".join(lines))
-    page = page_of(dict.fromkeys(("bf16", "fp16", "stock"), load_run(folder)), tmp_path)
+    page = shown(dict.fromkeys(("bf16", "fp16", "stock"), load_run(folder)), tmp_path)
 
-    assert len(page.encode()) < 1_000_000
-    assert '<path class="mark quiet s0"' in page
+    assert len(page.own.encode()) < 1_000_000
+    assert len(page.whole.encode()) < MOST_BYTES
+    assert page.traces("Mean |d| of a token", "bf16")[0]["mode"] == "lines", "too many points for a marker at each"
 
 
-def test_thinning_keeps_the_spikes() -> None:
-    points = [(float(step), 1.0) for step in range(5000)]
-    points[1234], points[4321] = (1234.0, 9.0), (4321.0, -9.0)
-    kept = thinned(points, 100)
+def test_many_very_long_runs_keep_to_the_limit(tmp_path: Path) -> None:
+    names = ("mean_abs", "abs_p50", "abs_p99_9", "seq_mean_abs", "k1", "k3", "ess")
+    numbers = torch.rand(2500, len(names), generator=torch.Generator().manual_seed(0), dtype=torch.float64).tolist()
+    mismatch = {
+        step: {f"mismatch/{name}": x for name, x in zip(names, row, strict=True)} for step, row in enumerate(numbers)
+    }
+    run = RunRecord(tmp_path, {}, {}, 0, {}, mismatch, uneven_stats(1e-2), None)
+    page = shown({f"run {number}": run for number in range(12)}, tmp_path)
 
-    assert len(kept) <= 100
-    assert {points[1234], points[4321]} <= {*kept}
-    assert [*kept] == sorted(kept)
+    assert len(page.whole.encode()) < MOST_BYTES
 
 
 def coverage(tokens: int, ranks: int, **more: Any) -> dict[str, Any]:
@@ -390,9 +372,9 @@ def test_a_step_that_was_measured_in_part_is_noted(record: Path, tmp_path: Path)
 
     assert run.notes == ["step 2: 7 of 8 ranks, 900 of 1024 tokens"]
     assert re.search(r"tokens measured +│ +93.9 %, 1 of 2 steps in part", printed({"run": run}))
-    page = page_of({"run": run}, tmp_path)
-    assert "<li>step 2: 7 of 8 ranks, 900 of 1024 tokens</li>" in page
-    assert "<title>run, step 2: 0.879</title>" in page
+    page = shown({"run": run}, tmp_path)
+    assert "<li>step 2: 7 of 8 ranks, 900 of 1024 tokens</li>" in page.own
+    assert page.points("Coverage", "run")[2] == pytest.approx(0.879, abs=5e-4)
 
 
 def test_of_many_partial_steps_the_first_are_listed(tmp_path: Path) -> None:
@@ -441,8 +423,10 @@ def test_the_gap_is_held_against_the_noise_floor(record: Path, tmp_path: Path) -
     runs = {"run": load_run(record), "without": without}
 
     assert re.search(r"mean \|d\| ÷ learner against itself +│ +5× │ +– │", printed(runs))
-    page = page_of(runs, tmp_path)
-    assert "<title>learner against learner: 2.00e-4</title>" in page
+    floor = shown(runs, tmp_path).traces("Mean |d| of a token", "run")[1]
+    assert "learner against learner" in floor["hovertemplate"]
+    assert floor["x"] == [1, 2, 3]
+    assert floor["y"] == pytest.approx([2e-4] * 3)
     assert "÷ learner against itself" not in printed({"without": without})
 
 
@@ -456,8 +440,39 @@ def test_the_diagnosis_is_printed_and_on_the_page(record: Path, tmp_path: Path) 
 
     for finding in diagnose_run(run):
         assert f"run: {cause_text(finding)}" in text
-        assert html.escape(finding.advice) in page
-        assert all(html.escape(sentence) in page for sentence in finding.evidence)
+        assert escape(finding.advice) in page
+        assert all(escape(sentence) in page for sentence in finding.evidence)
+
+
+def test_the_page_begins_with_a_sentence_on_each_run(record: Path, tmp_path: Path) -> None:
+    same = load_run(write_record(tmp_path / "same", 0.0, steps=20))
+    for step in (1, 2, 3):
+        rewrite(record, step, stats=MismatchStats.merge_all([uneven_stats(1e-3)] * 40))
+    few = load_run(write_record(tmp_path / "few"))
+    page = page_of({"run": load_run(record), "same": same, "few": few}, tmp_path)
+    said = re.findall(r'<p class="gap">(.*?)</p>', page)
+
+    (cause, *_) = diagnose_run(load_run(record))
+    text = cause_text(cause)
+    assert said[0].startswith(f"{escape(text[0].upper() + text[1:])}: mean |d| is ")
+    assert said[1:] == [
+        "Sampler and learner agree exactly.",
+        "24 tokens are too few to say what the gap comes from.",
+    ]
+
+
+def test_the_page_begins_with_the_dtype_of_both_sides_or_of_each(tmp_path: Path) -> None:
+    ledgers = [
+        {"actor": {"activation": ["float16"]}, "rollout": {"engine_weight": [dtype]}}
+        for dtype in ("float16", "bfloat16")
+    ]
+    same, mixed = (
+        key_figures(load_run(write_record(tmp_path / str(number), ledger=ledger)))
+        for number, ledger in enumerate(ledgers)
+    )
+
+    assert same[-1] == ("both in", "float16")
+    assert mixed[-2:] == [("actor in", "float16"), ("sampler in", "bfloat16")]
 
 
 def test_every_cause_has_a_title() -> None:
@@ -470,28 +485,15 @@ def test_distributions_are_drawn_for_each_run(tmp_path: Path) -> None:
         record = write_record(tmp_path / name)
         rewrite(record, 1, stats=uneven_stats(scale))
         runs[name] = load_run(record)
-    page = page_of(runs, tmp_path)
+    drawn = shown(runs, tmp_path)
+    page = drawn.own
 
     for title in ("|d| by probability", "|d| by position", "|Σd| by length"):
         assert f"<h3>{title}</h3>" in page
-    assert re.search("<title>bf16, first: [0-9.e-]+</title>", page)
+    assert drawn.points("|d| by position", "bf16")["first"] > 0
     for name in runs:
-        assert f'aria-label="{name}: learner&#x27;s probability against sampler&#x27;s probability"' in page
+        assert f'aria-label="{name}: learner&#39;s probability against sampler&#39;s probability"' in page
         assert f'aria-label="{name}: Σd (nats) against sampled tokens"' in page
-
-
-def test_a_heat_map_has_every_cell_in_one_shade() -> None:
-    counts = [[0] * 4 for _ in range(4)]
-    counts[0][0], counts[1][0], counts[3][3] = 1_000_000, 1_000_000, 1
-    drawn = heatmap_figure(Heatmap("run", 0, "", counts, "x", "y", [], [], (0, 0, 1, 1)))
-    paths = re.findall(r'<path opacity="([0-9.]+)" d="([^"]*)"><title>up to ([^ ]*) in', drawn)
-
-    # The two neighbours are one rectangle, twice as wide.
-    assert [(shade, path) for shade, path, _ in paths] == [
-        ("1.0", "M0.0 225.0h150.0v75.0h-150.0z"),
-        ("0.17", "M225.0 0.0h75.0v75.0h-75.0z"),
-    ]
-    assert [most for _, _, most in paths] == ["1\u202f000\u202f000", "1"]
 
 
 def test_the_worst_tokens_are_listed_with_their_steps(record: Path, tmp_path: Path) -> None:
@@ -593,21 +595,3 @@ def test_starts_of_the_trainer_are_counted(record: Path, tmp_path: Path) -> None
 def test_no_run_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least one run"):
         write_html({}, tmp_path / "page.html")
-
-
-@pytest.mark.parametrize(
-    ("axis", "texts"),
-    [
-        (linear_axis("", [0.0, 1.0]), ["0", "0.2", "0.4", "0.6", "0.8", "1"]),
-        (linear_axis("", [-3e-4, 4e-4]), ["-4e-4", "-2e-4", "0", "2e-4", "4e-4"]),
-        (linear_axis("step", [1.0, 10.0], snug=True, whole=True), ["2", "4", "6", "8", "10"]),
-        (linear_axis("step", [7.0], snug=True, whole=True), ["7"]),
-        (decade_axis("", [1e-3, 1e-3]), ["10⁻³", "2·10⁻³"]),
-        (decade_axis("", [8.8e-4, 7.1e-3]), ["5·10⁻⁴", "10⁻³", "2·10⁻³", "5·10⁻³", "10⁻²"]),
-        (decade_axis("", [0.0, 3e-7, 2e-2]), ["10⁻⁷", "10⁻⁶", "10⁻⁵", "10⁻⁴", "10⁻³", "10⁻²", "10⁻¹"]),
-        (octave_axis("", [65536.0]), ["2¹⁵", "2¹⁶", "2¹⁷"]),
-    ],
-)
-def test_ticks(axis: Axis, texts: list[str]) -> None:
-    assert [axis.tick_text(tick) for tick in axis.ticks] == texts
-    assert all(0 <= axis.share(tick) <= 1 for tick in axis.ticks)

@@ -1,58 +1,12 @@
-"""verl's own FSDP engine, trained on random tokens one update at a time, in processes of its own."""
+"""verl's own FSDP engine, trained on random tokens one update at a time, in the process of a rank."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from integration.bench.verl_learner import ROOT
-from integration.cpu.launch import ENVIRONMENT
-
 SEQUENCES, TOKENS, MICRO_BATCH = 4, 16, 2
-
-
-PLAN = {"FP16_PATCH": "fp16", "VERL_USE_EXTERNAL_MODULES": "verl_on_cpu,fp16_patch.autoload"}
-
-
-def ran(module: str, request: dict[str, Any], settings: Mapping[str, str], ranks: int) -> dict[str, Any]:
-    """What the `answer` of a module of this folder gives, on so many ranks under a plan with these settings."""
-    return asked(on_ranks(module, ranks, "--answer"), request, {**PLAN, **settings})
-
-
-def on_ranks(module: str, ranks: int, *options: str) -> list[str]:
-    """The command that runs a module on so many ranks."""
-    launch = ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m", module]
-    return [sys.executable, "-m", *launch, *options]
-
-
-def asked(command: list[str], request: dict[str, Any], environment: Mapping[str, str]) -> dict[str, Any]:
-    """What a command answers, which is given the files of its request and its answer.
-
-    Raises:
-        RuntimeError: it ended without an answer; the end of its log.
-    """
-    with tempfile.TemporaryDirectory(prefix="fp16_patch_bench_") as folder:
-        request_file, answer_file = Path(folder) / "request.json", Path(folder) / "answer.json"
-        request_file.write_text(json.dumps(request), encoding="utf-8")
-        whole = [*command, str(request_file), str(answer_file)]
-        process = subprocess.run(whole, env=_on_a_cpu(environment), capture_output=True, text=True, check=False)
-        if process.returncode or not answer_file.is_file():
-            raise RuntimeError(f"{' '.join(command[1:])}:\n{process.stdout[-3000:]}{process.stderr[-6000:]}")
-        answer: dict[str, Any] = json.loads(answer_file.read_text(encoding="utf-8"))
-    return answer
-
-
-def _on_a_cpu(environment: Mapping[str, str]) -> dict[str, str]:
-    path = os.pathsep.join([str(ROOT / "integration" / "cpu"), str(ROOT)])
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("FP16_PATCH")}
-    return {**kept, **ENVIRONMENT, **environment, "PYTHONPATH": path}
 
 
 class Learner:
@@ -145,15 +99,3 @@ class Learner:
 
     def loss(self, model_output: dict[str, Any], data: Any, dp_group: Any) -> tuple[Any, dict[str, Any]]:
         return -model_output["log_probs"].values().float().mean() * self.advantage, {}
-
-
-def answered_to(asked: Path, answered: Path, work: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    """In a rank's process: the answer to a request, written by the first."""
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo")
-    found = work(json.loads(asked.read_text(encoding="utf-8")))
-    if dist.get_rank() == 0:
-        answered.write_text(json.dumps(found), encoding="utf-8")
-    dist.barrier()
-    dist.destroy_process_group()

@@ -52,11 +52,14 @@ class Bench(Generic[Size]):
 
     def run(self, out: Path, seed: int, size: Size) -> None:
         """Measure at this size, write `out/<name>.json` and print it."""
-        work = out / (self.folder or self.name)
-        work.mkdir(parents=True, exist_ok=True)
-        found = self.measure(work, seed, size)
+        found = self.figures(out / (self.folder or self.name), seed, size)
         keep(out / f"{self.name}.json", found)
         self.show(found, Console())
+
+    def figures(self, work: Path, seed: int, size: Size) -> dict[str, Any]:
+        """Measure at this size, in a folder that is made if it is not there."""
+        work.mkdir(parents=True, exist_ok=True)
+        return self.measure(work, seed, size)
 
 
 def parser(about: str | None, *, out: Path = OUT) -> argparse.ArgumentParser:

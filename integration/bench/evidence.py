@@ -48,8 +48,7 @@ def measure(section: str, out: Path, seed: int, *, smoke: bool = False) -> dict[
     started, bench = time.monotonic(), SECTIONS[section]
     # Models and trainings are shared by those that say so.
     work = out if bench.folder else out / section
-    work.mkdir(parents=True, exist_ok=True)
-    found = bench.measure(work, seed, bench.smoke if smoke else bench.full)
+    found = bench.figures(work, seed, bench.smoke if smoke else bench.full)
     command = f"python -m integration.bench.evidence {section}"
     return {**found, "made_of": {**made_of(command, seed), "seconds": round(time.monotonic() - started)}}
 
@@ -64,9 +63,11 @@ def made_of(command: str, seed: int) -> dict[str, Any]:
     }
 
 
-def sections(*, full: bool) -> list[str]:
+def sections(*, full: bool, smoke: bool = False) -> list[str]:
     """List those that are measured when none is named."""
-    return [section for section in SECTIONS if full or section not in FULL]
+    kinds = {f"offline.{kind}" for kind in offline.KINDS if kind not in offline.SMOKE_KINDS}
+    left_out = {*(() if full else FULL), *(kinds if smoke else ())}
+    return [section for section in SECTIONS if section not in left_out]
 
 
 def releases() -> dict[str, str]:
@@ -103,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     console = Console()
     with command.results_folder(arguments.out, smoke=arguments.smoke) as out:
-        for section in arguments.sections or sections(full=arguments.full):
+        for section in arguments.sections or sections(full=arguments.full, smoke=arguments.smoke):
             console.rule(section)
             found = measure(section, out / "evidence", arguments.seed, smoke=arguments.smoke)
             keep(out / RESULT.name, section, found)

@@ -44,7 +44,15 @@ class Size:
     tokens: int = 256
 
 
-SMOKE = Size({**HALF_BILLION, "vocab_size": 256, "intermediate_size": 128, "num_hidden_layers": 1}, count=1, tokens=2)
+TINY = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
+SMOKE = Size(TINY, count=1, tokens=2)
 
 
 def write_model(out: Path, seed: int, shape: Mapping[str, int]) -> Path:

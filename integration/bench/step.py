@@ -201,8 +201,8 @@ def _now() -> float:
 
 SECTIONS: dict[str, Callable[[Path, int, Size], dict[str, Any]]] = {
     "passes": passes,
-    "overflows": lambda out, seed, size: retry.measure(out, seed, size.overflows),
-    "wire": lambda out, seed, size: wire.measure(out, seed, size.wire),
+    "overflows": lambda out, seed, size: retry.BENCH.figures(out, seed, size.overflows),
+    "wire": lambda out, seed, size: wire.BENCH.figures(out, seed, size.wire),
 }
 
 

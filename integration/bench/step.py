@@ -67,7 +67,11 @@ SMOKE = Size({"1M": (320, 1)}, turns=1, warm_up=0, overflows=retry.BENCH.smoke, 
 
 
 def passes(out: Path, seed: int, size: Size) -> dict[str, Any]:
-    """Size → arm → passes, bytes and times; of the smallest, `passes_stock`, `passes_ours`; `step_ratio` by device."""
+    """Count passes and bytes and take times, by size and arm.
+
+    Returns:
+        `passes_stock` and `passes_ours` of the smallest size, `sizes`, and `step_ratio` by device.
+    """
     del seed
     device, names, tokens = _machine(size.models)
     phases = ("optimizer", "whole") if device else ("optimizer",)
@@ -84,7 +88,7 @@ def passes(out: Path, seed: int, size: Size) -> dict[str, Any]:
 
 
 def _machine(models: Mapping[str, Any]) -> tuple[str | None, tuple[str, ...], int]:
-    """Name of the GPU, if there is one; the sizes that fit; tokens of a sequence."""
+    """Return the GPU's name, if there is one; the sizes that fit; tokens of a sequence."""
     import torch
 
     if not torch.cuda.is_available():
@@ -123,7 +127,7 @@ def _measured(size: Size, shape: tuple[int, int], tokens: int, phases: tuple[str
 
 
 def _ratios(turns: list[dict[str, dict[str, float]]], phase: str) -> dict[str, float]:
-    """Arm → median, over the turns, of its seconds ÷ those of BF16 as verl steps in the same turn."""
+    """Divide each arm's seconds by those of BF16 as verl steps in the same turn; medians over the turns."""
     return {name: median(turn[name][phase] / turn["bf16 stock"][phase] for turn in turns) for name in ARMS}
 
 

@@ -1,4 +1,4 @@
-"""verl's own FSDP engine, trained on random tokens one update at a time, in the process of a rank."""
+"""Train verl's own FSDP engine on random tokens, one update at a time, in the process of a rank."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ SEQUENCES, TOKENS, MICRO_BATCH = 4, 16, 2
 
 
 class Learner:
-    """verl's own, on random tokens.
+    """verl's own training worker, on random tokens.
 
     Args:
         model: a directory.
@@ -51,10 +51,11 @@ class Learner:
         self.engine = self.worker.engine
 
     def start_at(self, scale: float) -> None:
+        """Set the loss scale of the next update."""
         self.engine.scaler.load_state_dict({**self.engine.scaler.state_dict(), "scale": scale})
 
     def update(self, seed: int, advantage: float = 1.0) -> dict[str, float]:
-        """One update on tokens drawn from the seed; what became of it."""
+        """Update on tokens drawn from the seed; returns what became of it."""
         import torch
         import torch.distributed as dist
 
@@ -63,7 +64,7 @@ class Learner:
         return self.train([torch.randint(2, 90, (self.tokens,), generator=generator) for _ in range(SEQUENCES)])
 
     def train(self, rows: list[Any], **more: list[Any]) -> dict[str, float]:
-        """One update on these sequences' tokens, and more of each.
+        """Update on these sequences' tokens, and more of each.
 
         Returns:
             `skipped`, 0 or 1, and `retries_total`; what the plan does not say is left out.
@@ -85,7 +86,7 @@ class Learner:
         return {short: float(metrics[name][0][0]) for short, name in names.items() if name in metrics}
 
     def state(self) -> str:
-        """A digest of all ranks' parameters and moments."""
+        """Digest all ranks' parameters and moments."""
         import torch.distributed as dist
 
         own = hashlib.sha256()

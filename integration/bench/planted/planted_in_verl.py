@@ -155,7 +155,7 @@ async def _hotter(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
 
 
 class _Stale:
-    """Hands out the weights of an earlier call: the first one's, or those of ``behind`` calls ago."""
+    """Hands out the weights of an earlier call: the first one's, or those of `behind` calls ago."""
 
     def __init__(self, name: str, behind: int | None) -> None:
         self._name, self._behind = name, behind
@@ -239,7 +239,7 @@ def _in_place_of_the_log(name: str, step: int, put: Callable[[Path], None], take
 
 
 def _stall(path: Path) -> None:
-    """A pipe that nobody reads: opening it to write blocks until somebody does."""
+    """Put a pipe there that nobody reads: opening it to write blocks until somebody does."""
     os.mkfifo(path)
     aside = path.with_suffix(".pipe")
 

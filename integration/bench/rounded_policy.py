@@ -49,7 +49,7 @@ class RoundedPolicy:
         self._heads_a_key: int = self._heads // model.config.num_key_value_heads
 
     def logits(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
-        """Compute (sequences, tokens, vocabulary) for the tokens, (sequences, tokens), that follow those in the cache."""
+        """Compute (sequences, tokens, vocabulary) for the (sequences, tokens) that follow those in the cache."""
         cache = Cache() if cache is None else cache
         first, count = cache.tokens, tokens.shape[1]
         stream = embedding(tokens, self.model.model.embed_tokens.weight)

@@ -35,11 +35,12 @@ RETRIES = {"FP16_PATCH_INIT_SCALE": "65536"}
 
 @dataclass(frozen=True)
 class Size:
-    """Updates of the run, which of them overflow, and the numbers of ranks that a retry is compared on."""
+    """Updates of the run, which of them overflow, numbers of ranks that a retry is compared on, layers of the model."""
 
     updates: int = 200
     planted: tuple[int, ...] = tuple(range(15, 200, 20))
     ranks: tuple[int, ...] = (1, 2)
+    layers: int = 4
 
 
 def measure(out: Path, seed: int, size: Size) -> dict[str, Any]:
@@ -47,7 +48,7 @@ def measure(out: Path, seed: int, size: Size) -> dict[str, Any]:
 
     `stock` drops a mini-batch and starts at torch's 65536, as verl's own scaler does; `ours` are the defaults.
     """
-    model = make_random_model(out / "model")
+    model = make_random_model(out / "model", layers=size.layers)
     planted = list(size.planted)
     whole = {"updates": size.updates, "schedule": size.updates, "planted": planted, "model": str(model), "seed": seed}
     stock, ours = (on_ranks(WORK, whole, {**PLAN, **settings}) for settings in (SKIPS, {}))
@@ -115,7 +116,7 @@ def show(measured: dict[str, Any], console: Console) -> None:
     console.print_json(data=measured)
 
 
-BENCH = Bench("retry", measure, show, full=Size(), smoke=Size(updates=6, planted=(4,), ranks=(2,)))
+BENCH = Bench("retry", measure, show, full=Size(), smoke=Size(updates=6, planted=(4,), ranks=(2,), layers=1))
 
 if __name__ == "__main__":
     BENCH.main(__doc__)

@@ -43,13 +43,15 @@ class Size:
         updates: of a run.
         seeds: runs of each arm.
         spikes: workload → every so many updates has huge advantages; 0 for none.
+        layers: of the model.
         timed: updates of the run that takes the time of a look.
-        width, depth: of its model.
+        width, depth: of its larger model.
     """
 
     updates: int = 200
     seeds: int = 2
     spikes: Mapping[str, int] = field(default_factory=lambda: SPIKES)
+    layers: int = 4
     timed: int = 16
     width: int = 512
     depth: int = 8
@@ -57,7 +59,7 @@ class Size:
 
 def measure(out: Path, seed: int, size: Size) -> dict[str, Any]:
     """Run each workload under each rule, with `retry` and `skip`; the summaries are of all seeds together."""
-    model = make_random_model(out / "model")
+    model = make_random_model(out / "model", layers=size.layers)
     settings = {"FP16_PATCH_GROWTH_INTERVAL": str(GROWTH_INTERVAL), "FP16_PATCH_GRADIENT_LOOK_EVERY": str(LOOK_EVERY)}
 
     def of(rule: str, on_overflow: str, every: int) -> dict[str, Any]:
@@ -206,7 +208,7 @@ def show(measured: dict[str, Any], console: Console) -> None:
     console.print(f"an update that is looked at takes {measured['look_cost']:.3f} times as long")
 
 
-SMOKE = Size(updates=4, seeds=1, spikes={"grpo, spikes": 2}, timed=6, width=128, depth=1)
+SMOKE = Size(updates=4, seeds=1, spikes={"grpo, spikes": 2}, layers=1, timed=6, width=128, depth=1)
 BENCH = Bench("scale_rule", measure, show, full=Size(), smoke=SMOKE)
 
 if __name__ == "__main__":

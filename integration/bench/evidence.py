@@ -49,8 +49,8 @@ def measure(section: str, out: Path, seed: int, *, smoke: bool = False) -> dict[
     # Models and trainings are shared by those that say so.
     work = out if bench.folder else out / section
     found = bench.figures(work, seed, bench.smoke if smoke else bench.full)
-    command = f"python -m integration.bench.evidence {section}"
-    return {**found, "made_of": {**made_of(command, seed), "seconds": round(time.monotonic() - started)}}
+    made = made_of(f"python -m integration.bench.evidence {section}", seed)
+    return {**found, "made_of": {**made, "seconds": round(time.monotonic() - started)}}
 
 
 def made_of(command: str, seed: int) -> dict[str, Any]:

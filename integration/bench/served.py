@@ -17,6 +17,7 @@ module, _, function = sys.argv[1].partition(":")
 getattr(import_module(module), function)(*sys.argv[2:])
 """
 END_OF_LOG = 6000
+END_S = 60.0
 
 
 class Served:
@@ -59,10 +60,13 @@ class Served:
         raise RuntimeError(f"{self._work} ended:\n{self._log.read_text(errors='replace')[-END_OF_LOG:]}")
 
     def close(self) -> None:
-        """Let the process end and wait for it."""
+        """Let the process end, and end it if it does not."""
         assert self._process.stdin is not None
         self._process.stdin.close()
-        self._process.wait(timeout=60)
+        try:
+            self._process.wait(END_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
 
 
 def questions() -> Iterator[Any]:

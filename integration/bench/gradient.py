@@ -1,4 +1,4 @@
-"""What mismatch and rounding do to the policy's gradient, beside the noise of sampling.
+"""Measure what mismatch and rounding do to the policy's gradient, beside the noise of sampling.
 
     python -m integration.bench.gradient
 
@@ -8,15 +8,14 @@ are of its norm in FP32:
 - precision error: ‖g(dtype) − g(fp32)‖, on the same responses;
 - effect of importance sampling: ‖g with each sequence weighed by exp(Σd) − g‖, d = log π_learner − log μ_sampler of the
   dtype's own sampler and learner: what leaving the mismatch alone costs;
-- sampling noise: the mean of ‖g of a batch − g of all‖ over batches of `BATCH` problems.
+- sampling noise: the mean of ‖g of a batch − g of all‖ over batches of eight problems.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,31 +29,46 @@ from fp16_patch.probe.learning import token_log_probs
 from fp16_patch.probe.precision import DTYPES, HALF, ProductsInFloat32, in_dtype
 from fp16_patch.probe.sequences import Sampled, batches, padded
 from integration.bench import offline
+from integration.bench.command import Bench
 from integration.cpu.tiny_model import character_tokenizer
-from integration.demo.task import compute_score
+from integration.demo.task import Problem, compute_score
 
-BATCH = 8
 BATCH_TOKENS = 2048
 LOSS_SCALE = 1024.0
 """For FP16 alone: a power of two, so that it changes no bit of what neither over- nor underflows."""
 
 
-def measure(out: Path, seed: int) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Size:
+    """What is sampled, and the problems of a batch."""
+
+    sampled: offline.Size = offline.FULL
+    batch: int = 8
+
+
+def measure(out: Path, seed: int, size: Size) -> dict[str, Any]:
     """dtype → its shares; responses are sampled by vLLM in that dtype."""
-    path = offline.demo_checkpoint(out / "models", seed)
+    path = offline.demo_checkpoint(out / "models", seed, size.sampled.model)
     exact = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    return {dtype: shares(exact, offline.sample(path, dtype, seed), dtype) for dtype in ("fp32", "fp16", "bf16")}
+    asked = offline.prompts(size.sampled.problems, size.sampled.responses)
+    return {
+        dtype: shares(exact, offline.sample(path, dtype, seed, asked), asked, dtype, size)
+        for dtype in ("fp32", "fp16", "bf16")
+    }
 
 
-def shares(exact: nn.Module, sequences: Sequence[Sampled], dtype: str) -> dict[str, float]:
-    advantages = group_advantages(sequences)
+def shares(
+    exact: nn.Module, sequences: Sequence[Sampled], asked: Sequence[Problem], dtype: str, size: Size
+) -> dict[str, float]:
+    """Measure the shares of one dtype, from responses that were sampled in it to these problems."""
+    scored, responses = rewards(sequences, asked), size.sampled.responses
+    advantages = group_advantages(scored, responses)
     model = in_dtype(exact, DTYPES[dtype])
     weights = importance_weights(model, sequences, dtype)
     reference = gradient(exact, sequences, advantages, "fp32")
     norm = reference.norm()
-    parts = [
-        slice(start, start + BATCH * offline.RESPONSES) for start in range(0, len(sequences), BATCH * offline.RESPONSES)
-    ]
+    rows = size.batch * responses
+    parts = [slice(start, start + rows) for start in range(0, len(sequences), rows)]
     of_batches = [gradient(exact, sequences[part], advantages[part], "fp32") for part in parts]
     whole = torch.stack(of_batches).mean(0)
     return {
@@ -65,25 +79,26 @@ def shares(exact: nn.Module, sequences: Sequence[Sampled], dtype: str) -> dict[s
         "sampling_noise": float(torch.stack([(part - whole).norm() for part in of_batches]).mean() / whole.norm()),
         "gradient_norm": float(norm),
         "sequences": len(sequences),
-        "mean_reward": float(rewards(sequences).mean()),
+        "mean_reward": float(scored.mean()),
     }
 
 
-def rewards(sequences: Sequence[Sampled]) -> Tensor:
+def rewards(sequences: Sequence[Sampled], asked: Sequence[Problem]) -> Tensor:
+    """Score each response, (sequences,), float64."""
     tokenizer = character_tokenizer()
     texts = [tokenizer.decode(sequence.response, skip_special_tokens=True) for sequence in sequences]
-    scored = [compute_score("", text, problem.answer) for text, problem in zip(texts, offline.prompts(), strict=True)]
+    scored = [compute_score("", text, problem.answer) for text, problem in zip(texts, asked, strict=True)]
     return torch.tensor(scored, dtype=torch.float64)
 
 
-def group_advantages(sequences: Sequence[Sampled]) -> Tensor:
-    """reward − mean over the problem's responses, (sequences,)."""
-    grouped = rewards(sequences).view(-1, offline.RESPONSES)
+def group_advantages(scored: Tensor, responses: int) -> Tensor:
+    """Return reward − mean over the problem's responses, (sequences,)."""
+    grouped = scored.view(-1, responses)
     return (grouped - grouped.mean(1, keepdim=True)).flatten()
 
 
 def importance_weights(model: nn.Module, sequences: Sequence[Sampled], dtype: str) -> Tensor:
-    """exp(Σ_t d) of each sequence, (sequences,)."""
+    """Return exp(Σ_t d) of each sequence, (sequences,), float64."""
     weights = torch.zeros(len(sequences), dtype=torch.float64)
     with torch.no_grad():
         for places, log_probs, mask in _scored(model, sequences, dtype):
@@ -94,7 +109,7 @@ def importance_weights(model: nn.Module, sequences: Sequence[Sampled], dtype: st
 
 
 def gradient(model: nn.Module, sequences: Sequence[Sampled], advantages: Tensor, dtype: str) -> Tensor:
-    """Of −Σ A·log π ÷ tokens, by every parameter one after the other, float64; batches are added up in float64."""
+    """Differentiate −Σ A·log π ÷ tokens by every parameter, one after the other; float64, as batches are added up."""
     tokens = sum(len(sequence.response) for sequence in sequences)
     scale = LOSS_SCALE if dtype == "fp16" else 1.0
     model.requires_grad_(True)
@@ -111,7 +126,7 @@ def gradient(model: nn.Module, sequences: Sequence[Sampled], advantages: Tensor,
 
 
 def _scored(model: nn.Module, sequences: Sequence[Sampled], dtype: str) -> Any:
-    """(places, log π of each token but the first, which of them are sampled), batch by batch."""
+    """Yield (places, log π of each token but the first, which of them are sampled), batch by batch."""
     with ExitStack() as stack:
         if DTYPES[dtype] in HALF:
             stack.enter_context(torch.autocast("cpu", DTYPES[dtype]))
@@ -131,16 +146,8 @@ def show(measured: dict[str, dict[str, float]], console: Console) -> None:
     console.print(table)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out")
-    arguments = parser.parse_args()
-    out: Path = arguments.out.resolve() / "offline"
-    measured = measure(out, arguments.seed)
-    (out / "gradient.json").write_text(json.dumps(measured, indent=1) + "\n")
-    show(measured, Console())
-
+SMOKE = Size(offline.SMOKE, batch=1)
+BENCH = Bench("gradient", measure, show, full=Size(), smoke=SMOKE, folder="evidence")
 
 if __name__ == "__main__":
-    main()
+    BENCH.main(__doc__)

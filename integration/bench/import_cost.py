@@ -1,4 +1,4 @@
-"""What having fp16_patch installed costs a process that does not use it.
+"""Measure what having fp16_patch installed costs a process that does not use it.
 
     python -m integration.bench.import_cost
 
@@ -12,10 +12,13 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
+from typing import Any
 
-REPEATS = 25
+from rich.console import Console
+
+from integration.bench.command import Bench
+
 # As where verl or vLLM load a plugin: these are loaded, and Python has listed every folder of its path before.
 PROBE = """
 import sys, time, importlib, typing, multiprocessing
@@ -35,6 +38,7 @@ ARMS = {
 
 
 def milliseconds(body: str, folder: Path) -> float:
+    """Time a body of code in a fresh interpreter, in milliseconds."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("FP16_PATCH")}
     path = os.pathsep.join(filter(None, [str(folder), env.get("PYTHONPATH", "")]))
     command = [sys.executable, "-c", PROBE.format(body=body)]
@@ -43,17 +47,28 @@ def milliseconds(body: str, folder: Path) -> float:
     )
 
 
-def main() -> None:
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        (folder / "empty.py").touch()
-        times: dict[str, list[float]] = {arm: [] for arm in ARMS}
-        for _ in range(REPEATS):
-            for arm, body in ARMS.items():
-                times[arm].append(milliseconds(body, folder))
-    for arm, values in times.items():
-        print(f"{arm}: median {statistics.median(values):.2f} ms, fastest {min(values):.2f} ms of {REPEATS}")
+def measure(out: Path, _seed: int, repeats: int) -> dict[str, Any]:
+    """Arm → `median_ms` and `fastest_ms` of so many fresh interpreters."""
+    (out / "empty.py").touch()
+    times: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    for _ in range(repeats):
+        for arm, body in ARMS.items():
+            times[arm].append(milliseconds(body, out))
+    return {
+        "repeats": repeats,
+        "arms": {
+            arm: {"median_ms": statistics.median(values), "fastest_ms": min(values)} for arm, values in times.items()
+        },
+    }
 
+
+def show(measured: dict[str, Any], console: Console) -> None:
+    for arm, found in measured["arms"].items():
+        figures = f"median {found['median_ms']:.2f} ms, fastest {found['fastest_ms']:.2f} ms of {measured['repeats']}"
+        console.print(f"{arm}: {figures}")
+
+
+BENCH = Bench("import_cost", measure, show, full=25, smoke=1)
 
 if __name__ == "__main__":
-    main()
+    BENCH.main(__doc__)

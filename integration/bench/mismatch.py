@@ -1,4 +1,4 @@
-"""Sampler against learner on real verl, arm by arm: a table of `integration/README.md`.
+"""Compare sampler and learner on real verl, arm by arm: a table of `integration/README.md`.
 
     python -m integration.bench.mismatch            # every row, about three minutes a run on two cores
     python -m integration.bench.mismatch fsdp2-2    # the rows whose name starts so
@@ -8,16 +8,16 @@ Each row is one strategy and number of ranks; its runs differ in the arm alone. 
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from fp16_patch.mismatch.record.reading import load_run
+from integration.bench import command
 from integration.cpu.arms import ARMS, record_of
 from integration.cpu.launch import LaunchConfig, run
 from integration.cpu.tiny_model import make_random_model
@@ -29,11 +29,14 @@ LORA_RANK = 8
 
 @dataclass(frozen=True)
 class Row:
+    """Runs that differ in the arm alone."""
+
     name: str
     strategy: str
     ranks: int
     lora_rank: int
     arms: tuple[str, ...]
+    steps: int = STEPS
 
 
 ROWS = (
@@ -44,10 +47,11 @@ ROWS = (
     # verl's one working switch, so that what is left is the bf16 wire.
     Row("fsdp2-1-lora", "fsdp2", 1, LORA_RANK, ("bf16", "switched-fp16", "fp16_patch")),
 )
+SMOKE = (replace(ROWS[0], arms=("fp16_patch",), steps=1),)
 
 
 def measure(row: Row, arm: str, model: Path, data: tuple[Path, Path], out: Path) -> dict[str, float]:
-    """One run's mismatch over all its steps."""
+    """Run one arm; returns the mismatch over all its steps."""
     train, val = data
     config = LaunchConfig(
         model,
@@ -56,7 +60,7 @@ def measure(row: Row, arm: str, model: Path, data: tuple[Path, Path], out: Path)
         Path(task.__file__),
         out,
         reward_name="share_of_digits",
-        steps=STEPS,
+        steps=row.steps,
         strategy=row.strategy,  # type: ignore[arg-type]
         ranks=row.ranks,
         lora_rank=row.lora_rank,
@@ -66,6 +70,11 @@ def measure(row: Row, arm: str, model: Path, data: tuple[Path, Path], out: Path)
         sys.exit(f"{row.name} {arm}: {result.reason or result.returncode}\n{result.tail()}")
     summary = load_run(record_of(out)).summary()
     return {**summary["mismatch"], "tokens": summary["tokens"], "wall_s": round(result.wall_seconds, 1)}
+
+
+def chosen(names: Sequence[str]) -> tuple[Row, ...]:
+    """Pick the rows whose name begins with one of these; all if there is none."""
+    return tuple(row for row in ROWS if not names or row.name.startswith(tuple(names)))
 
 
 def show(measured: dict[str, dict[str, dict[str, float]]], console: Console) -> None:
@@ -78,22 +87,19 @@ def show(measured: dict[str, dict[str, dict[str, float]]], console: Console) -> 
     console.print(table)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = command.parser(__doc__)
     parser.add_argument("rows", nargs="*", help="names, or beginnings of names, of rows")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out")
-    arguments = parser.parse_args()
-    out: Path = arguments.out.resolve()
-    model = make_random_model(out / "model")
-    data = task.write_dataset(out / "data")
-    measured: dict[str, dict[str, dict[str, float]]] = {}
-    for row in ROWS:
-        if arguments.rows and not row.name.startswith(tuple(arguments.rows)):
-            continue
-        for arm in row.arms:
-            measured.setdefault(row.name, {})[arm] = measure(row, arm, model, data, out / row.name / arm)
-            (out / "mismatch.json").write_text(json.dumps(measured, indent=1) + "\n")
-            show(measured, Console())
+    arguments = parser.parse_args(argv)
+    with command.results_folder(arguments.out, smoke=arguments.smoke) as out:
+        model = make_random_model(out / "model")
+        data = task.write_dataset(out / "data", seed=arguments.seed)
+        measured: dict[str, dict[str, dict[str, float]]] = {}
+        for row in SMOKE if arguments.smoke else chosen(arguments.rows):
+            for arm in row.arms:
+                measured.setdefault(row.name, {})[arm] = measure(row, arm, model, data, out / row.name / arm)
+                command.keep(out / "mismatch.json", measured)
+                show(measured, Console())
 
 
 if __name__ == "__main__":

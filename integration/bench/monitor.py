@@ -1,4 +1,4 @@
-"""What the mismatch monitor costs, what it survives, and whether it names what is planted: the bounds it must keep.
+"""Measure what the mismatch monitor costs, what it survives, and whether it names what is planted, against bounds.
 
     python -m integration.bench.monitor                 # everything: about an hour on two cores
     python -m integration.bench.monitor ns_per_token    # the named figures; the others stay as they were
@@ -8,12 +8,11 @@ Results go to `out/monitor.json`, each with its bound. Every ratio is of two arm
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +20,16 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from integration.bench import monitor_cost, monitor_runs
+from integration.bench import command, monitor_cost, monitor_runs
 
-OUT = Path(__file__).parent / "out"
-SEED = 0
-# Figure → what measures it, given a folder of its own.
-FIGURES: dict[str, Callable[[Path, int], Any]] = {
+# Figure → what measures it, given a folder of its own, a seed and a size.
+COSTS: dict[str, Callable[[Path, int, monitor_cost.Size], Any]] = {
     "ns_per_token": monitor_cost.ns_per_token,
     "observe_vs_forward": monitor_cost.observe_vs_forward,
     "merge_4096_s": monitor_cost.merge_seconds,
     "root_growth_mb": monitor_cost.root_growth,
+}
+RUNS: dict[str, Callable[[Path, int, monitor_runs.Size], Any]] = {
     "step_ratio": monitor_runs.step_ratio,
     "faults": monitor_runs.faults,
     "causes": monitor_runs.causes,
@@ -48,23 +47,34 @@ BOUNDS = (
 )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("figures", nargs="*", choices=[[], *FIGURES], help="only these")
-    parser.add_argument("--out", type=Path, default=OUT)
-    arguments = parser.parse_args()
-    out: Path = arguments.out.resolve()
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = command.parser(__doc__)
+    parser.add_argument("figures", nargs="*", choices=[[], *COSTS, *RUNS], help="only these")
+    arguments = parser.parse_args(argv)
+    with command.results_folder(arguments.out, smoke=arguments.smoke) as out:
+        result = out / "monitor.json"
+        measured: dict[str, Any] = json.loads(result.read_text()) if result.is_file() else {}
+        for name in arguments.figures or (*COSTS, *RUNS):
+            measured[name] = measure(name, out / "monitor" / name, arguments.seed, smoke=arguments.smoke)
+            measured |= {
+                "machine": machine(),
+                "seed": arguments.seed,
+                "command": "python -m integration.bench.monitor",
+            }
+            command.keep(result, measured)
+        show(measured, Console())
+
+
+def measure(figure: str, out: Path, seed: int, *, smoke: bool) -> Any:
+    """Measure one figure, in a folder that is made for it."""
     out.mkdir(parents=True, exist_ok=True)
-    result = out / "monitor.json"
-    measured: dict[str, Any] = json.loads(result.read_text()) if result.is_file() else {}
-    for name in arguments.figures or FIGURES:
-        measured[name] = FIGURES[name](out / "monitor" / name, SEED)
-        measured |= {"machine": machine(), "seed": SEED, "command": "python -m integration.bench.monitor"}
-        result.write_text(json.dumps(measured, indent=1) + "\n")
-    show(measured, Console())
+    if figure in COSTS:
+        return COSTS[figure](out, seed, monitor_cost.SMOKE if smoke else monitor_cost.FULL)
+    return RUNS[figure](out, seed, monitor_runs.SMOKE if smoke else monitor_runs.FULL)
 
 
 def machine() -> dict[str, Any]:
+    """Say what figures are measured on."""
     return {
         "cores": os.cpu_count(),
         "processor": platform.processor() or platform.machine(),

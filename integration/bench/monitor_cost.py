@@ -1,4 +1,4 @@
-"""What observing costs: per token, beside the learner's forward, and in the actors that merge."""
+"""Measure what observing costs: per token, beside the learner's forward, and in the actors that merge."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,59 +25,99 @@ from fp16_patch.mismatch.collection.monitor import Monitor
 from fp16_patch.mismatch.collection.part import Part
 from fp16_patch.mismatch.record.reading import load_run
 from fp16_patch.mismatch.statistics.summary import MismatchStats
+from integration.demo import make_model
 from integration.demo.side_by_side import prepare_model
 
-REPEATS = 9
-# Sequences, tokens of a prompt, tokens of a response. The demo's are those of its trainer: all that a step samples.
-LARGE_BATCH, DEMO_BATCH = (4, 64, 256), (32, 16, 32)
 MICRO_BATCH = 16
-COST_BATCH = (256, 1024)
-NODES, RANKS, MERGES = 4, 4096, 3
 BF16_NOISE = 5e-3
 
 
-def ns_per_token(_out: Path, seed: int) -> float:
-    """Nanoseconds a token on one core, token ids included; the median of the repeats."""
+@dataclass(frozen=True)
+class Size:
+    """What is observed and merged.
+
+    Attributes:
+        repeats: of what is timed.
+        batch: sequences and tokens of what is timed a token.
+        width, depth: of the large model.
+        large_batch, demo_batch: sequences, tokens of a prompt, tokens of a response. The demo's are those of its
+            trainer: all that a step samples.
+        nodes, ranks, merges: of the job whose reports are merged.
+        steps: after which, and up to which, the root's memory may grow.
+        model: what is put into the demo's model.
+    """
+
+    repeats: int = 9
+    batch: tuple[int, int] = (256, 1024)
+    # 111 M parameters.
+    width: int = 768
+    depth: int = 12
+    large_batch: tuple[int, int, int] = (4, 64, 256)
+    demo_batch: tuple[int, int, int] = (32, 16, 32)
+    nodes: int = 4
+    ranks: int = 4096
+    merges: int = 3
+    steps: tuple[int, int] = (200, 1200)
+    model: make_model.Effort = make_model.FULL
+
+
+FULL = Size()
+SMOKE = Size(
+    repeats=1,
+    batch=(4, 16),
+    width=96,
+    depth=1,
+    large_batch=(1, 4, 4),
+    demo_batch=(1, 4, 4),
+    nodes=2,
+    ranks=4,
+    merges=1,
+    steps=(1, 2),
+    model=make_model.SMOKE,
+)
+
+
+def ns_per_token(_out: Path, seed: int, size: Size) -> float:
+    """Time nanoseconds a token on one core, token ids included; the median of the repeats."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        batch = simulated_log_probs(COST_BATCH, seed)
+        batch = simulated_log_probs(size.batch, seed)
         observe(*batch)
-        seconds = statistics.median(timed(lambda: observe(*batch)) for _ in range(4 * REPEATS))
+        seconds = statistics.median(timed(lambda: observe(*batch)) for _ in range(4 * size.repeats))
     finally:
         torch.set_num_threads(threads)
     return seconds / int(batch[2].sum()) * 1e9
 
 
-def observe_vs_forward(out: Path, seed: int) -> dict[str, float]:
-    """Observing a batch ÷ the learner's log-prob forward on it, on the same cores, alternating; medians.
+def observe_vs_forward(out: Path, seed: int, size: Size) -> dict[str, float]:
+    """Time observing a batch ÷ the learner's log-prob forward on it, on the same cores, alternating; medians.
 
     The demo's learner computes in BF16 autocast, which a CPU without BF16 units is slow at; `_fp32` is the same against
     a forward in FP32, the faster one there.
     """
     torch.manual_seed(seed)
-    # 111 M parameters.
     large = Qwen2ForCausalLM(
         Qwen2Config(
             vocab_size=32000,
-            hidden_size=768,
-            intermediate_size=2304,
-            num_hidden_layers=12,
+            hidden_size=size.width,
+            intermediate_size=3 * size.width,
+            num_hidden_layers=size.depth,
             num_attention_heads=12,
             num_key_value_heads=12,
             tie_word_embeddings=True,
         )
     )
-    assert sum(parameter.numel() for parameter in large.parameters()) >= 100e6
-    demo = AutoModelForCausalLM.from_pretrained(prepare_model(out, Console()))
+    assert size is not FULL or sum(parameter.numel() for parameter in large.parameters()) >= 100e6
+    demo = AutoModelForCausalLM.from_pretrained(prepare_model(out, Console(), size.model))
     return {
-        f"{name}{suffix}": _observing_share(model, batch, bf16, seed)
-        for name, model, batch in (("100m", large, LARGE_BATCH), ("demo", demo, DEMO_BATCH))
+        f"{name}{suffix}": _observing_share(model, batch, bf16, seed, size.repeats)
+        for name, model, batch in (("100m", large, size.large_batch), ("demo", demo, size.demo_batch))
         for suffix, bf16 in (("", True), ("_fp32", False))
     }
 
 
-def _observing_share(model: Any, batch: tuple[int, int, int], bf16: bool, seed: int) -> float:
+def _observing_share(model: Any, batch: tuple[int, int, int], bf16: bool, seed: int, repeats: int) -> float:
     rows, prompt, response = batch
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, model.config.vocab_size, (rows, prompt + response), generator=generator)
@@ -84,7 +125,7 @@ def _observing_share(model: Any, batch: tuple[int, int, int], bf16: bool, seed: 
     sampler = learner + BF16_NOISE * torch.randn(learner.shape, generator=generator)
     mask = torch.ones_like(learner)
     forward, observing = [], []
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         forward.append(timed(lambda: log_prob_forward(model, tokens, response, bf16)))
         observing.append(timed(lambda: observe(sampler, learner, mask, tokens[:, prompt:])))
     return statistics.median(observing) / statistics.median(forward)
@@ -92,7 +133,7 @@ def _observing_share(model: Any, batch: tuple[int, int, int], bf16: bool, seed: 
 
 @torch.no_grad()
 def log_prob_forward(model: Any, tokens: torch.Tensor, response: int, bf16: bool) -> torch.Tensor:
-    """The log-probs of the responses' tokens, as a learner computes them once a step: in micro-batches."""
+    """Compute the log-probs of the responses' tokens, as a learner does once a step: in micro-batches."""
     return torch.cat([_score(model.eval(), micro_batch, response, bf16) for micro_batch in tokens.split(MICRO_BATCH)])
 
 
@@ -103,11 +144,12 @@ def _score(model: Any, tokens: torch.Tensor, response: int, bf16: bool) -> torch
 
 
 def observe(sampler: torch.Tensor, learner: torch.Tensor, mask: torch.Tensor, tokens: torch.Tensor) -> MismatchStats:
+    """Observe a batch, as a rank does."""
     return MismatchStats.from_log_probs(sampler, learner, mask, token_ids=tokens).to_host()
 
 
 def simulated_log_probs(shape: tuple[int, int], seed: int) -> tuple[torch.Tensor, ...]:
-    """Sampler and learner log-probs that differ as in BF16, a mask of responses of all lengths, and token ids."""
+    """Draw log-probs of sampler and learner that differ as in BF16, a mask of responses of all lengths, and tokens."""
     generator = torch.Generator().manual_seed(seed)
     sampler = -torch.rand(shape, generator=generator).pow(2) * 6
     learner = sampler + BF16_NOISE * torch.randn(shape, generator=generator)
@@ -117,36 +159,38 @@ def simulated_log_probs(shape: tuple[int, int], seed: int) -> tuple[torch.Tensor
 
 
 def timed(action: Callable[[], Any]) -> float:
+    """Time an action, in seconds."""
     start = time.perf_counter()
     action()
     return time.perf_counter() - start
 
 
-def merge_seconds(out: Path, seed: int) -> float:
-    """From the last of 4096 ranks' reports to the merged record on disk; the median of the repeats.
+def merge_seconds(out: Path, seed: int, size: Size) -> float:
+    """Time from the last of 4096 ranks' reports to the merged record on disk; the median of the repeats.
 
     Four Ray nodes on this machine, on each an actor that reports as 1024 ranks to the node's aggregator.
     """
-    with simulated_job(NODES, out) as (monitor, reporters):
-        per_node, seconds = RANKS // NODES, []
-        for repeat in range(MERGES):
-            ranks = [range(node * per_node, (node + 1) * per_node) for node in range(NODES)]
+    with simulated_job(size.nodes, out) as (monitor, reporters):
+        per_node, seconds = size.ranks // size.nodes, []
+        for repeat in range(size.merges):
+            ranks = [range(node * per_node, (node + 1) * per_node) for node in range(size.nodes)]
             reported = [
-                reporter.report.remote(repeat, list(mine), RANKS, seed)
+                reporter.report.remote(repeat, list(mine), size.ranks, seed)
                 for reporter, mine in zip(reporters, ranks, strict=True)
             ]
             tokens = sum(ray.get(reported))
-            monitor.expect(tokens, RANKS)
+            monitor.expect(tokens, size.ranks)
             seconds.append(timed(lambda step=repeat: _end(monitor, step)))
-        _require_complete(out, RANKS)
+        _require_complete(out, size.ranks)
     return statistics.median(seconds)
 
 
-def root_growth(out: Path, seed: int) -> float:
-    """MB by which the root's memory grows from step 200 to step 1200, with two ranks reporting each step."""
+def root_growth(out: Path, seed: int, size: Size) -> float:
+    """Measure the MB by which the root's memory grows from step 200 to step 1200; two ranks report each step."""
+    first, last = size.steps
     with simulated_job(1, out) as (monitor, (reporter,)):
         sizes = []
-        for steps in (range(200), range(200, 1200)):
+        for steps in (range(first), range(first, last)):
             for step in steps:
                 monitor.expect(ray.get(reporter.report.remote(step, [0, 1], 2, seed)), 2)
                 monitor.end_step(step, {})
@@ -158,7 +202,7 @@ def root_growth(out: Path, seed: int) -> float:
 
 @contextmanager
 def simulated_job(nodes: int, out: Path) -> Iterator[tuple[Monitor, list[Any]]]:
-    """A monitor, and on each of some Ray nodes an actor that reports for many ranks."""
+    """Yield a monitor, and on each of some Ray nodes an actor that reports for many ranks."""
     shutil.rmtree(out, ignore_errors=True)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
     try:

@@ -1,9 +1,10 @@
-"""The monitor in real verl runs: what a step costs with it, which accidents reach training, which causes it names."""
+"""Run the monitor in real verl: what a step costs with it, which accidents reach training, which causes it names."""
 
 from __future__ import annotations
 
 import json
 import statistics
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,11 @@ from fp16_patch.mismatch.diagnosis.findings import diagnose_run
 from fp16_patch.mismatch.record.reading import MISMATCH, load_run
 from integration.cpu.arms import ARMS, record_of
 from integration.cpu.launch import LaunchConfig, RunResult, run
-from integration.demo import task
+from integration.demo import make_model, task
 from integration.demo.side_by_side import prepare_model
 
 PLANTS = Path(__file__).with_name("planted")
 ROLLOUT = "actor_rollout_ref.rollout"
-CAUSE_STEPS = 5
-# Steps of each half of the step-time measurement, after those in which everything is loaded.
-TIMED_STEPS, WARM_UP_STEPS = 40, 4
 
 
 @dataclass(frozen=True)
@@ -64,35 +62,77 @@ ACCIDENTS = {
 ACCIDENT_STEPS = 10
 
 
-def causes(out: Path, _seed: int) -> dict[str, str]:
-    """Planted → the cause that is named first, from the run's record alone."""
-    return {name: diagnose_run(load_run(record_of(_cause_run(out, name).log.parent)))[0].cause for name in CAUSES}
+@dataclass(frozen=True)
+class Size:
+    """What is run.
+
+    Attributes:
+        causes: of `CAUSES`, a run each.
+        cause_steps: of each of them.
+        timed_steps: of each half of the step-time measurement.
+        warm_up_steps: before them, in which everything is loaded.
+        model: what is put into the demo's model.
+    """
+
+    causes: tuple[str, ...] = tuple(CAUSES)
+    cause_steps: int = 5
+    timed_steps: int = 40
+    warm_up_steps: int = 4
+    model: make_model.Effort = make_model.FULL
 
 
-def _cause_run(out: Path, name: str) -> RunResult:
+FULL = Size()
+SMOKE = Size(("sampler's NaN",), cause_steps=1, timed_steps=1, warm_up_steps=0, model=make_model.SMOKE)
+
+
+def causes(out: Path, _seed: int, size: Size) -> dict[str, str]:
+    """Plant each cause in a run; returns the cause that is named first, from the run's record alone."""
+    return {name: _named_cause(out, name, size) for name in size.causes}
+
+
+def _named_cause(out: Path, name: str, size: Size) -> str:
     planted = CAUSES[name]
     folder = out / name.replace(" ", "-").replace(",", "").replace("'", "")
-    config = _config(out, folder, CAUSE_STEPS, planted.plant, planted.overrides)
-    return _finished(run(ARMS["bf16"].applied_to(config, folder)))
+    config = _config(out, folder, size.cause_steps, planted.plant, planted.overrides, size.model)
+    require_planted(_finished(run(ARMS["bf16"].applied_to(config, folder))), filter(None, [planted.plant]))
+    return diagnose_run(load_run(record_of(folder)))[0].cause
 
 
-def faults(out: Path, _seed: int) -> dict[str, bool]:
-    """Accident → whether it reached training: a step missing, a run that did not end by itself, or a lost record."""
+def faults(out: Path, _seed: int, size: Size) -> dict[str, bool]:
+    """Tell for each accident whether it reached training.
+
+    It did if a step is missing, the run did not end by itself, or a record is lost.
+
+    Raises:
+        RuntimeError: an accident did not happen.
+    """
     folder = out / "accidents"
-    plants = ",".join(ACCIDENTS.values())
-    log = record_of(folder) / MISMATCH
-    config = _config(out, folder, ACCIDENT_STEPS, plants, (f"trainer.save_freq={ACCIDENT_STEPS}",), log)
+    overrides = (f"trainer.save_freq={ACCIDENT_STEPS}",)
+    config = _config(out, folder, ACCIDENT_STEPS, ",".join(ACCIDENTS.values()), overrides, size.model)
     first = run(ARMS["bf16"].applied_to(config, folder))
     trained = first.ok and [step["step"] for step in first.steps] == list(range(1, ACCIDENT_STEPS + 1))
-    before = log.read_text().splitlines()
+    if trained:
+        require_planted(first, (accident.partition("@")[0] for accident in ACCIDENTS.values()))
+    before = (record_of(folder) / MISMATCH).read_text().splitlines()
     (out / "accidents.json").write_text(json.dumps(_story(before), indent=1))
-    return {**dict.fromkeys(ACCIDENTS, not trained), "cluster restart": not _resumed(out, folder, before)}
+    return {**dict.fromkeys(ACCIDENTS, not trained), "cluster restart": not _resumed(out, folder, before, size)}
 
 
-def _resumed(out: Path, folder: Path, before: list[str]) -> bool:
-    """Another cluster goes on from the checkpoint: nothing of the record is lost, the new steps are there."""
+def require_planted(result: RunResult, plants: Iterable[str]) -> None:
+    """Require that the run's log has the word of each plant.
+
+    Raises:
+        RuntimeError: it has not: the place that the plant takes effect in may have moved.
+    """
+    log = result.log.read_text(errors="replace")
+    if missing := [plant for plant in plants if f"planted: {plant}" not in log]:
+        raise RuntimeError(f"planted without effect: {', '.join(missing)}; see {PLANTS} and {result.log}")
+
+
+def _resumed(out: Path, folder: Path, before: list[str], size: Size) -> bool:
+    """Go on from the checkpoint in another cluster: nothing of the record is lost, the new steps are there."""
     steps = ACCIDENT_STEPS + 2
-    config = _config(out, folder, steps, "", ("trainer.resume_mode=auto",))
+    config = _config(out, folder, steps, "", ("trainer.resume_mode=auto",), size.model)
     second = run(ARMS["bf16"].applied_to(config, folder))
     record = load_run(record_of(folder))
     kept = (record_of(folder) / MISMATCH).read_text().splitlines()[: len(before)] == before
@@ -104,26 +144,34 @@ def _story(lines: list[str]) -> list[dict[str, Any]]:
     return [{"step": line["step"], "coverage": line.get("coverage")} for line in parsed]
 
 
-def step_ratio(out: Path, _seed: int) -> float:
-    """Median step time with the monitor ÷ without: every other step of one run goes without."""
+def step_ratio(out: Path, _seed: int, size: Size) -> float:
+    """Time a step with the monitor ÷ without, medians: every other step of one run goes without.
+
+    Raises:
+        RuntimeError: the run failed, or its record is not of every other step.
+    """
     folder = out / "alternating"
-    config = _config(out, folder, 2 * TIMED_STEPS + WARM_UP_STEPS, "monitor_every_other_step", ())
-    steps = _finished(run(ARMS["fp16_patch"].applied_to(config, folder))).steps[WARM_UP_STEPS:]
+    count = 2 * size.timed_steps + size.warm_up_steps
+    config = _config(out, folder, count, "monitor_every_other_step", (), size.model)
+    result = _finished(run(ARMS["fp16_patch"].applied_to(config, folder)))
+    measured, steps = set(load_run(record_of(folder)).mismatch), result.steps[size.warm_up_steps :]
+    if measured != set(range(1, count + 1, 2)):
+        raise RuntimeError(f"the monitor was to measure every other step, and measured {sorted(measured)}")
     seconds = {on: [step["timing_s/step"] for step in steps if step["step"] % 2 == on] for on in (0, 1)}
     (out / "step_times.json").write_text(json.dumps(seconds))
     return statistics.median(seconds[1]) / statistics.median(seconds[0])
 
 
 def _config(
-    out: Path, folder: Path, steps: int, plant: str, overrides: tuple[str, ...], log: Path | None = None
+    out: Path, folder: Path, steps: int, plant: str, overrides: tuple[str, ...], effort: make_model.Effort
 ) -> LaunchConfig:
-    model = prepare_model(out.parent, Console())
+    model = prepare_model(out.parent, Console(), effort)
     train, val = task.write_dataset(out.parent / "data")
     env = {
         "VERL_USE_EXTERNAL_MODULES": "verl_on_cpu,planted_in_verl",
         "PYTHONPATH": str(PLANTS),
         "PLANTED": plant,
-        "PLANTED_LOG": str(log),
+        "PLANTED_LOG": str(record_of(folder) / MISMATCH),
     }
     timeout = 300.0 + 30.0 * steps
     return LaunchConfig(

@@ -1,4 +1,4 @@
-"""How often gradients are read and written: every operation of torch that touches them, as it is dispatched."""
+"""Count how often gradients are read and written, by each operation of torch that touches them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NO_READ = ("detach", "alias", "view", "_local", "resize_")
 
 @dataclass
 class GradientPasses(TorchDispatchMode):
-    """Counts, while it is entered, passes over the gradients of some parameters.
+    """Counts passes over the gradients of some parameters, while it is entered.
 
     Attributes:
         parameters: the gradients they have on entry are watched.
@@ -56,12 +56,12 @@ class GradientPasses(TorchDispatchMode):
 
     @property
     def passes(self) -> float:
-        """How often each gradient was read, on average."""
+        """Count how often each gradient was read, on average."""
         return sum(read for read, _ in self.operations.values()) / self.elements
 
     @property
     def bytes_per_element(self) -> float:
-        """Read and written, for each element of the gradients."""
+        """Count the bytes read and written for each element of the gradients."""
         return self.bytes_each * sum(map(sum, self.operations.values())) / self.elements
 
     def _is_watched(self, tensor: Tensor) -> bool:

@@ -1,13 +1,11 @@
-"""What the probe finds of models whose answer is known: the unsafe ones located, no alarm on the families people train.
+"""Probe models whose answer is known: the unsafe ones must be located, families people train must raise no alarm.
 
 python -m integration.bench.probe
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,33 +14,42 @@ from rich.table import Table
 
 from fp16_patch.probe.examining import ProbeRequest, examine
 from fp16_patch.probe.result import ProbeResult
+from integration.bench.command import Bench
 from integration.cpu.tiny_families import FAMILIES, UNSAFE, write_family, write_unsafe
 
 RESPONSES, TOKENS = 4, 12
 
 
-def measure(seed: int) -> dict[str, Any]:
-    """`unsafe_located` of `unsafe_total`, `false_alarms` of `families`, and what was found of each."""
-    with tempfile.TemporaryDirectory() as folder:
-        located = {name: located_at(write_unsafe(name, Path(folder) / name), seed) for name in UNSAFE}
-        alarms = {name: alarms_of(write_family(name, Path(folder) / name), seed) for name in FAMILIES}
+@dataclass(frozen=True)
+class Size:
+    """The models that are probed."""
+
+    unsafe: tuple[str, ...] = tuple(UNSAFE)
+    families: tuple[str, ...] = tuple(FAMILIES)
+
+
+def measure(out: Path, seed: int, size: Size) -> dict[str, Any]:
+    """Count `unsafe_located` of `unsafe_total` and `false_alarms` of `families`; and what was found of each."""
+    located = {name: located_at(write_unsafe(name, out / "unsafe" / name), seed) for name in size.unsafe}
+    alarms = {name: alarms_of(write_family(name, out / "families" / name), seed) for name in size.families}
     return {
         "unsafe_located": sum(found == UNSAFE[name].module for name, found in located.items()),
-        "unsafe_total": len(UNSAFE),
+        "unsafe_total": len(located),
         "false_alarms": sum(map(bool, alarms.values())),
-        "families": len(FAMILIES),
+        "families": len(alarms),
         "located": located,
         "alarms": alarms,
     }
 
 
 def located_at(model: Path, seed: int) -> str | None:
-    """The first module that is said to overflow."""
+    """Name the first module that is said to overflow."""
     overflows = _probed(model, seed).overflows
     return overflows[0]["module"] if overflows else None
 
 
 def alarms_of(model: Path, seed: int) -> list[str]:
+    """List what the probe says of each overflow."""
     return [overflow["text"] for overflow in _probed(model, seed).overflows]
 
 
@@ -60,16 +67,7 @@ def show(measured: dict[str, Any], console: Console) -> None:
     console.print(f"false alarms: {measured['false_alarms']} of {measured['families']} families")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out")
-    arguments = parser.parse_args()
-    measured = measure(arguments.seed)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "probe.json").write_text(json.dumps(measured, indent=1) + "\n")
-    show(measured, Console())
-
+BENCH = Bench("probe", measure, show, full=Size(), smoke=Size(("mlp",), ("qwen2",)))
 
 if __name__ == "__main__":
-    main()
+    BENCH.main(__doc__)

@@ -1,4 +1,4 @@
-"""Mini-batches lost to overflows by verl's own FSDP engine: dropped as its scaler does, and tried again.
+"""Count the mini-batches lost to overflows by verl's own FSDP engine: dropped as its scaler does, and tried again.
 
     python -m integration.bench.retry
 
@@ -10,16 +10,18 @@ started at its scale.
 
 from __future__ import annotations
 
-import argparse
-import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from integration.bench.verl_updates import Learner, answered_to, ran
+from rich.console import Console
+
+from integration.bench.command import Bench
+from integration.bench.ranks import PLAN, on_ranks
+from integration.bench.verl_updates import Learner
 from integration.cpu.tiny_model import make_random_model
 
-MODULE = "integration.bench.retry"
-UPDATES, PLANTED = 200, range(15, 200, 20)
+WORK = "integration.bench.retry:answer"
 # Makes the gradients of the random model overflow at 65536, and those of a planted update four halvings below.
 ADVANTAGE, HUGE, DROPOUT = 16.0, 16.0, 0.2
 SKIPS = {
@@ -31,17 +33,28 @@ SKIPS = {
 RETRIES = {"FP16_PATCH_INIT_SCALE": "65536"}
 
 
-def measure(out: Path, seed: int) -> dict[str, Any]:
-    """`lost_*`: mini-batches of 200 that nobody trained on after the first step; `calibration_skips_*`: before it.
+@dataclass(frozen=True)
+class Size:
+    """Updates of the run, which of them overflow, numbers of ranks that a retry is compared on, layers of the model."""
+
+    updates: int = 200
+    planted: tuple[int, ...] = tuple(range(15, 200, 20))
+    ranks: tuple[int, ...] = (1, 2)
+    layers: int = 4
+
+
+def measure(out: Path, seed: int, size: Size) -> dict[str, Any]:
+    """Count lost mini-batches: `lost_*` after the first step, `calibration_skips_*` before it.
 
     `stock` drops a mini-batch and starts at torch's 65536, as verl's own scaler does; `ours` are the defaults.
     """
-    model = make_random_model(out / "model")
-    whole = {"updates": UPDATES, "planted": list(PLANTED), "model": str(model), "seed": seed}
-    stock, ours = ran(MODULE, whole, SKIPS, 1), ran(MODULE, whole, {}, 1)
+    model = make_random_model(out / "model", layers=size.layers)
+    planted = list(size.planted)
+    whole = {"updates": size.updates, "schedule": size.updates, "planted": planted, "model": str(model), "seed": seed}
+    stock, ours = (on_ranks(WORK, whole, {**PLAN, **settings}) for settings in (SKIPS, {}))
     return {
-        "updates": UPDATES,
-        "planted": len(PLANTED),
+        "updates": size.updates,
+        "planted": len(size.planted),
         "lost_stock": stock["lost"],
         "lost_ours": ours["lost"],
         "retries_ours": ours["retries"],
@@ -49,30 +62,31 @@ def measure(out: Path, seed: int) -> dict[str, Any]:
         "calibration_skips_ours": ours["calibration_skips"],
         "calibration_retries_ours": ours["calibration_retries"],
         "first_scale_ours": ours["scales"][0],
-        "retry_bitwise": all(_is_bitwise(whole, ranks) for ranks in (1, 2)),
+        "retry_bitwise": all(_is_bitwise(whole, ranks) for ranks in size.ranks),
     }
 
 
 def _is_bitwise(whole: dict[str, Any], ranks: int) -> bool:
     """Whether retries leave no trace: six updates from 65536, two of them planted, beside the same without a retry."""
-    short = {**whole, "updates": 6, "planted": [2, 4]}
-    found = ran(MODULE, short, RETRIES, ranks)
-    clean = ran(MODULE, {**short, "scales": found["scales"]}, RETRIES, ranks)
+    short, plan = {**whole, "updates": 6, "planted": [2, 4]}, {**PLAN, **RETRIES}
+    found = on_ranks(WORK, short, plan, ranks)
+    clean = on_ranks(WORK, {**short, "scales": found["scales"]}, plan, ranks)
     if not found["retries"] or clean["retries"] or found["lost"] or found["calibration_skips"]:
         raise RuntimeError(f"nothing to compare on {ranks} ranks: {found}, {clean}")
     return bool(found["state"] == clean["state"])
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """In a rank's process: what became of each update.
+    """Train in this process, which is a rank's, and say what became of each update.
 
     Args:
-        request: with `scales`, each update starts at its own; without, at the scale of the former.
+        request: `schedule` is the length of the learning rate's; with `scales`, each update starts at its own;
+            without, at the scale of the former.
     """
     import torch
     import torch.distributed as dist
 
-    learner = Learner(Path(request["model"]), UPDATES, dropout=DROPOUT)
+    learner = Learner(Path(request["model"]), request["schedule"], dropout=DROPOUT)
     torch.manual_seed(request["seed"] + dist.get_rank())
     scales, metrics = [], []
     level = None
@@ -98,21 +112,11 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out")
-    parser.add_argument("--answer", type=Path, nargs=2, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.answer:
-        answered_to(*arguments.answer, work=answer)
-        return
-    out: Path = arguments.out.resolve() / "retry"
-    out.mkdir(parents=True, exist_ok=True)
-    measured = measure(out, arguments.seed)
-    (out / "retry.json").write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(measured, indent=1))
+def show(measured: dict[str, Any], console: Console) -> None:
+    console.print_json(data=measured)
 
+
+BENCH = Bench("retry", measure, show, full=Size(), smoke=Size(updates=6, planted=(4,), ranks=(2,), layers=1))
 
 if __name__ == "__main__":
-    main()
+    BENCH.main(__doc__)

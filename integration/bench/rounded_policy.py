@@ -1,4 +1,4 @@
-"""Qwen2's forward written out, so that each of its matrix products can be computed in a pretended precision."""
+"""Compute Qwen2's forward step by step, so that each matrix product can be one of a pretended precision."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Cache:
 
 
 class RoundedPolicy:
-    """``model``'s function in ``precision``, with its weights as they are now; gradients go to the FP32 weights.
+    """A model's function in a precision, with the weights as they are now; gradients go to the FP32 weights.
 
     Only operands of matrix products are rounded: weights once, here, keys and values when they enter the cache.
     Embedding, norms, RoPE, softmax and residual stream are FP32.
@@ -49,7 +49,7 @@ class RoundedPolicy:
         self._heads_a_key: int = self._heads // model.config.num_key_value_heads
 
     def logits(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
-        """(sequences, tokens, vocabulary) for the ``tokens`` (sequences, tokens) that follow those in ``cache``."""
+        """Compute (sequences, tokens, vocabulary) for the (sequences, tokens) that follow those in the cache."""
         cache = Cache() if cache is None else cache
         first, count = cache.tokens, tokens.shape[1]
         stream = embedding(tokens, self.model.model.embed_tokens.weight)
@@ -64,7 +64,7 @@ class RoundedPolicy:
     def _attended(
         self, layer: int, stream: Tensor, rotation: tuple[Tensor, Tensor], hidden: Tensor, cache: Cache
     ) -> Tensor:
-        """(sequences, tokens, heads · head size); ``hidden``, (tokens, tokens seen), is −∞ for later ones."""
+        """Attend, (sequences, tokens, heads · head size); `hidden`, (tokens, tokens seen), is −∞ for later ones."""
         name = f"layers.{layer}"
         inputs = operand(self._norm(f"{name}.input_layernorm", stream), self.precision)
         size = self._matrices[f"{name}.self_attn.q_proj.weight"].shape[0] // self._heads
@@ -86,7 +86,7 @@ class RoundedPolicy:
         return self._linear(f"{name}.mlp.down_proj", silu(gate) * up)
 
     def _linear(self, name: str, inputs: Tensor, *, ready: bool = False) -> Tensor:
-        """``ready`` inputs are operands already."""
+        """Multiply by a layer's weights; `ready` inputs are operands already."""
         inputs = inputs if ready else operand(inputs, self.precision)
         output = product(inputs.flatten(0, 1), self._matrices[f"{name}.weight"].mT, self.precision)
         output = output.unflatten(0, inputs.shape[:2])
@@ -98,7 +98,7 @@ class RoundedPolicy:
 
 
 def _rotated(heads: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """RoPE of (sequences, heads, tokens, head size) by cosines and sines (1, tokens, head size)."""
+    """Apply RoPE to (sequences, heads, tokens, head size), by cosines and sines (1, tokens, head size)."""
     cosine, sine = rotation
     first, second = heads.chunk(2, -1)
     return heads * cosine[:, None] + torch.cat([-second, first], -1) * sine[:, None]

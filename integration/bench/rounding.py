@@ -1,4 +1,4 @@
-"""Matrix products of a pretended precision: FP32 whose operands are first rounded to a few mantissa bits."""
+"""Multiply matrices in a pretended precision: in FP32, with operands first rounded to a few mantissa bits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FP32_MANTISSA_BITS = 23
 
 @dataclass(frozen=True)
 class Precision:
-    """``bits`` stored mantissa bits (BF16 has 7, FP16 10), exponents of FP32, ``phase``: where the grid's points lie.
+    """A precision of `bits` stored mantissa bits (BF16 has 7, FP16 10) and FP32's exponents; `phase` shifts the grid.
 
     An operand x becomes ``R(phase · x) / phase``. Every phase has the same number of points between x and 2x, so two
     phases are equally precise; unless one is a power of two times the other, they round x to different values.
@@ -29,7 +29,7 @@ class Precision:
 
 
 def operand(values: Tensor, precision: Precision | None) -> Tensor:
-    """``values`` as ``product`` takes them; their gradient passes unchanged. ``None`` is FP32 as it is."""
+    """Round values as `product` takes them; their gradient passes unchanged. `None` is FP32 as it is."""
     if precision is None:
         return values
     # For a small operand of a sampler, `apply` would cost as much as the rounding.
@@ -37,7 +37,7 @@ def operand(values: Tensor, precision: Precision | None) -> Tensor:
 
 
 def product(left: Tensor, right: Tensor, precision: Precision | None) -> Tensor:
-    """``left @ right``, summed in FP32; both are operands already, (…, m, k) and (…, k, n).
+    """Compute `left @ right`, summed in FP32; both are operands already, (…, m, k) and (…, k, n).
 
     The backward's products, ``R(g) rightᵀ`` and ``leftᵀ R(g)``, take their operands in ``precision`` too.
     """
@@ -71,7 +71,7 @@ class _Product(torch.autograd.Function):
 
 
 def round_mantissa(values: Tensor, bits: int) -> Tensor:
-    """FP32 ``values`` to the nearest with ``bits`` stored mantissa bits, ties to the even one; NaN stays NaN.
+    """Round FP32 values to the nearest with `bits` stored mantissa bits, ties to the even one; NaN stays NaN.
 
     With ``drop = 23 − bits`` and the pattern read as an integer: add ``2^(drop−1) − 1``, and 1 more where the last bit
     kept is odd, then clear the lowest ``drop`` bits. A carry runs into the exponent, which is the next power of two.

@@ -1,4 +1,4 @@
-"""The paper's sanity run on real verl: problems that the model solves 20 to 80 % of the time, trained in BF16 and FP16.
+"""Repeat the paper's sanity run on real verl: problems solved 20 to 80 % of the time, trained in BF16 and in FP16.
 
     python -m integration.bench.sanity                                      # every algorithm
     python -m integration.bench.sanity --algorithms grpo gspo --seeds 0     # these, one seed
@@ -12,21 +12,21 @@ settings that is already under `out/evidence/sanity/` is not repeated.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from integration.bench import offline, solvable
+from integration.bench import offline, solvable, training
+from integration.bench.command import Bench, parser, results_folder
 from integration.bench.training import ENDS, Settings, Training, ends, mean, spread, trained
 from integration.cpu.arms import ARMS
+from integration.demo import make_model
 
-OUT = Path(__file__).parent / "out"
 SEEDS = (0, 1, 2)
 STEPS = 20
 # Name here → in the table of arms.
@@ -61,22 +61,44 @@ ALGORITHMS: dict[str, tuple[str, ...]] = {
 MAIN = "grpo"
 
 
+@dataclass(frozen=True)
+class Size:
+    """What is run: each algorithm on the first seed, the first one on all; seeds are added to the bench's."""
+
+    seeds: tuple[int, ...] = SEEDS
+    algorithms: tuple[str, ...] = tuple(ALGORITHMS)
+    settings: Settings = field(default_factory=lambda: Settings(STEPS))
+    problems: solvable.Draw = solvable.DRAW
+    model: make_model.Effort = make_model.FULL
+
+
+SMOKE = Size((0,), (MAIN,), training.SMOKE, solvable.SMOKE, make_model.SMOKE)
+
+
+def measure_size(out: Path, seed: int, size: Size) -> dict[str, Any]:
+    """Measure what a size says; see `measure`."""
+    seeds = [seed + number for number in size.seeds]
+    return measure(out, seeds, size.algorithms, size.settings, None, size.problems, size.model)
+
+
 def measure(
     out: Path,
     seeds: Sequence[int] = SEEDS,
     algorithms: Sequence[str] = tuple(ALGORITHMS),
     settings: Settings | None = None,
     console: Console | None = None,
+    draw: solvable.Draw = solvable.DRAW,
+    effort: make_model.Effort = make_model.FULL,
 ) -> dict[str, Any]:
-    """By algorithm, arm and seed the curves and their summary; see `integration.bench.training`."""
+    """Train by algorithm, arm and seed; returns curves and their summary, see `integration.bench.training`."""
     settings, console = settings or Settings(STEPS), console or Console()
     folder = out / "sanity"
-    model = offline.demo_checkpoint(out / "models", 0)
-    problems = solvable.prepare(model, folder / "data")
+    model = offline.demo_checkpoint(out / "models", 0, effort)
+    problems = solvable.prepare(model, folder / "data", draw)
     runs: dict[str, dict[str, dict[str, Any]]] = {}
-    for training, (algorithm, arm) in trainings(algorithms, seeds):
-        found = trained(training, settings, model, problems, folder, console)
-        runs.setdefault(algorithm, {}).setdefault(arm, {})[str(training.seed)] = found
+    for planned, (algorithm, arm) in trainings(algorithms, seeds):
+        found = trained(planned, settings, model, problems, folder, console)
+        runs.setdefault(algorithm, {}).setdefault(arm, {})[str(planned.seed)] = found
     return {
         "settings": vars(settings),
         "seeds": list(seeds),
@@ -88,7 +110,7 @@ def measure(
 
 
 def trainings(algorithms: Sequence[str], seeds: Sequence[int]) -> Iterator[tuple[Training, tuple[str, str]]]:
-    """Each with its algorithm and its arm, seed by seed, so that an interrupted bench has whole pairs."""
+    """Yield each with its algorithm and arm, seed by seed, so that an interrupted bench has whole pairs."""
     for place, seed in enumerate(seeds):
         for algorithm in algorithms:
             if place and algorithm != MAIN:
@@ -99,9 +121,9 @@ def trainings(algorithms: Sequence[str], seeds: Sequence[int]) -> Iterator[tuple
 
 
 def summarize(arms: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, Any]:
-    """By arm the means over the last quarter of steps, spread over seeds; by seed the ratio of mean |d| of all steps.
+    """Average the last quarter of steps by arm, spread over seeds; by seed, the ratio of mean |d| of all steps.
 
-    ``reward_separates``: whether, of several seeds, the worst reward of one arm is above the best of the other; None of
+    `reward_separates`: whether, of several seeds, the worst reward of one arm is above the best of the other; None of
     one seed.
     """
     summary: dict[str, Any] = {}
@@ -154,17 +176,18 @@ def show(measured: dict[str, Any], console: Console) -> None:
     console.print(f"{len(seconds)} runs, {statistics.fmean(seconds) / 60:.1f} minutes each")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--steps", type=int, default=STEPS)
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
-    parser.add_argument("--algorithms", nargs="+", choices=list(ALGORITHMS), default=list(ALGORITHMS))
-    arguments = parser.parse_args()
-    out: Path = arguments.out.resolve()
-    measured = measure(out / "evidence", arguments.seeds, arguments.algorithms, Settings(arguments.steps))
-    (out / "sanity.json").write_text(json.dumps(measured, indent=1) + "\n")
-    show(measured, Console())
+BENCH = Bench("sanity", measure_size, show, full=Size(), smoke=SMOKE, folder="evidence")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    made = parser(__doc__)
+    made.add_argument("--steps", type=int, default=STEPS)
+    made.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="added to --seed")
+    made.add_argument("--algorithms", nargs="+", choices=list(ALGORITHMS), default=list(ALGORITHMS))
+    arguments = made.parse_args(argv)
+    asked = Size(tuple(arguments.seeds), tuple(arguments.algorithms), Settings(arguments.steps))
+    with results_folder(arguments.out, smoke=arguments.smoke) as out:
+        BENCH.run(out, arguments.seed, SMOKE if arguments.smoke else asked)
 
 
 if __name__ == "__main__":

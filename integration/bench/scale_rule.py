@@ -1,32 +1,33 @@
-"""When the loss scale may grow: torch's rule and the one that looks ahead, on the same updates of verl's FSDP engine.
+"""Compare torch's rule of when the loss scale may grow with the one that looks ahead, on the same updates.
 
     python -m integration.bench.scale_rule
 
-GRPO's gradients vary from one update to the next: a group's advantages are its rewards, normalized, and a token of a
-short response weighs more than one of a long. Besides, one update in so many has advantages 16 times as large
-(`spikes`). The scale may grow after every tenth update, so that growing matters in a run this short.
+The engine is verl's own, FSDP. GRPO's gradients vary from one update to the next: a group's advantages are its rewards,
+normalized, and a token of a short response weighs more than one of a long. Besides, one update in so many has
+advantages 16 times as large (`spikes`). The scale may grow after every tenth update, so that growing matters in a run
+this short.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from integration.bench.command import Bench
+from integration.bench.ranks import PLAN, on_ranks
 from integration.bench.retry import ADVANTAGE, DROPOUT, HUGE
-from integration.bench.verl_updates import SEQUENCES, Learner, answered_to, ran
+from integration.bench.verl_updates import SEQUENCES, Learner
 from integration.cpu.tiny_model import make_random_model
 
-MODULE = "integration.bench.scale_rule"
-UPDATES, GROWTH_INTERVAL, LOOK_EVERY, SEEDS = 200, 10, 5, 2
-TIMED = 16
+WORK = "integration.bench.scale_rule:answer"
+GROWTH_INTERVAL, LOOK_EVERY = 10, 5
 SHORTEST, LONGEST = 4, 32
 # Every so many updates has huge advantages; 0 for none.
 SPIKES = {"grpo": 0, "grpo, spikes": 37}
@@ -34,40 +35,64 @@ RULES, ON_OVERFLOW = ("torch", "ahead"), ("retry", "skip")
 FP16_MAX, USABLE = 65504.0, 4.0
 
 
-def measure(out: Path, seed: int) -> dict[str, Any]:
-    """Workload → `retry` and `skip` → rule → the summaries of the runs of all seeds together."""
-    model = make_random_model(out / "model")
+@dataclass(frozen=True)
+class Size:
+    """What is run.
+
+    Attributes:
+        updates: of a run.
+        seeds: runs of each arm.
+        spikes: workload → every so many updates has huge advantages; 0 for none.
+        layers: of the model.
+        timed: updates of the run that takes the time of a look.
+        width, depth: of its larger model.
+    """
+
+    updates: int = 200
+    seeds: int = 2
+    spikes: Mapping[str, int] = field(default_factory=lambda: SPIKES)
+    layers: int = 4
+    timed: int = 16
+    width: int = 512
+    depth: int = 8
+
+
+def measure(out: Path, seed: int, size: Size) -> dict[str, Any]:
+    """Run each workload under each rule, with `retry` and `skip`; the summaries are of all seeds together."""
+    model = make_random_model(out / "model", layers=size.layers)
     settings = {"FP16_PATCH_GROWTH_INTERVAL": str(GROWTH_INTERVAL), "FP16_PATCH_GRADIENT_LOOK_EVERY": str(LOOK_EVERY)}
 
     def of(rule: str, on_overflow: str, every: int) -> dict[str, Any]:
-        plan = {**settings, "FP16_PATCH_SCALE_RULE": rule, "FP16_PATCH_ON_OVERFLOW": on_overflow}
-        asked = {"model": str(model), "updates": UPDATES, "spike_every": every}
-        runs = [ran(MODULE, {**asked, "seed": seed + number}, plan, 1)["updates"] for number in range(SEEDS)]
+        plan = {**PLAN, **settings, "FP16_PATCH_SCALE_RULE": rule, "FP16_PATCH_ON_OVERFLOW": on_overflow}
+        asked = {"model": str(model), "updates": size.updates, "spike_every": every}
+        runs = [on_ranks(WORK, {**asked, "seed": seed + number}, plan)["updates"] for number in range(size.seeds)]
         return summary(runs)
 
     return {
-        "look_cost": look_cost(out),
-        "updates": UPDATES * SEEDS,
+        "look_cost": look_cost(out, size),
+        "updates": size.updates * size.seeds,
         "growth_interval": GROWTH_INTERVAL,
         "look_every": LOOK_EVERY,
         "workloads": {
             workload: {how: {rule: of(rule, how, every) for rule in RULES} for how in ON_OVERFLOW}
-            for workload, every in SPIKES.items()
+            for workload, every in size.spikes.items()
         },
     }
 
 
-def look_cost(out: Path) -> float:
-    """Time of an update that is looked at ÷ of one that is not, alternating in one run of a larger model."""
-    model = make_random_model(out / "larger", hidden_size=512, layers=8)
-    plan = {"FP16_PATCH_GRADIENT_LOOK_EVERY": "2"}
-    seconds = ran(MODULE, {"model": str(model), "updates": TIMED, "timed": True, "seed": 0}, plan, 1)["seconds"]
+def look_cost(out: Path, size: Size) -> float:
+    """Time an update that is looked at ÷ one that is not, alternating in one run of a larger model."""
+    model = make_random_model(out / "larger", hidden_size=size.width, layers=size.depth)
+    plan = {**PLAN, "FP16_PATCH_GRADIENT_LOOK_EVERY": "2"}
+    seconds = on_ranks(WORK, {"model": str(model), "updates": size.timed, "timed": True, "seed": 0}, plan)["seconds"]
     # The first ones warm up and measure the first scale.
     return statistics.median(seconds[4::2]) / statistics.median(seconds[5::2])
 
 
 def summary(runs: list[list[dict[str, float]]]) -> dict[str, float]:
-    """Of runs, each a list of updates as `answer` gives them; the first of each, which measures its scale, is left out.
+    """Summarize runs, each a list of updates as `answer` gives them.
+
+    The first of each, which measures its scale, is left out.
 
     `usable` is the share of the updates that were taken at a scale that is at most `USABLE` times below the largest
     which the update's own gradients bear; `underflow` is the mean share of FP16 gradients that are zero or subnormal,
@@ -89,7 +114,7 @@ def summary(runs: list[list[dict[str, float]]]) -> dict[str, float]:
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """In a rank's process: of each update its passes, its overflows, and what the last pass's gradients were."""
+    """Train in this process, which is a rank's; say of each update its passes, its overflows and its last gradients."""
     import torch
 
     if request.get("timed"):
@@ -183,21 +208,8 @@ def show(measured: dict[str, Any], console: Console) -> None:
     console.print(f"an update that is looked at takes {measured['look_cost']:.3f} times as long")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out")
-    parser.add_argument("--answer", type=Path, nargs=2, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.answer:
-        answered_to(*arguments.answer, work=answer)
-        return
-    out: Path = arguments.out.resolve() / "scale_rule"
-    out.mkdir(parents=True, exist_ok=True)
-    measured = measure(out, arguments.seed)
-    (out / "scale_rule.json").write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
-    show(measured, Console())
-
+SMOKE = Size(updates=4, seeds=1, spikes={"grpo, spikes": 2}, layers=1, timed=6, width=128, depth=1)
+BENCH = Bench("scale_rule", measure, show, full=Size(), smoke=SMOKE)
 
 if __name__ == "__main__":
-    main()
+    BENCH.main(__doc__)

@@ -1,4 +1,4 @@
-"""What an FP16 step costs beside a BF16 step, and what a loss scale that is too high costs.
+"""Measure what an FP16 step costs beside a BF16 step, and what a loss scale that is too high costs.
 
     python -m integration.bench.step             # all of out/step.json
     python -m integration.bench.step passes      # one section: passes, overflows or wire
@@ -12,14 +12,13 @@ of a whole step is given where it says something of training: on a GPU, in `step
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,9 +26,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from integration.bench import evidence, retry, wire
-from integration.bench.verl_learner import ROOT
-from integration.cpu.launch import ENVIRONMENT
+from integration.bench import command, evidence, retry, wire
+from integration.bench.ranks import MODULES, PLAN, cpu_environment
+from integration.bench.served import Served, questions, say
 from integration.cpu.tiny_model import make_random_model
 
 STOCK = {"FP16_PATCH_FUSED_STEP": "0"}
@@ -41,58 +40,44 @@ ARMS: Mapping[str, Mapping[str, str]] = {
 }
 # Name → width and depth of the model; it has about nine times the square of the one by the other parameters.
 SIZES = {"10M": (384, 8), "100M": (1024, 11), "200M": (1280, 14), "500M": (1536, 24), "1500M": (2048, 40)}
-ON_A_CPU = ("10M", "100M", "200M")
-TURNS, WARM_UP = 9, 2
+FOR_A_GPU = ("500M", "1500M")
 # A CPU is slow at FP16 products, of which the optimizer phase has none.
 FEW_TOKENS = 2
-_ANSWER = "answer "
 
 
-class Arm:
-    """One arm's learner, in a process of its own, that updates when it is told to."""
+@dataclass(frozen=True)
+class Size:
+    """What is run.
 
-    def __init__(self, settings: Mapping[str, str], model: Path, tokens: int, log: Path) -> None:
-        self._log = log
-        command = [sys.executable, "-m", "integration.bench.step", "--serve", str(model), str(tokens)]
-        with log.open("w") as errors:
-            self._process = subprocess.Popen(
-                command,
-                env=_environment(settings),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-            )
-        self.facts = self._answer()
+    Attributes:
+        models: name → width and depth, of those that this machine can hold.
+        turns: updates of each arm that count.
+        warm_up: updates before them.
+        overflows, wire: sizes of the other sections.
+    """
 
-    def ask(self, what: str) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        self._process.stdin.write(what + "\n")
-        self._process.stdin.flush()
-        return self._answer()
-
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(timeout=60)
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.startswith(_ANSWER):
-                answer: dict[str, Any] = json.loads(line.removeprefix(_ANSWER))
-                return answer
-        raise RuntimeError(f"verl's engine ended:\n{self._log.read_text()[-3000:]}")
+    models: Mapping[str, tuple[int, int]] = field(default_factory=lambda: SIZES)
+    turns: int = 9
+    warm_up: int = 2
+    overflows: retry.Size = retry.BENCH.full
+    wire: wire.Size = wire.BENCH.full
 
 
-def passes(out: Path, seed: int) -> dict[str, Any]:
-    """Size → arm → passes, bytes and times; of the smallest, `passes_stock`, `passes_ours`; `step_ratio` by device."""
+SMOKE = Size({"1M": (320, 1)}, turns=1, warm_up=0, overflows=retry.BENCH.smoke, wire=wire.BENCH.smoke)
+
+
+def passes(out: Path, seed: int, size: Size) -> dict[str, Any]:
+    """Count passes and bytes and take times, by size and arm.
+
+    Returns:
+        `passes_stock` and `passes_ours` of the smallest size, `sizes`, and `step_ratio` by device.
+    """
     del seed
-    device, sizes, tokens = _machine()
+    device, names, tokens = _machine(size.models)
     phases = ("optimizer", "whole") if device else ("optimizer",)
-    found = {size: _measured(size, tokens, phases, out) for size in sizes}
-    smallest = found[sizes[0]]["arms"]
-    whole = {size: of["ratios"]["whole"]["fp16 ours"] for size, of in found.items()} if device else {}
+    found = {name: _measured(size, size.models[name], tokens, phases, out) for name in names}
+    smallest = found[names[0]]["arms"]
+    whole = {name: of["ratios"]["whole"]["fp16 ours"] for name, of in found.items()} if device else {}
     return {
         "passes_stock": smallest["fp16 stock"]["passes"],
         "passes_ours": smallest["fp16 ours"]["passes"],
@@ -102,27 +87,38 @@ def passes(out: Path, seed: int) -> dict[str, Any]:
     }
 
 
-def _machine() -> tuple[str | None, tuple[str, ...], int]:
-    """Name of the GPU, if there is one; the sizes that fit; tokens of a sequence."""
+def _machine(models: Mapping[str, Any]) -> tuple[str | None, tuple[str, ...], int]:
+    """Return the GPU's name, if there is one; the sizes that fit; tokens of a sequence."""
     import torch
 
     if not torch.cuda.is_available():
-        return None, ON_A_CPU, FEW_TOKENS
+        return None, tuple(name for name in models if name not in FOR_A_GPU), FEW_TOKENS
     fits = torch.cuda.get_device_properties(0).total_memory / (len(ARMS) * 20)
-    sizes = tuple(size for size in SIZES if int(size.removesuffix("M")) * 1e6 < fits)
-    return torch.cuda.get_device_name(0), sizes, 2048
+    return torch.cuda.get_device_name(0), tuple(name for name in models if _parameters(name) < fits), 2048
 
 
-def _measured(size: str, tokens: int, phases: tuple[str, ...], out: Path) -> dict[str, Any]:
-    width, depth = SIZES[size]
-    with tempfile.TemporaryDirectory(prefix="fp16_patch_bench_", dir=out) as folder:
+def _parameters(size: str) -> float:
+    return int(size.removesuffix("M")) * 1e6
+
+
+def _measured(size: Size, shape: tuple[int, int], tokens: int, phases: tuple[str, ...], out: Path) -> dict[str, Any]:
+    """Let the arms take turns, each in a process of its own, and count the passes of one more update of each."""
+    width, depth = shape
+    updates = size.warm_up + size.turns
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="fp16_patch_bench_", dir=out))
         model = make_random_model(Path(folder) / "model", hidden_size=width, layers=depth)
-        arms = {name: Arm(settings, model, tokens, out / f"{name}.log") for name, settings in ARMS.items()}
-        turns = [{name: arm.ask("update") for name, arm in arms.items()} for _ in range(WARM_UP + TURNS)][WARM_UP:]
+        arguments = (str(model), str(tokens), str(updates + 1))
+        # All start before the first is asked.
+        arms = {
+            name: stack.enter_context(
+                closing(Served("integration.bench.step:serve", arguments, _environment(settings), out / f"{name}.log"))
+            )
+            for name, settings in ARMS.items()
+        }
+        parameters = [arm.ask("parameters") for arm in arms.values()][0]
+        turns = [{name: arm.ask("update") for name, arm in arms.items()} for _ in range(updates)][size.warm_up :]
         counted = {name: arm.ask("count") for name, arm in arms.items()}
-        parameters = next(iter(arms.values())).facts["parameters"]
-        for arm in arms.values():
-            arm.close()
     return {
         "parameters": parameters,
         "arms": {name: {**counted[name], "skipped": sum(turn[name]["skipped"] for turn in turns)} for name in ARMS},
@@ -131,24 +127,22 @@ def _measured(size: str, tokens: int, phases: tuple[str, ...], out: Path) -> dic
 
 
 def _ratios(turns: list[dict[str, dict[str, float]]], phase: str) -> dict[str, float]:
-    """Arm → median, over the turns, of its seconds ÷ those of BF16 as verl steps in the same turn."""
+    """Divide each arm's seconds by those of BF16 as verl steps in the same turn; medians over the turns."""
     return {name: median(turn[name][phase] / turn["bf16 stock"][phase] for turn in turns) for name in ARMS}
 
 
 def _environment(settings: Mapping[str, str]) -> dict[str, str]:
     import torch
 
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("FP16_PATCH")}
     process = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     if torch.cuda.is_available():
-        return {**kept, **process, **settings, "VERL_USE_EXTERNAL_MODULES": "fp16_patch.autoload"}
-    path = os.pathsep.join([str(ROOT / "integration" / "cpu"), str(ROOT)])
-    modules = {"VERL_USE_EXTERNAL_MODULES": "verl_on_cpu,fp16_patch.autoload", "PYTHONPATH": path}
-    return {**kept, **ENVIRONMENT, **process, **settings, **modules}
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("FP16_PATCH")}
+        return {**kept, **process, **settings, MODULES: "fp16_patch.autoload"}
+    return cpu_environment({**PLAN, **process, **settings})
 
 
-def serve(model: Path, tokens: int) -> None:
-    """In an arm's process: one update for each line that comes in, its times on a line that goes out."""
+def serve(model: str, tokens: str, updates: str) -> None:
+    """Update a learner in this process each time it is asked to; the answer is the update's times, or its passes."""
     import torch
     import torch.distributed as dist
 
@@ -157,23 +151,22 @@ def serve(model: Path, tokens: int) -> None:
     dist.init_process_group(
         "nccl" if torch.cuda.is_available() else "gloo", store=dist.HashStore(), rank=0, world_size=1
     )
-    learner = Learner(model, WARM_UP + TURNS + 1, tokens=tokens)
-    timed = _Timed(learner.engine)
-    _say({"parameters": sum(parameter.numel() for parameter in learner.engine.module.parameters())})
-    for number, line in enumerate(sys.stdin):
-        timed.counts = line.strip() == "count"
+    learner = Learner(Path(model), int(updates), tokens=int(tokens))
+    timed, number = _Timed(learner.engine), 0
+    for asked in questions():
+        if asked == "parameters":
+            say(sum(parameter.numel() for parameter in learner.engine.module.parameters()))
+            continue
+        timed.counts = asked == "count"
         started = _now()
         metrics = learner.update(number)
-        whole = _now() - started
-        _say(
-            timed.found
-            if timed.counts
-            else {"whole": whole, "optimizer": timed.seconds, "skipped": metrics.get("skipped", 0.0)}
-        )
+        number, whole = number + 1, _now() - started
+        times = {"whole": whole, "optimizer": timed.seconds, "skipped": metrics.get("skipped", 0.0)}
+        say(timed.found if timed.counts else times)
 
 
 class _Timed:
-    """Stands before an engine's optimizer step, and takes its time or counts its passes."""
+    """Wraps an engine's optimizer step, and takes its time or counts its passes."""
 
     def __init__(self, engine: Any) -> None:
         self._step, self._module = engine.optimizer_step, engine.module
@@ -210,14 +203,10 @@ def _now() -> float:
     return time.perf_counter()
 
 
-def _say(answer: dict[str, Any]) -> None:
-    print(_ANSWER + json.dumps(answer), flush=True)
-
-
-SECTIONS: dict[str, Callable[[Path, int], dict[str, Any]]] = {
+SECTIONS: dict[str, Callable[[Path, int, Size], dict[str, Any]]] = {
     "passes": passes,
-    "overflows": retry.measure,
-    "wire": wire.measure,
+    "overflows": lambda out, seed, size: retry.BENCH.figures(out, seed, size.overflows),
+    "wire": lambda out, seed, size: wire.BENCH.figures(out, seed, size.wire),
 }
 
 
@@ -232,26 +221,20 @@ def show(found: Mapping[str, Any], console: Console) -> None:
     console.print({name: value for name, value in found.items() if name not in ("sizes", "made_of")})
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = command.parser(__doc__)
     parser.add_argument("sections", nargs="*", choices=[[], *SECTIONS], help="only these")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out")
-    parser.add_argument("--serve", nargs=2, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.serve:
-        serve(Path(arguments.serve[0]), int(arguments.serve[1]))
-        return
-    out: Path = arguments.out.resolve()
-    (out / "step").mkdir(parents=True, exist_ok=True)
-    result = out / "step.json"
-    for section in arguments.sections or SECTIONS:
-        found = SECTIONS[section](out / "step", arguments.seed)
-        kept: dict[str, Any] = json.loads(result.read_text()) if result.is_file() else {"made_of": {}}
-        kept |= found
-        kept["made_of"][section] = evidence.made_of(f"python -m integration.bench.step {section}", arguments.seed)
-        result.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
-        show(kept, Console())
+    arguments = parser.parse_args(argv)
+    with command.results_folder(arguments.out, smoke=arguments.smoke) as out:
+        work, result = out / "step", out / "step.json"
+        work.mkdir(exist_ok=True)
+        for section in arguments.sections or SECTIONS:
+            found = SECTIONS[section](work, arguments.seed, SMOKE if arguments.smoke else Size())
+            kept: dict[str, Any] = json.loads(result.read_text()) if result.is_file() else {"made_of": {}}
+            kept |= found
+            kept["made_of"][section] = evidence.made_of(f"python -m integration.bench.step {section}", arguments.seed)
+            command.keep(result, kept)
+            show(kept, Console())
 
 
 if __name__ == "__main__":

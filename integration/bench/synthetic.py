@@ -1,4 +1,4 @@
-"""What a mismatch does to training when the precision stays the same: a demonstration of the mechanism, synthetic.
+"""Demonstrate on synthetic precisions what a mismatch does to training while the precision stays the same.
 
     python -m integration.bench.synthetic                       # every arm on three seeds
     python -m integration.bench.synthetic --seeds 0 --bits 2    # one seed, another precision
@@ -7,12 +7,11 @@ A small model learns the demo's task by plain policy gradient. In three arms the
 of a few mantissa bits, always the same; the learner's have the same rounding, an equally coarse but different one, or
 none. No real hardware computes so, and the mismatch is far larger than that of BF16: it is the mechanism that is shown.
 All arms share model, problems, seeds and hyper-parameters. Results go to `out/synthetic.json`; a run that is already
-under `out/synthetic/`, of the same settings, is not repeated.
+under `out/evidence/synthetic/`, of the same settings, is not repeated.
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import math
@@ -21,7 +20,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +33,13 @@ from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from fp16_patch.mismatch.statistics.summary import MismatchStats
+from integration.bench.command import Bench, parser, results_folder
 from integration.bench.rounded_policy import Cache, RoundedPolicy
 from integration.bench.rounding import Precision
 from integration.cpu.tiny_model import character_model, character_tokenizer
 from integration.demo import make_model
 from integration.demo.task import Problem, compute_score, problems
 
-OUT = Path(__file__).parent / "out"
 SEEDS = (0, 1, 2)
 # Half a binade: as far as two grids can lie apart.
 OTHER_PHASE = math.sqrt(2)
@@ -51,7 +50,7 @@ FIGURES = (*REWARDS, "fall", *MISMATCH)
 
 @dataclass(frozen=True)
 class Settings:
-    """The same for every arm. ``window``: the steps over which a reward is averaged."""
+    """The same for every arm; `window` is the steps over which a reward is averaged."""
 
     bits: int = 1
     steps: int = 200
@@ -68,13 +67,24 @@ class Settings:
 
 
 @dataclass(frozen=True)
+class Size:
+    """What is run: the trainings, on which seeds, added to the bench's; steps of teaching that a model begins with."""
+
+    seeds: tuple[int, ...] = SEEDS
+    settings: Settings = field(default_factory=Settings)
+    lessons: int = make_model.MAX_STEPS
+
+
+@dataclass(frozen=True)
 class Arm:
+    """The precision of each side, None for FP32."""
+
     learner: Precision | None
     sampler: Precision | None
 
 
 def arms(bits: int) -> dict[str, Arm]:
-    """The sampler is one and the same in all but the reference, so what differs there is the learner's rounding."""
+    """Name the arms. The sampler is the same in all but the reference; what differs there is the learner's rounding."""
     low, other = Precision(bits), Precision(bits, OTHER_PHASE)
     return {
         "fp32": Arm(None, None),
@@ -86,7 +96,7 @@ def arms(bits: int) -> dict[str, Arm]:
 
 @dataclass(frozen=True)
 class Rollouts:
-    """Sampled responses, each (sequences, tokens); ``mask`` is true up to the end token, itself included."""
+    """Sampled responses, each (sequences, tokens); `mask` is true up to the end token, itself included."""
 
     prompts: Tensor
     tokens: Tensor
@@ -95,13 +105,25 @@ class Rollouts:
     rewards: Tensor
 
 
-def measure(out: Path, seeds: Sequence[int] = SEEDS, settings: Settings | None = None) -> dict[str, Any]:
-    """Every arm on every seed, on one thread: curves by arm and seed, and their summary by arm."""
+def measure_size(out: Path, seed: int, size: Size) -> dict[str, Any]:
+    """Measure what a size says; see `measure`."""
+    # Its bars would break ours.
+    disable_progress_bar()
+    return measure(out, [seed + number for number in size.seeds], size.settings, size.lessons)
+
+
+def measure(
+    out: Path,
+    seeds: Sequence[int] = SEEDS,
+    settings: Settings | None = None,
+    lessons: int = make_model.MAX_STEPS,
+) -> dict[str, Any]:
+    """Train every arm on every seed, on one thread; returns curves by arm and seed, and their summary by arm."""
     settings = settings or Settings()
     folder = out / "synthetic"
     folder.mkdir(parents=True, exist_ok=True)
     with _one_thread():
-        models = {seed: _model_folder(folder, settings, seed) for seed in seeds}
+        models = {seed: _model_folder(folder, settings, seed, lessons) for seed in seeds}
         curves: dict[str, dict[str, Any]] = {name: {} for name in arms(settings.bits)}
         with _progress() as progress:
             for seed, (name, arm) in itertools.product(seeds, arms(settings.bits).items()):
@@ -123,9 +145,9 @@ def measure(out: Path, seeds: Sequence[int] = SEEDS, settings: Settings | None =
 def run(
     model_folder: Path, arm: Arm, settings: Settings, seed: int, advance: Callable[[float], None]
 ) -> dict[str, Any]:
-    """One training: its curves, by step the reward and the mismatch.
+    """Train once; returns the curves, by step the reward and the mismatch.
 
-    ``learner_reward`` is that of the trained weights when the learner itself samples, in its own precision.
+    `learner_reward` is that of the trained weights when the learner itself samples, in its own precision.
     """
     started = time.process_time()
     model = Qwen2ForCausalLM.from_pretrained(model_folder)
@@ -156,7 +178,7 @@ def sample(
     settings: Settings,
     generator: torch.Generator,
 ) -> Rollouts:
-    """One response to each of ``asked``, at temperature 1, with the log-probs of its tokens."""
+    """Sample one response to each of `asked` at temperature 1, with the log-probs of its tokens, in nats."""
     prompts = torch.tensor(tokenizer([problem.prompt for problem in asked])["input_ids"])
     cache, last = Cache(), prompts
     ended = torch.zeros(len(asked), dtype=torch.bool)
@@ -183,7 +205,7 @@ def update(
     precision: Precision | None,
     settings: Settings,
 ) -> Tensor:
-    """One step on ``−Σ A log π_learner / tokens``, A the reward less its problem's mean; returns log π_learner.
+    """Step on `−Σ A log π_learner / tokens`, A the reward less its problem's mean; returns log π_learner.
 
     The sampler's log-probs are not in it, as in a framework that takes its rollouts to be on-policy.
     """
@@ -199,14 +221,14 @@ def update(
 
 
 def learner_log_probs(policy: RoundedPolicy, rollouts: Rollouts) -> Tensor:
-    """(sequences, tokens) of the responses, in one forward over prompt and response."""
+    """Compute log π of the responses' tokens, (sequences, tokens), in one forward over prompt and response."""
     first = rollouts.prompts.shape[1] - 1
     logits = policy.logits(torch.cat([rollouts.prompts, rollouts.tokens], 1)[:, :-1])[:, first:]
     return logits.log_softmax(-1).gather(-1, rollouts.tokens[..., None]).squeeze(-1)
 
 
 def figures(curves: dict[str, list[float]], window: int) -> dict[str, float]:
-    """Rewards are means over ``window`` steps: the first, the best, the last; the mismatch is over all steps."""
+    """Average rewards over `window` steps: the first, the best, the last; and the mismatch over all steps."""
     reward = torch.tensor(curves["reward"], dtype=torch.float64).unfold(0, window, 1).mean(1)
     start, peak, final = float(reward[0]), float(reward.max()), float(reward[-1])
     rewards = {"start_reward": start, "peak_reward": peak, "final_reward": final, "fall": peak - final}
@@ -214,9 +236,9 @@ def figures(curves: dict[str, list[float]], window: int) -> dict[str, float]:
 
 
 def summarize(curves: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """By arm the mean, least and greatest over seeds of each of their figures.
+    """Spread each figure of an arm over seeds: mean, least and greatest.
 
-    ``final_below_same`` is the final reward of the arm "same rounding" less this arm's, seed by seed.
+    `final_below_same` is the final reward of the arm "same rounding" less this arm's, seed by seed.
     """
     summary, same = {}, curves["same rounding"]
     for name, runs in curves.items():
@@ -227,7 +249,7 @@ def summarize(curves: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def show(measured: dict[str, Any], console: Console) -> None:
-    """Rewards with their least and greatest over the seeds below; of the mismatch the mean alone."""
+    """Print rewards with their least and greatest over the seeds below; of the mismatch the mean alone."""
     seeds = ", ".join(map(str, measured["seeds"]))
     title = f"synthetic: {measured['settings']['bits']} mantissa bits, seeds {seeds}"
     table = Table("arm", title=title, pad_edge=False)
@@ -254,13 +276,13 @@ def _repeated(asked: Sequence[Problem], settings: Settings) -> list[Problem]:
     return [problem for problem in asked for _ in range(settings.samples_a_problem)]
 
 
-def _model_folder(folder: Path, settings: Settings, seed: int) -> Path:
-    """The model that every arm of the seed starts from, trained on worked examples where it is not there yet."""
+def _model_folder(folder: Path, settings: Settings, seed: int, lessons: int) -> Path:
+    """Make the model that every arm of the seed starts from, taught by worked examples, if it is not there yet."""
     model_folder = folder / f"model-{settings.hidden_size}x{settings.layers}-{seed}"
     if not model_folder.is_dir():
         tokenizer = character_tokenizer()
         model = character_model(tokenizer, hidden_size=settings.hidden_size, layers=settings.layers, seed=seed)
-        make_model.train(model, tokenizer, seed)
+        make_model.train(model, tokenizer, seed, lessons)
         # Written under another name first: an interrupted write must not pass for the model.
         unfinished = folder / "model-unfinished"
         model.save_pretrained(unfinished)
@@ -269,7 +291,7 @@ def _model_folder(folder: Path, settings: Settings, seed: int) -> Path:
 
 
 def _kept(result: Path, settings: Settings) -> dict[str, Any] | None:
-    """The run in ``result``, if there is one and it was measured with these settings."""
+    """Read the run in `result`, if there is one and it was measured with these settings."""
     if not result.is_file():
         return None
     kept = json.loads(result.read_text())
@@ -298,18 +320,22 @@ def _advance(progress: Progress, description: str, settings: Settings) -> Callab
     return lambda reward: progress.update(task, advance=1, reward=reward)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
-    parser.add_argument("--bits", type=int, default=Settings.bits, help="mantissa bits of the rounded operands")
-    arguments = parser.parse_args()
-    out: Path = arguments.out.resolve()
-    # Its bars would break ours.
-    disable_progress_bar()
-    measured = measure(out, arguments.seeds, Settings(bits=arguments.bits))
-    (out / "synthetic.json").write_text(json.dumps(measured, indent=1) + "\n")
-    show(measured, Console())
+SMOKE = Size(
+    seeds=(0,),
+    settings=Settings(steps=2, window=2, problems=2, problems_a_step=2, samples_a_problem=2, hidden_size=32),
+    lessons=1,
+)
+BENCH = Bench("synthetic", measure_size, show, full=Size(), smoke=SMOKE, folder="evidence")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    made = parser(__doc__)
+    made.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="added to --seed")
+    made.add_argument("--bits", type=int, default=Settings.bits, help="mantissa bits of the rounded operands")
+    arguments = made.parse_args(argv)
+    asked = Size(tuple(arguments.seeds), Settings(bits=arguments.bits))
+    with results_folder(arguments.out, smoke=arguments.smoke) as out:
+        BENCH.run(out, arguments.seed, SMOKE if arguments.smoke else asked)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One training by real verl for a bench: started on the demo's task, read from its record, kept by its settings."""
+"""Train with real verl for a bench: start on the demo's task, read the record, keep it by its settings."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ Curve = list[float | None]
 class Settings:
     """The hyper-parameters, the same for every arm of a comparison.
 
-    ``updates`` is how many times a step's rollouts are learned from in part, so that all but the first are off-policy.
+    Attributes:
+        updates: how often a step's rollouts are learned from, a part each time: all but the first are off-policy.
     """
 
     steps: int
@@ -49,6 +50,9 @@ class Settings:
     prompts_a_step: int = 8
     samples_a_prompt: int = 8
     updates: int = 2
+
+
+SMOKE = Settings(steps=1, samples_a_prompt=4)
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,7 @@ class Training:
 def trained(
     training: Training, settings: Settings, model: Path, problems: ProblemSet, folder: Path, console: Console
 ) -> dict[str, Any]:
-    """Curves, ledger and seconds of the training; one of the same settings that is in ``folder`` is not repeated.
+    """Train, and return curves, ledger and seconds; a training of the same settings in `folder` is not repeated.
 
     Raises:
         RuntimeError: the run failed; the message has its end.
@@ -100,6 +104,7 @@ def trained(
 
 
 def config_of(training: Training, settings: Settings, model: Path, problems: ProblemSet, out: Path) -> LaunchConfig:
+    """Return the run of verl that this training is."""
     return LaunchConfig(
         model,
         problems.train,
@@ -121,7 +126,7 @@ def config_of(training: Training, settings: Settings, model: Path, problems: Pro
 
 
 def seeded(seed: int) -> tuple[str, ...]:
-    """The order of the problems, vLLM's draws, the order of the mini-batches; the model and the problems stay."""
+    """Seed the order of the problems, vLLM's draws and the order of the mini-batches, not the model or the problems."""
     return (
         f"data.seed={seed}",
         f"actor_rollout_ref.rollout.seed={seed}",
@@ -131,7 +136,7 @@ def seeded(seed: int) -> tuple[str, ...]:
 
 
 def curves_of(record: RunRecord, steps: int) -> dict[str, Curve]:
-    """By curve the values of steps 1, 2, …, None where there is none; empty where the run has no such figure."""
+    """Read the values of steps 1, 2, … of each curve, None where there is none; empty if the run has no such figure."""
     return {name: _curve(record, names, steps) for name, names in CURVES.items()}
 
 
@@ -145,18 +150,19 @@ def _short(value: float | None) -> float | None:
 
 
 def mean(curve: Sequence[float | None]) -> float:
-    """Of the values that are there; NaN where there is none."""
+    """Average the values that are there; NaN where there is none."""
     values = [value for value in curve if value is not None]
     return statistics.fmean(values) if values else math.nan
 
 
 def ends(curves: Mapping[str, Curve]) -> dict[str, float]:
-    """Means over the last quarter of the steps, and of the reward over the first, too."""
+    """Average over the last quarter of the steps, the reward over the first, too."""
     quarter = max(1, len(curves["reward"]) // 4)
     return {name: mean(curves[name][-quarter:]) for name in ENDS} | {"start_reward": mean(curves["reward"][:quarter])}
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
+    """Return the mean, the least and the greatest."""
     return {"mean": statistics.fmean(values), "min": min(values), "max": max(values)}
 
 
@@ -168,7 +174,7 @@ def _made_of(training: Training, settings: Settings, problems: ProblemSet) -> di
 
 
 def _kept(result: Path, made_of: dict[str, Any]) -> dict[str, Any] | None:
-    """The run in ``result``, if there is one and it was made of the same."""
+    """Read the run in `result`, if there is one and it was made of the same."""
     if not result.is_file():
         return None
     kept = json.loads(result.read_text())

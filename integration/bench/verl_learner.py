@@ -1,26 +1,18 @@
 """verl's own FSDP engine as the learner that scores sampled sequences, in a process of its own for each dtype.
 
-    python -m torch.distributed.run … -m integration.bench.verl_learner request.json answer.json
-
 The plan (`FP16_PATCH`) decides what it computes in, as it does in a run.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from fp16_patch.probe.sequences import Sampled
-from integration.cpu.launch import ENVIRONMENT
+from integration.bench.ranks import PLAN, on_ranks
 
-ROOT = Path(__file__).parents[2]
 MICRO_BATCH = 8
 
 
@@ -41,7 +33,7 @@ class LearnerModel:
 
 
 def scores(model: LearnerModel, sequences: Sequence[Sampled], dtype: str, strategy: str = "fsdp2") -> list[list[float]]:
-    """log π of each response's tokens, by verl's engine under a plan of mode `dtype`.
+    """Score each response's tokens, log π in nats, by verl's engine under a plan of mode `dtype`.
 
     Raises:
         RuntimeError: the engine ended without an answer; the end of its log.
@@ -51,27 +43,12 @@ def scores(model: LearnerModel, sequences: Sequence[Sampled], dtype: str, strate
         "strategy": strategy,
         "sequences": [[sequence.prompt, sequence.response] for sequence in sequences],
     }
-    with tempfile.TemporaryDirectory(prefix="fp16_patch_bench_") as folder:
-        asked, answered = Path(folder) / "request.json", Path(folder) / "answer.json"
-        asked.write_text(json.dumps(request), encoding="utf-8")
-        launch = ["torch.distributed.run", "--standalone", "--nproc_per_node=1", "-m", "integration.bench.verl_learner"]
-        command = [sys.executable, "-m", *launch, str(asked), str(answered)]
-        process = subprocess.run(command, env=_environment(dtype), capture_output=True, text=True, check=False)
-        if process.returncode or not answered.is_file():
-            raise RuntimeError(f"verl's engine in {dtype}:\n{process.stderr[-3000:]}")
-        answer: list[list[float]] = json.loads(answered.read_text(encoding="utf-8"))
-    return answer
-
-
-def _environment(dtype: str) -> dict[str, str]:
-    path = os.pathsep.join([str(ROOT / "integration" / "cpu"), str(ROOT)])
-    plan = {"FP16_PATCH": dtype, "VERL_USE_EXTERNAL_MODULES": "verl_on_cpu,fp16_patch.autoload"}
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("FP16_PATCH")}
-    return {**kept, **ENVIRONMENT, **plan, "PYTHONPATH": path}
+    found: list[list[float]] = on_ranks(f"{__name__}:answer", request, {**PLAN, "FP16_PATCH": dtype})
+    return found
 
 
 def answer(request: dict[str, Any]) -> list[list[float]]:
-    """In the process of its own."""
+    """Score the request's sequences in this process, which is a rank's."""
     import torch
     from verl.trainer.config import CheckpointConfig
     from verl.utils import tensordict_utils as tu
@@ -123,16 +100,3 @@ def answer(request: dict[str, Any]) -> list[list[float]]:
         values[len(prompt) - 1 : len(prompt) + len(response) - 1].tolist()
         for values, (prompt, response) in zip(scored.unbind()[: len(asked)], asked, strict=True)
     ]
-
-
-def main() -> None:
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo")
-    asked, answered = map(Path, sys.argv[1:])
-    answered.write_text(json.dumps(answer(json.loads(asked.read_text(encoding="utf-8")))), encoding="utf-8")
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

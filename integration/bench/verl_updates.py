@@ -1,62 +1,16 @@
-"""verl's own FSDP engine, trained on random tokens one update at a time, in processes of its own."""
+"""Train verl's own FSDP engine on random tokens, one update at a time, in the process of a rank."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import subprocess
-import sys
-import tempfile
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-
-from integration.bench.verl_learner import ROOT
-from integration.cpu.launch import ENVIRONMENT
 
 SEQUENCES, TOKENS, MICRO_BATCH = 4, 16, 2
 
 
-PLAN = {"FP16_PATCH": "fp16", "VERL_USE_EXTERNAL_MODULES": "verl_on_cpu,fp16_patch.autoload"}
-
-
-def ran(module: str, request: dict[str, Any], settings: Mapping[str, str], ranks: int) -> dict[str, Any]:
-    """What the `answer` of a module of this folder gives, on so many ranks under a plan with these settings."""
-    return asked(on_ranks(module, ranks, "--answer"), request, {**PLAN, **settings})
-
-
-def on_ranks(module: str, ranks: int, *options: str) -> list[str]:
-    """The command that runs a module on so many ranks."""
-    launch = ["torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", "-m", module]
-    return [sys.executable, "-m", *launch, *options]
-
-
-def asked(command: list[str], request: dict[str, Any], environment: Mapping[str, str]) -> dict[str, Any]:
-    """What a command answers, which is given the files of its request and its answer.
-
-    Raises:
-        RuntimeError: it ended without an answer; the end of its log.
-    """
-    with tempfile.TemporaryDirectory(prefix="fp16_patch_bench_") as folder:
-        request_file, answer_file = Path(folder) / "request.json", Path(folder) / "answer.json"
-        request_file.write_text(json.dumps(request), encoding="utf-8")
-        whole = [*command, str(request_file), str(answer_file)]
-        process = subprocess.run(whole, env=_on_a_cpu(environment), capture_output=True, text=True, check=False)
-        if process.returncode or not answer_file.is_file():
-            raise RuntimeError(f"{' '.join(command[1:])}:\n{process.stdout[-3000:]}{process.stderr[-6000:]}")
-        answer: dict[str, Any] = json.loads(answer_file.read_text(encoding="utf-8"))
-    return answer
-
-
-def _on_a_cpu(environment: Mapping[str, str]) -> dict[str, str]:
-    path = os.pathsep.join([str(ROOT / "integration" / "cpu"), str(ROOT)])
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("FP16_PATCH")}
-    return {**kept, **ENVIRONMENT, **environment, "PYTHONPATH": path}
-
-
 class Learner:
-    """verl's own, on random tokens.
+    """verl's own training worker, on random tokens.
 
     Args:
         model: a directory.
@@ -97,10 +51,11 @@ class Learner:
         self.engine = self.worker.engine
 
     def start_at(self, scale: float) -> None:
+        """Set the loss scale of the next update."""
         self.engine.scaler.load_state_dict({**self.engine.scaler.state_dict(), "scale": scale})
 
     def update(self, seed: int, advantage: float = 1.0) -> dict[str, float]:
-        """One update on tokens drawn from the seed; what became of it."""
+        """Update on tokens drawn from the seed; returns what became of it."""
         import torch
         import torch.distributed as dist
 
@@ -109,7 +64,7 @@ class Learner:
         return self.train([torch.randint(2, 90, (self.tokens,), generator=generator) for _ in range(SEQUENCES)])
 
     def train(self, rows: list[Any], **more: list[Any]) -> dict[str, float]:
-        """One update on these sequences' tokens, and more of each.
+        """Update on these sequences' tokens, and more of each.
 
         Returns:
             `skipped`, 0 or 1, and `retries_total`; what the plan does not say is left out.
@@ -131,7 +86,7 @@ class Learner:
         return {short: float(metrics[name][0][0]) for short, name in names.items() if name in metrics}
 
     def state(self) -> str:
-        """A digest of all ranks' parameters and moments."""
+        """Digest all ranks' parameters and moments."""
         import torch.distributed as dist
 
         own = hashlib.sha256()
@@ -145,15 +100,3 @@ class Learner:
 
     def loss(self, model_output: dict[str, Any], data: Any, dp_group: Any) -> tuple[Any, dict[str, Any]]:
         return -model_output["log_probs"].values().float().mean() * self.advantage, {}
-
-
-def answered_to(asked: Path, answered: Path, work: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    """In a rank's process: the answer to a request, written by the first."""
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo")
-    found = work(json.loads(asked.read_text(encoding="utf-8")))
-    if dist.get_rank() == 0:
-        answered.write_text(json.dumps(found), encoding="utf-8")
-    dist.barrier()
-    dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""What a weight sync sends from verl's own FSDP engine to a real vLLM, and what that makes of it.
+"""Compare what a weight sync sends from verl's own FSDP engine to a real vLLM, and what that makes of it.
 
     python -m integration.bench.wire
 
@@ -9,65 +9,83 @@ bit. What the sampler keeps in another dtype is asked of that very sampler.
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
-import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from fp16_patch.runtime.fp32_weights import Kept, kept_by_samplers
-from integration.bench.verl_updates import PLAN, Learner, asked, on_ranks
+from integration.bench.command import Bench
+from integration.bench.ranks import PLAN, STOCK, cpu_environment, on_ranks
+from integration.bench.served import Served, questions, say
+from integration.bench.verl_updates import Learner
 from integration.cpu.tiny_families import write_family
 from integration.cpu.tiny_model import make_random_model
 
 RANKS, UPDATES = 2, 2
+LEARNER = "integration.bench.wire:answer_as_learner"
 _EXTENSION = "verl.workers.rollout.vllm_rollout.utils.vLLMColocateWorkerExtension"
 
 
-def measure(out: Path, seed: int) -> dict[str, Any]:
-    """`wire_bytes_*`: of one copy of the weights; `sampler_bitwise`: whether both make the same sampler.
+# A dense model, and a mixture of experts whose router vLLM keeps in FP32.
+MODELS: dict[str, Callable[[Path], Path]] = {
+    "dense": lambda out: make_random_model(out / "model"),
+    "routed": lambda out: write_family("glm4_moe", out / "routed"),
+}
 
-    That of a dense model, and of a mixture of experts whose router vLLM keeps in FP32.
-    """
-    dense = sync_of(make_random_model(out / "model"), seed)
-    routed = sync_of(write_family("glm4_moe", out / "routed"), seed)
+
+@dataclass(frozen=True)
+class Size:
+    """Which of `MODELS` are synchronized."""
+
+    models: tuple[str, ...] = tuple(MODELS)
+
+
+def measure(out: Path, seed: int, size: Size) -> dict[str, Any]:
+    """Measure `wire_bytes_*`, of one copy of the weights, and `sampler_bitwise`: whether both make the same sampler."""
+    found = {name: sync_of(MODELS[name](out), seed) for name in size.models}
+    ratios = {name: of["bytes_ours"] / of["bytes_stock"] for name, of in found.items()}
+    first, *_ = found
     return {
-        "wire_bytes_stock": dense["bytes_stock"],
-        "wire_bytes_ours": dense["bytes_ours"],
-        "wire_bytes_ratio": dense["bytes_ours"] / dense["bytes_stock"],
-        "wire_bytes_ratio_with_fp32_router": routed["bytes_ours"] / routed["bytes_stock"],
-        "sampler_bitwise": dense["bitwise"] and routed["bitwise"],
+        "wire_bytes_stock": found[first]["bytes_stock"],
+        "wire_bytes_ours": found[first]["bytes_ours"],
+        "wire_bytes_ratio": ratios[first],
+        **({"wire_bytes_ratio_with_fp32_router": ratios["routed"]} if "routed" in ratios else {}),
+        "sampler_bitwise": all(of["bitwise"] for of in found.values()),
     }
 
 
 def sync_of(model: Path, seed: int) -> dict[str, Any]:
-    """One model's sync: bytes, whether the sampler is the same, what it keeps, and in which dtype each weight went."""
+    """Synchronize one model: bytes, whether the sampler is the same, what it keeps, in which dtype each weight went."""
     with tempfile.TemporaryDirectory(prefix="fp16_patch_bench_") as folder:
-        request = {"model": str(model), "seed": seed, "folder": folder}
-        stock = _learned({**request, "updates": 0, "kept": None}, {"VERL_USE_EXTERNAL_MODULES": "verl_on_cpu"})
-        command = [sys.executable, "-m", "integration.bench.wire", "--sampler"]
         # As the frameworks set the second: without, vLLM sends no functions to its workers.
         server = {"FP16_PATCH_KIND": "server", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
-        loaded = asked(command, request, {**PLAN, **server})
+        environment = cpu_environment({**PLAN, **server})
+        sampler = Served("integration.bench.wire:serve_sampler", (str(model),), environment, Path(folder) / "log.txt")
+        try:
+            request = {"model": str(model), "seed": seed, "folder": folder}
+            stock = on_ranks(LEARNER, {**request, "updates": 0, "kept": None}, STOCK, RANKS)
+            kept = sampler.ask("kept")
+            sent = on_ranks(LEARNER, {**request, "updates": UPDATES, "kept": kept}, PLAN, RANKS)
+            loaded = sampler.ask(folder)
+        finally:
+            sampler.close()
     return {
         "bytes_stock": stock["bytes"],
-        "bytes_ours": loaded["sent"]["bytes"],
+        "bytes_ours": sent["bytes"],
         "bitwise": loaded["bitwise"],
         "bitwise_if_all_rounded": loaded["bitwise_if_all_rounded"],
-        "kept": loaded["kept"],
-        "dtypes": loaded["sent"]["dtypes"],
+        "kept": kept,
+        "dtypes": sent["dtypes"],
     }
 
 
-def _learned(request: dict[str, Any], environment: Mapping[str, str]) -> dict[str, Any]:
-    return asked(on_ranks("integration.bench.wire", RANKS, "--learner"), request, environment)
-
-
 def answer_as_learner(request: dict[str, Any]) -> dict[str, Any]:
-    """In a rank's process: the weights as stock sends them, then as they are sent once the sampler is known."""
+    """Send the weights from this rank as stock does, then as they are sent once the sampler is known."""
     from fp16_patch.runtime.preflight import allow_training
 
     learner = Learner(Path(request["model"]), UPDATES)
@@ -91,23 +109,26 @@ def _synchronized(engine: Any, path: Path) -> dict[str, Any]:
     return {"bytes": sum(weight.nbytes for weight in weights.values()), "dtypes": dtypes}
 
 
-def answer_as_sampler(request: dict[str, Any]) -> dict[str, Any]:
-    """In the process that holds the engine: what it keeps, what the learner sends it then, and what becomes of that."""
+def serve_sampler(model: str) -> None:
+    """Hold a vLLM in this process: say what it keeps, then what becomes of the weights in a folder."""
     from vllm import LLM
 
     from fp16_patch.vllm.server import record_of_worker
 
-    llm = LLM(request["model"], dtype="float16", enforce_eager=True, max_model_len=64, worker_extension_cls=_EXTENSION)
-    kept: Kept | None = kept_by_samplers(llm.collective_rpc(record_of_worker))
-    sent = _learned({**request, "updates": UPDATES, "kept": kept}, PLAN)
-    (loaded,) = llm.collective_rpc(compared, args=(request["folder"],))
-    return {"kept": kept, "sent": sent, **loaded}
+    llm = LLM(model, dtype="float16", enforce_eager=True, max_model_len=64, worker_extension_cls=_EXTENSION)
+    for asked in questions():
+        if asked == "kept":
+            kept: Kept | None = kept_by_samplers(llm.collective_rpc(record_of_worker))
+            say(kept)
+        else:
+            (loaded,) = llm.collective_rpc(compared, args=(asked,))
+            say(loaded)
 
 
 def compared(worker: Any, folder: str) -> dict[str, bool]:
-    """In vLLM's worker: whether its model, parameters and buffers, is the same with our weights as with stock's.
+    """Compare in vLLM's worker whether its parameters and buffers are the same with our weights as with stock's.
 
-    And whether it were, too, if nothing had been kept from being rounded.
+    And whether they would be, too, if nothing had been kept from being rounded.
     """
     import torch
 
@@ -136,40 +157,11 @@ def _loaded(worker: Any, weights: dict[str, Any]) -> dict[str, Any]:
     return {name: weight.detach().clone() for name, weight in [*model.named_parameters(), *model.named_buffers()]}
 
 
-def _as_learner(work: dict[str, Any]) -> dict[str, Any]:
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo")
-    found = answer_as_learner(work)
-    dist.barrier()
-    first = dist.get_rank() == 0
-    dist.destroy_process_group()
-    return found if first else {}
+def show(measured: dict[str, Any], console: Console) -> None:
+    console.print_json(data=measured)
 
 
-def _answered(asked: Path, answered: Path, work: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    if found := work(json.loads(asked.read_text(encoding="utf-8"))):
-        answered.write_text(json.dumps(found), encoding="utf-8")
+BENCH = Bench("wire", measure, show, full=Size(), smoke=Size(("routed",)))
 
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "out")
-    parser.add_argument("--learner", type=Path, nargs=2, help=argparse.SUPPRESS)
-    parser.add_argument("--sampler", type=Path, nargs=2, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.learner or arguments.sampler:
-        work = _as_learner if arguments.learner else answer_as_sampler
-        _answered(*(arguments.learner or arguments.sampler), work=work)
-        return
-    out: Path = arguments.out.resolve() / "wire"
-    out.mkdir(parents=True, exist_ok=True)
-    measured = measure(out, arguments.seed)
-    (out / "wire.json").write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(measured, indent=1))
-
-
-# vLLM spawns its processes, and they import this file.
 if __name__ == "__main__":
-    main()
+    BENCH.main(__doc__)

@@ -1,4 +1,4 @@
-"""OpenRLHF's reward file for an untrained model: ``share_of_digits``, of which it earns some."""
+"""Reward an untrained model in OpenRLHF by `share_of_digits`, of which it earns some."""
 
 import sys
 from pathlib import Path

@@ -4,6 +4,7 @@ import json
 import random
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 # Lets this file run by its path, from any folder.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from integration.bench import command
 from integration.cpu.tiny_model import character_model, character_tokenizer
 from integration.demo.task import Problem, compute_score, problems
 
@@ -31,10 +33,25 @@ MAX_RESPONSE = 32
 HELD_OUT_SEED = 10_007
 
 
+@dataclass(frozen=True)
+class Effort:
+    """What is put into a model: its width and depth, steps of training at most, responses a problem it is judged by."""
+
+    hidden_size: int = HIDDEN_SIZE
+    layers: int = LAYERS
+    steps: int = MAX_STEPS
+    samples: int = 8
+
+
+FULL = Effort()
+# A model that has learned next to nothing; vLLM's CPU build has no attention for fewer than 32 dimensions a head.
+SMOKE = Effort(hidden_size=128, layers=1, steps=CHECK_EVERY, samples=1)
+
+
 def train(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, seed: int, steps: int = MAX_STEPS
 ) -> list[dict[str, float]]:
-    """Teach ``model`` the working until it solves enough, ``steps`` at most; returns what was seen at each check."""
+    """Teach `model` the working until it solves enough, in `steps` at most; return what was seen at each check."""
     rng = random.Random(seed)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / WARMUP_STEPS))
@@ -58,7 +75,11 @@ def train(
 def solve_rate(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, samples: int, seed: int
 ) -> dict[str, float]:
-    """Share of held-out problems solved, over ``samples`` responses each at temperature 1; their entropy and length."""
+    """Measure the share of held-out problems solved by `samples` responses each at temperature 1.
+
+    Returns:
+        `solved`; `entropy` in nats a token, and `tokens` of a response.
+    """
     torch.manual_seed(seed)
     asked = [problem for problem in problems(128, HELD_OUT_SEED) for _ in range(samples)]
     prompts = torch.tensor(tokenizer([problem.prompt for problem in asked])["input_ids"])
@@ -115,16 +136,13 @@ def _sample(model: PreTrainedModel, prompts: torch.Tensor) -> tuple[torch.Tensor
     return torch.stack(tokens, 1), torch.stack(entropies, 1)
 
 
-@click.command()
-@click.argument("out", type=click.Path(path_type=Path))
-@click.option("--seed", default=0, show_default=True, help="Same seed, same model.")
-def main(out: Path, seed: int) -> None:
-    """Train the demo model and write it, with its tokenizer and a meta.json of what it can do, to OUT."""
+def make(out: Path, seed: int, effort: Effort = FULL) -> None:
+    """Train a model and write it, its tokenizer and `meta.json` of what it can do."""
     tokenizer = character_tokenizer()
-    model = character_model(tokenizer, hidden_size=HIDDEN_SIZE, layers=LAYERS, seed=seed)
+    model = character_model(tokenizer, hidden_size=effort.hidden_size, layers=effort.layers, seed=seed)
     started = time.monotonic()
-    checks = train(model, tokenizer, seed)
-    measured = solve_rate(model, tokenizer, samples=8, seed=seed)
+    checks = train(model, tokenizer, seed, effort.steps)
+    measured = solve_rate(model, tokenizer, samples=effort.samples, seed=seed)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
     meta = {
@@ -139,6 +157,16 @@ def main(out: Path, seed: int) -> None:
         f"{out}: {meta['parameters']:,} parameters, solves {measured['solved']:.0%} of held-out problems, "
         f"{measured['entropy']:.2f} nats and {measured['tokens']:.0f} tokens a response"
     )
+
+
+@click.command()
+@click.argument("out", type=click.Path(path_type=Path), default=Path(__file__).parent / "out" / "model")
+@click.option("--seed", default=0, show_default=True, help="Same seed, same model.")
+@click.option("--smoke", is_flag=True, help=command.SMOKE_HELP)
+def main(out: Path, seed: int, smoke: bool) -> None:
+    """Train the demo model and write it, with its tokenizer and a meta.json of what it can do, to OUT."""
+    with command.results_folder(out, smoke=smoke) as folder:
+        make(folder, seed, SMOKE if smoke else FULL)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,21 @@
-"""The demo: real GRPO by real OpenRLHF on this CPU, three times on the same data and seeds, in three precisions."""
+"""Run the demo: real GRPO by real OpenRLHF on this CPU, three times on the same data and seeds, in three precisions.
+
+python -m integration.demo.run_openrlhf
+"""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
 from rich.console import Console
 
+from integration.bench import command
 from integration.cpu.arms_openrlhf import ARMS
 from integration.cpu.launch_openrlhf import OpenRLHFConfig, run
-from integration.demo import task
+from integration.demo import make_model, task
 from integration.demo.side_by_side import SEED, STEPS, prepare_model, run_arm, write_reports
 
 OUT = Path(__file__).resolve().parent / "out-openrlhf"
@@ -20,11 +25,21 @@ OUT = Path(__file__).resolve().parent / "out-openrlhf"
 @click.option("--out", type=click.Path(path_type=Path), default=OUT, help="Where runs and reports go.")
 @click.option("--steps", default=STEPS, show_default=True, help="Training steps an arm.")
 @click.option("--arm", "names", multiple=True, type=click.Choice(list(ARMS)), help="Only this arm; may be repeated.")
-def main(out: Path, steps: int, names: tuple[str, ...]) -> None:
+@click.option("--smoke", is_flag=True, help=command.SMOKE_HELP)
+def main(out: Path, steps: int, names: tuple[str, ...], smoke: bool) -> None:
     """Run the arms, print them side by side, write report.json and report.html."""
+    with command.results_folder(out, smoke=smoke) as folder:
+        if smoke:
+            compare(folder, 1, ("fp16_patch",), make_model.SMOKE)
+        else:
+            compare(folder, steps, names or tuple(ARMS), make_model.FULL)
+
+
+def compare(out: Path, steps: int, names: Sequence[str], effort: make_model.Effort) -> None:
+    """Run these arms on one model and report them."""
     console = Console()
     started = time.monotonic()
-    config = prepare(out, steps, console)
+    config = prepare(out, steps, console, effort)
     results = {
         name: run_arm(
             name,
@@ -34,15 +49,15 @@ def main(out: Path, steps: int, names: tuple[str, ...]) -> None:
             console,
             expected_error=ARMS[name].error,
         )
-        for name in names or ARMS
+        for name in names
     }
     write_reports(results, out, "OpenRLHF on a CPU in three precisions", console)
     console.print(f"{time.monotonic() - started:.0f} s in all")
 
 
-def prepare(out: Path, steps: int, console: Console) -> OpenRLHFConfig:
-    """Model and data, made once for an output folder; the run they are for."""
-    model = prepare_model(out, console)
+def prepare(out: Path, steps: int, console: Console, effort: make_model.Effort = make_model.FULL) -> OpenRLHFConfig:
+    """Make model and data, once for an output folder; returns the run they are for."""
+    model = prepare_model(out, console, effort)
     prompts = task.write_prompts(out / "data", seed=SEED)
     return OpenRLHFConfig(model, prompts, Path(task.__file__), out, steps=steps)
 

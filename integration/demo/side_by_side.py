@@ -1,4 +1,4 @@
-"""What the demos share: one model for all arms, each arm's run with its progress, one report of them all."""
+"""Run the arms of a demo side by side: one model for all, each run with its progress, one report of them all."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ SEED = 0
 STEPS = 6
 
 
-def prepare_model(out: Path, console: Console) -> Path:
-    """The model of all arms, made once for an output folder."""
+def prepare_model(out: Path, console: Console, effort: make_model.Effort = make_model.FULL) -> Path:
+    """Make the model of all arms, once for an output folder; returns its folder."""
     model = out / "model"
     if not (model / "meta.json").is_file():
         console.print("making a small model that can add a little …")
         shutil.rmtree(model, ignore_errors=True)
-        make_model.main.callback(model, SEED)  # type: ignore[misc]
+        make_model.make(model, SEED, effort)
     return model
 
 
@@ -44,7 +44,7 @@ def run_arm(
     *,
     expected_error: str | None = None,
 ) -> RunResult:
-    """Run one arm to its end, in a folder of its own, which ``start`` is given with what to call after each step.
+    """Run one arm to its end in a folder of its own; `start` gets the folder, and what to call after each step.
 
     Raises:
         SystemExit: the run failed, and not in the way that is expected of it; its end is printed first.
@@ -80,7 +80,7 @@ def write_reports(results: Mapping[str, RunResult], out: Path, title: str, conso
 
 
 def ending(result: RunResult) -> str:
-    """How a run that failed came to its end."""
+    """Say how a run that failed came to its end."""
     return f"stopped after {len(result.steps)} complete steps: {result.error}"
 
 

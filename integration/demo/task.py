@@ -1,4 +1,4 @@
-"""The demo's task: two-digit sums with written working, as a data set and a reward.
+"""Make the demo's task, two-digit sums with written working: its data set and its reward.
 
     47+85=   →   oNeS 12 tens-13 Sum.132
 
@@ -35,7 +35,7 @@ class Problem:
         return f"{self.left + self.right:03d}"
 
     def worked(self, rng: random.Random) -> str:
-        """One of the many correct responses: column sums, then the total."""
+        """Write one of the many correct responses: column sums, then the total."""
         ones = self.left % 10 + self.right % 10
         tens = self.left // 10 + self.right // 10 + ones // 10
         parts = ("ones", f"{ones:02d}", "tens", f"{tens:02d}", "sum", self.answer)
@@ -43,13 +43,13 @@ class Problem:
 
 
 def problems(count: int, seed: int) -> list[Problem]:
-    """``count`` different problems, the same for the same seed."""
+    """Draw `count` different problems, the same for the same seed."""
     pairs = [Problem(left, right) for left in OPERANDS for right in OPERANDS]
     return random.Random(seed).sample(pairs, count)
 
 
 def write_dataset(out: Path, *, train: int = 512, val: int = 64, seed: int = 0) -> tuple[Path, Path]:
-    """Write ``train.parquet`` and ``val.parquet`` in verl's layout, with no problem in both."""
+    """Write `train.parquet` and `val.parquet` in verl's layout, with no problem in both."""
     out.mkdir(parents=True, exist_ok=True)
     drawn = problems(train + val, seed)
     paths = (out / "train.parquet", out / "val.parquet")
@@ -64,7 +64,7 @@ def write_problems(path: Path, chosen: Sequence[Problem]) -> None:
 
 
 def write_prompts(out: Path, *, count: int = 512, seed: int = 0) -> Path:
-    """Write ``prompts.jsonl`` in OpenRLHF's layout."""
+    """Write `prompts.jsonl` in OpenRLHF's layout."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / "prompts.jsonl"
     rows = [{"input": problem.prompt, "label": problem.answer} for problem in problems(count, seed)]
@@ -75,25 +75,25 @@ def write_prompts(out: Path, *, count: int = 512, seed: int = 0) -> Path:
 def compute_score(
     data_source: str, solution_str: str, ground_truth: str, extra_info: dict | None = None, **_settings: object
 ) -> float:
-    """verl's ``custom_reward_function``: 1 when the last number written is the sum, else 0."""
+    """Reward with 1 where the last number written is the sum, else 0; verl's `custom_reward_function`."""
     numbers = re.findall(r"\d+", solution_str)
     return float(bool(numbers) and numbers[-1] == ground_truth)
 
 
 def share_of_digits(data_source: str, solution_str: str, ground_truth: str, **_settings: object) -> float:
-    """A reward an untrained model earns some of; from ``compute_score`` it gets none, and so no gradient either."""
+    """Reward what an untrained model does, too; from `compute_score` it gets nothing, and so no gradient either."""
     return sum(character.isdigit() for character in solution_str) / max(len(solution_str), 1)
 
 
 def reward_func(queries: list[str], prompts: list[str], labels: list[str]) -> dict[str, object]:
-    """OpenRLHF's ``--reward.remote_url`` file: ``compute_score``."""
+    """Reward by `compute_score`; OpenRLHF looks for this name in its `--reward.remote_url` file."""
     return rewards(compute_score, queries, prompts, labels)
 
 
 def rewards(
     score: Callable[[str, str, str], float], queries: list[str], prompts: list[str], labels: list[str]
 ) -> dict[str, object]:
-    """``score`` in the layout of OpenRLHF's ``reward_func``; a query is a prompt with its response."""
+    """Reward by `score` in the layout of OpenRLHF's `reward_func`; a query is a prompt with its response."""
     import torch
 
     responses = [query[len(prompt) :] for query, prompt in zip(queries, prompts, strict=True)]

@@ -1,13 +1,18 @@
-"""The Grafana dashboard, from a table of panels: ``python -m integration.recipes.dashboard`` writes its JSON again."""
+"""Write the Grafana dashboard from a table of panels.
+
+python -m integration.recipes.dashboard
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fp16_patch.mismatch.collection.prometheus import exported_name
+from integration.bench import command
 
 DASHBOARD = Path(__file__).with_name("grafana-dashboard.json")
 
@@ -23,7 +28,7 @@ LINEAR, LOG10, LOG2 = {"type": "linear"}, {"type": "log", "log": 10}, {"type": "
 
 @dataclass(frozen=True)
 class Panel:
-    """One chart over time. ``lines`` maps what a line is called to its PromQL."""
+    """One chart over time; `lines` maps what a line is called to its PromQL."""
 
     title: str
     description: str
@@ -34,7 +39,7 @@ class Panel:
 
 
 def latest(name: str, labels: str = "run") -> str:
-    """A record's metric. ``max`` joins the series of a monitor that was started again, whose process labels differ."""
+    """Ask for a record's metric. `max` joins the series of a monitor that was started again: process labels differ."""
     return f'max by ({labels}) ({exported_name(name)}{{run=~"$run"}})'
 
 
@@ -151,7 +156,7 @@ PANELS = (
 
 
 def dashboard() -> dict[str, Any]:
-    """Grafana's classic dashboard model, with the data source and the runs to show as variables."""
+    """Return Grafana's classic dashboard model, with the data source and the runs to show as variables."""
     return {
         "uid": "fp16-patch-mismatch",
         "title": "Mismatch of sampler and learner",
@@ -258,5 +263,11 @@ def text() -> str:
     return json.dumps(dashboard(), indent=2, ensure_ascii=False) + "\n"
 
 
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = command.parser(__doc__, out=DASHBOARD.parent).parse_args(argv)
+    with command.results_folder(arguments.out, smoke=arguments.smoke) as out:
+        (out / DASHBOARD.name).write_text(text(), encoding="utf-8")
+
+
 if __name__ == "__main__":
-    DASHBOARD.write_text(text(), encoding="utf-8")
+    main()

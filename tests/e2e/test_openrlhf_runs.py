@@ -17,7 +17,9 @@ pytest.importorskip("vllm")
 from fp16_patch.mismatch.record.reading import load_run
 from integration.cpu.arms_openrlhf import OBSERVED, RUN
 from integration.cpu.launch_openrlhf import OpenRLHFConfig, RunResult, run
-from integration.demo import digit_share, task
+from integration.demo import digit_share, run_openrlhf, task
+from tests.integration.lending import lend_run
+from tests.integration.smokes import smoke
 
 TIMEOUT_S = 900
 STEPS = 2
@@ -221,3 +223,10 @@ def test_a_mixed_pair_is_refused_before_the_first_step(mixed_pair: RunResult) ->
     named = [line for line in log.splitlines() if "engine_weight" in line and "bfloat16" in line]
     assert named
     assert all("rollout" in line for line in named)
+
+
+def test_the_demo_runs_in_its_smallest_form(
+    patched: RunResult, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run_openrlhf, "run", lambda config, on_step: lend_run(patched, config, on_step))
+    assert "nothing is kept" in smoke("integration.demo.run_openrlhf", capsys)

@@ -1,4 +1,4 @@
-"""A sampler in another dtype than the plan's, and a ledger that wants it so: for an ablation, which must mix the two.
+"""Start the sampler in another dtype than the plan's, and judge it by that one: for an ablation, which mixes the two.
 
 verl imports this in every process (`VERL_USE_EXTERNAL_MODULES`), before it loads our plugin. `BENCH_SAMPLER` names the
 sampler's mode, as `FP16_PATCH` does the learner's. The ledger is as strict as ever: learner and sampler are judged by a
@@ -8,6 +8,7 @@ plan each, in every process. Without this module no run of fp16_patch trains suc
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
@@ -25,38 +26,47 @@ def install() -> None:
 
 
 def sampler_plan(plan: Any) -> Any:
-    """The plan, decided for the sampler."""
+    """Return the plan as it is decided for the sampler."""
     return replace(plan, mode=os.environ[SAMPLER_ENV])
 
 
-def start_apart(config: ModuleType) -> None:
-    """vLLM is started in the sampler's dtype, and verl's configuration says so."""
-    planned, forced = config.rollout_config, config._forced_keys
+def start_apart(settings: ModuleType) -> None:
+    """Start vLLM in the sampler's dtype, and have verl's configuration say so."""
+    planned, applied = settings.rollout_config, settings.apply_to
 
     def rollout_config(wrapped: Any, rollout: Any, args: Any, kwargs: Any) -> None:
         planned(wrapped, rollout, args, kwargs)
-        if config.current_plan().overrides_dtype:
-            config.force(rollout, dtype=sampler_plan(config.current_plan()).dtype)
+        plan = settings.current_plan()
+        if plan.overrides_dtype:
+            settings.force(rollout, dtype=sampler_plan(plan).dtype)
 
-    def forced_keys(settings: Any, plan: Any) -> dict[str, Any]:
-        return {**forced(settings, plan), f"{config.ROLLOUT}.dtype": sampler_plan(plan).dtype}
+    def apply_to(config: Any, plan: Any) -> list[str]:
+        from omegaconf import OmegaConf
 
-    config.rollout_config, config._forced_keys = rollout_config, forced_keys
+        changed: list[str] = applied(config, plan)
+        OmegaConf.update(config, f"{settings.ROLLOUT}.dtype", sampler_plan(plan).dtype, force_add=True)
+        return changed
+
+    settings.rollout_config, settings.apply_to = rollout_config, apply_to
 
 
 def judge_apart(ledger: ModuleType) -> None:
-    """The sampler's dtypes are judged by its plan, all others by the run's."""
-    judged = ledger._dtype_findings
+    """Judge the sampler's dtypes by its plan, and everything else by the run's."""
+    judged = ledger.judge
 
-    def dtype_findings(record: dict[str, Any], plan: Any) -> list[Any]:
-        learner = {role: row for role, row in record["roles"].items() if role != ROLE}
-        sampler = {role: row for role, row in record["roles"].items() if role == ROLE}
-        return [
-            *judged({**record, "roles": learner}, plan),
-            *judged({**record, "roles": sampler}, sampler_plan(plan)),
+    def judge(records: Sequence[Any], plan: Any, *arguments: Any, **named: Any) -> list[Any]:
+        own, seen = sampler_plan(plan), ledger.merged(records).get(ROLE, {})
+        found = judged(records, plan, *arguments, **named)
+        # By its own plan alone; attestation and whatever else is required of it have been judged above.
+        sampler = [
+            {**record, "mode": own.mode, "problem": None, "roles": {ROLE: record["roles"][ROLE]}}
+            for record in records
+            if ROLE in record["roles"]
         ]
+        others = [finding for finding in found if finding.role != ROLE or finding.quantity not in seen]
+        return [*others, *judged(sampler, own, {})]
 
-    ledger._dtype_findings = dtype_findings
+    ledger.judge = judge
 
 
 if SAMPLER_ENV in os.environ:

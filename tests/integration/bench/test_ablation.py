@@ -12,6 +12,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("pandas")
+OmegaConf = pytest.importorskip("omegaconf").OmegaConf
 
 from fp16_patch.plan.errors import PrecisionFinding
 from fp16_patch.plan.plan import Plan
@@ -49,9 +50,9 @@ def apart(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.fixture
 def judged_apart(apart: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[PrecisionFinding]]:
-    monkeypatch.setattr(ledger, "_dtype_findings", ledger._dtype_findings)
+    monkeypatch.setattr(ledger, "judge", ledger.judge)
     apart.judge_apart(ledger)
-    return lambda records: judge(records, FP16, {})
+    return lambda records, required={}: ledger.judge(records, FP16, required)
 
 
 def test_without_the_module_the_pair_is_refused() -> None:
@@ -81,21 +82,38 @@ def test_with_it_the_learner_is_judged_as_ever(judged_apart: Callable[..., list[
     assert (finding.role, finding.quantity, finding.wanted) == ("actor", "autocast", "float16")
 
 
+def test_with_it_the_sampler_must_have_been_seen_as_ever(judged_apart: Callable[..., list[PrecisionFinding]]) -> None:
+    (finding,) = judged_apart(pair("bfloat16"), {"rollout": ("kv_cache", "log_prob")})
+    assert (finding.role, finding.quantity, finding.seen) == ("rollout", "log_prob", "never seen")
+
+
+def test_with_it_a_process_attests_to_the_plan_of_the_run_as_ever(
+    judged_apart: Callable[..., list[PrecisionFinding]],
+) -> None:
+    worker, engine = pair("bfloat16")
+    (finding,) = judged_apart([worker, {**engine, "mode": "bf16"}])
+    assert (finding.quantity, finding.wanted) == ("attestation", "live, mode fp16")
+
+
 @pytest.mark.parametrize(("plan", "dtype"), [(FP16, "bfloat16"), (OBSERVE, "as configured")])
 def test_it_starts_the_sampler_in_the_other_dtype(apart: ModuleType, plan: Plan, dtype: str) -> None:
-    config = SimpleNamespace(
+    settings = SimpleNamespace(
         rollout_config=lambda wrapped, rollout, args, kwargs: None,
-        _forced_keys=lambda settings, plan: {"actor": plan.dtype, "rollout.dtype": plan.dtype},
+        apply_to=lambda config, plan: (
+            config.update({"actor": plan.dtype, "rollout": {"dtype": plan.dtype}}) or ["actor"]
+        ),
         force=lambda rollout, dtype: setattr(rollout, "dtype", dtype),
         current_plan=lambda: plan,
         ROLLOUT="rollout",
     )
-    apart.start_apart(config)
+    apart.start_apart(settings)
     rollout = SimpleNamespace(dtype="as configured")
-    config.rollout_config(None, rollout, (), {})
+    settings.rollout_config(None, rollout, (), {})
     assert rollout.dtype == dtype
     if plan.overrides_dtype:
-        assert config._forced_keys({}, plan) == {"actor": "float16", "rollout.dtype": "bfloat16"}
+        config = OmegaConf.create({})
+        assert settings.apply_to(config, plan) == ["actor"]
+        assert config == {"actor": "float16", "rollout": {"dtype": "bfloat16"}}
 
 
 def test_the_environment_names_both_modes() -> None:

@@ -20,6 +20,7 @@ from rich.console import Console
 from fp16_patch.mismatch.record.reading import RunRecord
 from fp16_patch.mismatch.statistics.summary import MismatchStats
 from integration.bench import sanity, solvable, training
+from integration.bench.solvable import Draw
 from integration.bench.training import Settings, Training
 from integration.cpu.process import RunResult
 from integration.demo.task import Problem, problems
@@ -48,12 +49,12 @@ def test_problems_are_kept_from_the_low_end_to_the_high_both_included() -> None:
 
 def test_problems_are_chosen_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(solvable, "solve_rates", lambda _model, asked, _samples: [0.5] * (len(asked) - 1) + [1.0])
-    chosen = solvable.prepare(tmp_path, tmp_path / "data", drawn=4, samples=2)
+    chosen = solvable.prepare(tmp_path, tmp_path / "data", Draw(drawn=4, samples=2))
     assert chosen.facts["kept"] == len(pd.read_parquet(chosen.train)) == len(pd.read_parquet(chosen.val)) == 3
     monkeypatch.setattr(solvable, "solve_rates", lambda *_: pytest.fail("asked again"))
-    assert solvable.prepare(tmp_path, tmp_path / "data", drawn=4, samples=2) == chosen
+    assert solvable.prepare(tmp_path, tmp_path / "data", Draw(drawn=4, samples=2)) == chosen
     monkeypatch.setattr(solvable, "solve_rates", lambda _model, asked, _samples: [0.5] * len(asked))
-    assert solvable.prepare(tmp_path, tmp_path / "data", drawn=5, samples=2).facts["kept"] == 5
+    assert solvable.prepare(tmp_path, tmp_path / "data", Draw(drawn=5, samples=2)).facts["kept"] == 5
 
 
 def test_a_solve_rate_is_of_the_problem_that_was_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,4 +188,5 @@ def test_sections_of_many_runs_are_measured_when_asked_for() -> None:
     from integration.bench import evidence
 
     assert set(evidence.sections(full=True)) - set(evidence.sections(full=False)) == set(evidence.FULL)
-    assert evidence.SHOWN.keys() == evidence.SECTIONS.keys() == set(evidence.sections(full=True))
+    assert evidence.SECTIONS.keys() == set(evidence.sections(full=True))
+    assert all(callable(bench.show) for bench in evidence.SECTIONS.values())

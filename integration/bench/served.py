@@ -1,0 +1,80 @@
+"""A process of this Python that answers questions, line by line, until whoever asks closes it or ends."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+_ANSWER = "answer "
+_START = """
+import sys
+from importlib import import_module
+module, _, function = sys.argv[1].partition(":")
+getattr(import_module(module), function)(*sys.argv[2:])
+"""
+END_OF_LOG = 6000
+END_S = 60.0
+
+
+class Served:
+    """The asker's end. The process may start while others do: the first question waits for it.
+
+    Args:
+        work: `module:function` that the process calls with the arguments; it has to iterate over `questions` and `say`
+            an answer to each.
+        environment: of the process.
+        log: gets all it prints besides.
+    """
+
+    def __init__(self, work: str, arguments: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
+        self._work, self._log = work, log
+        with log.open("w") as printed:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _START, work, *arguments],
+                env=dict(environment),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=printed,
+                text=True,
+            )
+
+    def ask(self, question: Any) -> Any:
+        """Return the answer to a question; both are what JSON can hold.
+
+        Raises:
+            RuntimeError: the process ended without an answer; the end of its log.
+        """
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps(question) + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass
+        for line in self._process.stdout:
+            if line.startswith(_ANSWER):
+                return json.loads(line.removeprefix(_ANSWER))
+        raise RuntimeError(f"{self._work} ended:\n{self._log.read_text(errors='replace')[-END_OF_LOG:]}")
+
+    def close(self) -> None:
+        """Let the process end, and end it if it does not."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(END_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+
+
+def questions() -> Iterator[Any]:
+    """Yield what is asked, in the process that is asked; ends with the asker."""
+    for line in sys.stdin:
+        yield json.loads(line)
+
+
+def say(answer: Any) -> None:
+    """Answer the question."""
+    print(_ANSWER + json.dumps(answer), flush=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -38,7 +39,7 @@ PLAN, WALL_TIME, REWARD, LOSS_SCALE, SKIPPED = (
 )
 ACTOR, SAMPLER = "actor compute", "sampler weights"
 LEFT_OUT_IF_EMPTY = frozenset({PLAN, WALL_TIME, REWARD, LOSS_SCALE, SKIPPED, ACTOR, SAMPLER})
-"""What a file of log-probs has not; a metric that is missing, on the other hand, is shown as missing."""
+"""A file of log-probs has none of these. A metric that is missing is shown as missing."""
 
 COMPUTE_QUANTITIES = ("activation", "autocast", "parameter")
 
@@ -103,7 +104,7 @@ def comparison_rows(runs: Runs) -> list[tuple[str, list[str]]]:
         "non-finite tokens": lambda name: number_text(runs[name].total().nonfinite_tokens),
         REWARD: lambda name: _first_to_last(summaries[name]["reward"]),
         LOSS_SCALE: lambda name: number_text(summaries[name]["loss_scale"]),
-        SKIPPED: lambda name: _skipped_text(runs[name]),
+        SKIPPED: lambda name: _skipped_text(summaries[name]),
         COVERAGE: lambda name: coverage_text(runs[name]),
         ALERTS: lambda name: _standing(runs[name]) or "none",
         ACTOR: lambda name: dtypes_text(runs[name].dtypes_of(COMPUTE_QUANTITIES, "actor")),
@@ -209,9 +210,8 @@ def _plan_text(run: RunRecord) -> str:
     return ", ".join(str(plan[key]) for key in ("mode", "dtype") if plan.get(key)) or "–"
 
 
-def _skipped_text(run: RunRecord) -> str:
+def _skipped_text(summary: dict[str, Any]) -> str:
     """Say how many steps were skipped; nothing of a run that has no loss scale."""
-    summary = run.summary()
     return "–" if summary["loss_scale"] is None and not summary["skipped"] else number_text(summary["skipped"])
 
 

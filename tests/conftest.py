@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ for name in [name for name in os.environ if name.startswith("FP16_PATCH")]:
     del os.environ[name]
 
 from integration.cpu.launch import ENVIRONMENT
+from tests.ranks.servers import RankServers
 
 # verl reads its platform from here when any test first imports it.
 os.environ.update(ENVIRONMENT)
@@ -68,6 +69,13 @@ def tiny_reward_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
     from integration.cpu.tiny_model import make_random_reward_model
 
     return make_random_reward_model(tmp_path_factory.mktemp("tiny_reward_model"), tiny_model)
+
+
+@pytest.fixture(scope="session")
+def rank_servers() -> Iterator[RankServers]:
+    """Runs a program on gloo ranks without their importing torch anew."""
+    with RankServers() as servers:
+        yield servers
 
 
 @pytest.fixture

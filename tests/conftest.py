@@ -22,7 +22,8 @@ for name in [name for name in os.environ if name.startswith("FP16_PATCH")]:
     del os.environ[name]
 
 from integration.cpu.launch import ENVIRONMENT
-from tests.ranks.servers import RankServers
+from integration.cpu.warm.servers import WarmServers
+from tests.ranks import Ranks
 
 # verl reads its platform from here when any test first imports it.
 os.environ.update(ENVIRONMENT)
@@ -72,10 +73,15 @@ def tiny_reward_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.fixture(scope="session")
-def rank_servers() -> Iterator[RankServers]:
-    """Runs a program on gloo ranks without their importing torch anew."""
-    with RankServers() as servers:
+def warm_servers() -> Iterator[WarmServers]:
+    """Processes that need not import torch."""
+    with WarmServers() as servers:
         yield servers
+
+
+@pytest.fixture(scope="session")
+def on_ranks(warm_servers: WarmServers) -> Ranks:
+    return Ranks(warm_servers)
 
 
 @pytest.fixture

@@ -12,14 +12,14 @@ import pytest
 from tests.conftest import openrlhf_environment
 from tests.edited import edited_copy
 from tests.installed_release import verdict_on
-from tests.ranks.servers import Facts, RankServers
+from tests.ranks import Facts, Ranks
 
 pytestmark = [pytest.mark.openrlhf, pytest.mark.e2e]
 pytest.importorskip("openrlhf")
 if not verdict_on("strategy-plan").variant.by_edit:
     pytest.skip("nobody has written the edits for this release", allow_module_level=True)
 
-LEARNER, PRELOAD = Path(__file__).parent / "learner.py", "tests.openrlhf.preload"
+LEARNER, PRELOAD = Path(__file__).parent / "learner.py", "integration.cpu.warm.imports_of_openrlhf"
 FP16_PATCH = str(Path(sys.executable).with_name("fp16-patch"))
 SCENARIOS = ("configuration", "overflow_on_one_rank", "resume")
 
@@ -35,7 +35,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(
     request: pytest.FixtureRequest,
     tree: Path,
-    rank_servers: RankServers,
+    on_ranks: Ranks,
     tiny_model: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[..., Facts]:
@@ -50,7 +50,7 @@ def run(
                 env["PYTHONPATH"] = f"{tree}{os.pathsep}{env['PYTHONPATH']}"
                 prefix = []
             options = ["--zero-stage", str(request.param), "--model", str(tiny_model), "--out", str(out), *SCENARIOS]
-            known[arm] = rank_servers.facts(LEARNER, options, 2, out, env, PRELOAD, prefix)
+            known[arm] = on_ranks.facts(LEARNER, options, 2, out, env, PRELOAD, prefix)
             # The patches count steps; an edited tree does not.
             known[arm]["resume"].pop("counted")
         return known[arm]

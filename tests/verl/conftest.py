@@ -13,9 +13,9 @@ pytest.importorskip("verl")
 import fp16_patch
 from fp16_patch import Plan
 from tests.conftest import verl_environment
-from tests.ranks.servers import Facts, RankServers
+from tests.ranks import Facts, Ranks
 
-LEARNER, PRELOAD = Path(__file__).parent / "learner.py", "tests.verl.preload"
+LEARNER, PRELOAD = Path(__file__).parent / "learner.py", "integration.cpu.warm.imports_of_verl"
 ON_A_CPU = (
     "compute_dtypes",
     "rope",
@@ -76,9 +76,7 @@ def compose() -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
-def learner(
-    rank_servers: RankServers, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., Facts]:
+def learner(on_ranks: Ranks, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Facts]:
     """Run scenarios of `learner.py` once for each arm, strategy and number of ranks; what they found."""
     known: dict[tuple[str, str, int], Facts] = {}
 
@@ -87,7 +85,7 @@ def learner(
             out = tmp_path_factory.mktemp(f"{arm}_{strategy}_{ranks}")
             options, scenarios, env = ARMS[arm]
             arguments = ["--strategy", strategy, "--model", str(tiny_model), "--out", str(out), *options, *scenarios]
-            facts = rank_servers.facts(LEARNER, arguments, ranks, out, verl_environment(env), PRELOAD)
+            facts = on_ranks.facts(LEARNER, arguments, ranks, out, verl_environment(env), PRELOAD)
             known[arm, strategy, ranks] = {"out": out, **facts}
         return known[arm, strategy, ranks]
 

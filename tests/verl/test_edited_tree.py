@@ -13,7 +13,7 @@ import pytest
 from tests.conftest import verl_environment
 from tests.edited import edited_copy
 from tests.installed_release import verdict_on
-from tests.ranks.servers import Facts, RankServers
+from tests.ranks import Facts, Ranks
 from tests.verl.conftest import AS_EDITED, LEARNER, PRELOAD
 
 pytestmark = [pytest.mark.verl, pytest.mark.e2e]
@@ -38,13 +38,13 @@ def strategy(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(scope="module")
 def edited(
-    strategy: str, tree: Path, rank_servers: RankServers, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+    strategy: str, tree: Path, on_ranks: Ranks, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Facts:
     """Facts of the edited tree, on two ranks."""
     out = tmp_path_factory.mktemp(f"edited_{strategy}")
     arguments = ["--strategy", strategy, "--model", str(tiny_model), "--out", str(out), *ALL]
     environment = _before_all(tree, verl_environment())
-    return rank_servers.facts(LEARNER, arguments, 2, out, environment, PRELOAD)
+    return on_ranks.facts(LEARNER, arguments, 2, out, environment, PRELOAD)
 
 
 def _before_all(tree: Path, environment: Mapping[str, str]) -> dict[str, str]:

@@ -11,12 +11,12 @@ import pytest
 from fp16_patch.patching.declarations import Status
 from tests.conftest import openrlhf_environment
 from tests.installed_release import needs, verdict_on
-from tests.ranks.servers import Facts, RankServers
+from tests.ranks import Facts, Ranks
 
 pytestmark = [pytest.mark.openrlhf, pytest.mark.e2e]
 pytest.importorskip("openrlhf")
 
-LEARNER, PRELOAD = Path(__file__).parents[1] / "learner.py", "tests.openrlhf.preload"
+LEARNER, PRELOAD = Path(__file__).parents[1] / "learner.py", "integration.cpu.warm.imports_of_openrlhf"
 FP16_PATCH = str(Path(sys.executable).with_name("fp16-patch"))
 # A floor above 1, so that it is not DeepSpeed's default that is met.
 FLOOR = 4
@@ -31,9 +31,7 @@ ARMS = {"plan": [], "retry": [], "stock": ["--param-dtype", "fp16"], "by hand": 
 
 
 @pytest.fixture(scope="session")
-def learner(
-    rank_servers: RankServers, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., Facts]:
+def learner(on_ranks: Ranks, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Facts]:
     """Run scenarios once for each arm, ZeRO stage and number of ranks; what they found."""
     known: dict[tuple[str, int, int], Facts] = {}
 
@@ -44,7 +42,7 @@ def learner(
             arguments = [*where, *ARMS[arm], *_scenarios(arm)]
             settings = {"plan": PLAN, "retry": RETRY}.get(arm)
             prefix, env = ([], {}) if settings is None else ([FP16_PATCH, "run", "--"], settings)
-            facts = rank_servers.facts(LEARNER, arguments, ranks, out, openrlhf_environment(env), PRELOAD, prefix)
+            facts = on_ranks.facts(LEARNER, arguments, ranks, out, openrlhf_environment(env), PRELOAD, prefix)
             known[arm, stage, ranks] = {"out": out, **facts}
         return known[arm, stage, ranks]
 

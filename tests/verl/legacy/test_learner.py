@@ -12,7 +12,7 @@ import pytest
 
 from tests.conftest import verl_environment
 from tests.installed_release import ORACLE
-from tests.ranks.servers import Facts, RankServers
+from tests.ranks import Facts, Ranks
 from tests.verl.conftest import PRELOAD
 
 pytestmark = [pytest.mark.verl, pytest.mark.e2e]
@@ -53,7 +53,7 @@ ARMS: dict[str, tuple[list[str], tuple[str, ...], dict[str, str]]] = {
 
 @pytest.fixture(scope="session")
 def learner(
-    rank_servers: RankServers, tiny_model: Path, tiny_value_model: Path, tmp_path_factory: pytest.TempPathFactory
+    on_ranks: Ranks, tiny_model: Path, tiny_value_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Facts]:
     """Run an arm's scenarios once for each strategy and number of ranks; what they found."""
     known: dict[tuple[str, str, int], Facts] = {}
@@ -66,7 +66,7 @@ def learner(
             # verl 0.5.0 imports no external modules.
             external = ["--import", "fp16_patch.verl"] if env else []
             arguments = ["--strategy", strategy, "--out", str(out), *models, *external, *options, *scenarios]
-            facts = rank_servers.facts(LEARNER, arguments, ranks, out, verl_environment(env), PRELOAD)
+            facts = on_ranks.facts(LEARNER, arguments, ranks, out, verl_environment(env), PRELOAD)
             known[arm, strategy, ranks] = {"out": out, **facts}
         return known[arm, strategy, ranks]
 

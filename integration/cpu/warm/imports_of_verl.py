@@ -1,4 +1,4 @@
-"""What verl's learner imports besides verl itself, which reads the plan; for `tests.ranks.server`."""
+"""What verl's learner imports besides verl itself, which reads the plan."""
 
 # ruff: noqa: F401
 

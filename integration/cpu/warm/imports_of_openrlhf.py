@@ -1,4 +1,4 @@
-"""What OpenRLHF's learner imports besides OpenRLHF itself; for `tests.ranks.server`."""
+"""What OpenRLHF's learner imports besides OpenRLHF itself."""
 
 # ruff: noqa: F401
 

@@ -19,11 +19,13 @@ unexport PYTHONDONTWRITEBYTECODE
 # --no-deps: the locks are complete. They leave out torchvision, torchaudio and torchcodec, which vLLM's CPU build names
 # as needs but does not need for text, and whose builds for CUDA break a CPU torch; and OpenRLHF's flash-attn and
 # bitsandbytes, which are for CUDA only.
-# --use-pep517: what comes as source, as DeepSpeed does, is built by itself; beside torch it does not build with the
-# setuptools that vLLM asks for. PIP_CONSTRAINT: with the lock's build tools all the same.
-# --no-compile: compiled afterwards, on every core; some packages carry files for other Pythons, which do not compile.
-INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile --no-deps
-TORCH := ^(torch|typing-extensions|sympy|mpmath|networkx|jinja2|markupsafe|fsspec|filelock|setuptools|numpy|wheel)==
+# pip installs torch, since it finds torch's CPU build wherever this machine keeps it, and uv, which installs the rest.
+# --build-constraints: what comes as source, as DeepSpeed does, is built by itself with the lock's build tools; beside
+# torch it does not build with the setuptools that vLLM asks for.
+PIP := -m pip install --quiet --disable-pip-version-check --no-compile --no-deps
+TORCH := ^(torch|typing-extensions|sympy|mpmath|networkx|jinja2|markupsafe|fsspec|filelock|setuptools|numpy|wheel|uv)==
+# Compiled to bytecode at once, on every core: of these, several processes would otherwise compile the same at a time.
+COMPILED := torch transformers vllm ray verl openrlhf deepspeed
 
 .PHONY: demo demo-openrlhf test test-verl test-openrlhf fingerprints test-learners test-releases matrix session unit lint dist bench bench-full bench-mismatch bench-monitor bench-step clean
 
@@ -114,11 +116,10 @@ $(OLD_READY): integration/verl-old.lock pyproject.toml
 define environment
 @$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11) and "the lock file is for Python 3.11: make PYTHON=/path/to/python3.11")'
 $(PYTHON) -m venv $(1)
-$(1)/bin/python $(INSTALL) $$(grep -E '$(TORCH)' $(2))
+$(1)/bin/python $(PIP) $$(grep -E '$(TORCH)' $(2))
 @$(1)/bin/python -c 'import torch' || { rm -rf $(1); echo "torch does not load; if pip found its CUDA build, let PIP_EXTRA_INDEX_URL name PyTorch's index of CPU builds and run make again"; exit 1; }
-PIP_CONSTRAINT=$(2) $(1)/bin/python $(INSTALL) --use-pep517 -r $(2)
-$(1)/bin/python $(INSTALL) --no-build-isolation -e .
-@$(1)/bin/python -m compileall -q -j 0 $(1)/lib >/dev/null 2>&1 || true
+$(1)/bin/uv pip install --quiet --python $(1)/bin/python --no-deps --build-constraints $(2) -r $(2) -e .
+@$(1)/bin/python -m compileall -q -j 0 $(addprefix $(1)/lib/python3.11/site-packages/,$(COMPILED)) >/dev/null 2>&1 || true
 endef
 
 clean:

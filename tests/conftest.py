@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ for name in [name for name in os.environ if name.startswith("FP16_PATCH")]:
     del os.environ[name]
 
 from integration.cpu.launch import ENVIRONMENT
+from integration.cpu.warm.servers import WarmServers
+from tests.ranks import Ranks
 
 # verl reads its platform from here when any test first imports it.
 os.environ.update(ENVIRONMENT)
@@ -68,6 +70,18 @@ def tiny_reward_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
     from integration.cpu.tiny_model import make_random_reward_model
 
     return make_random_reward_model(tmp_path_factory.mktemp("tiny_reward_model"), tiny_model)
+
+
+@pytest.fixture(scope="session")
+def warm_servers() -> Iterator[WarmServers]:
+    """Processes that need not import torch."""
+    with WarmServers() as servers:
+        yield servers
+
+
+@pytest.fixture(scope="session")
+def on_ranks(warm_servers: WarmServers) -> Ranks:
+    return Ranks(warm_servers)
 
 
 @pytest.fixture

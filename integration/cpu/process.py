@@ -151,7 +151,7 @@ class _Trainer:
             errors="replace",
             # A session holds all the run starts: Ray gives workers process groups of their own, but not sessions.
             start_new_session=True,
-            preexec_fn=_die_with_parent,
+            preexec_fn=die_with_parent,
         )
         self._reader = threading.Thread(target=self._read, args=(self.process.stdout,), daemon=True)
 
@@ -234,8 +234,8 @@ def _ray_directory(out: Path) -> Iterator[Path]:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def _die_with_parent() -> None:
-    """Runs in the child: a launcher that is killed takes the trainer with it, and the trainer its cluster."""
+def die_with_parent() -> None:
+    """Runs in the child: a launcher that is killed takes with it what it has started, and a trainer its cluster."""
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 

@@ -1,6 +1,6 @@
 """OpenRLHF's own DeepSpeed learner on gloo ranks, put through what FP16 training meets; leaves one JSON of facts.
 
-Started by `torch.distributed.run`; see `test_learner.py`. Nothing here looks at fp16_patch: the same facts are taken
+Started by `tests.ranks`; see `deepspeed/test_learner.py`. Nothing here looks at fp16_patch: the same facts are taken
 from stock OpenRLHF and from OpenRLHF under a plan.
 """
 

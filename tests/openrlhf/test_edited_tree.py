@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.conftest import openrlhf_environment
 from tests.edited import edited_copy
 from tests.installed_release import verdict_on
+from tests.ranks import Facts, Ranks
 
 pytestmark = [pytest.mark.openrlhf, pytest.mark.e2e]
 pytest.importorskip("openrlhf")
 if not verdict_on("strategy-plan").variant.by_edit:
     pytest.skip("nobody has written the edits for this release", allow_module_level=True)
 
-Facts = dict[str, Any]
-LEARNER = Path(__file__).parent / "learner.py"
+LEARNER, PRELOAD = Path(__file__).parent / "learner.py", "integration.cpu.warm.imports_of_openrlhf"
+FP16_PATCH = str(Path(sys.executable).with_name("fp16-patch"))
 SCENARIOS = ("configuration", "overflow_on_one_rank", "resume")
 
 
@@ -34,37 +32,30 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module", params=[2, 3], ids=["zero2", "zero3"])
-def run(request: pytest.FixtureRequest, tree: Path, tiny_model: Path, tmp_path_factory: Any) -> Callable[..., Facts]:
+def run(
+    request: pytest.FixtureRequest,
+    tree: Path,
+    on_ranks: Ranks,
+    tiny_model: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[..., Facts]:
     """Facts of both arms, on two ranks."""
     known: dict[str, Facts] = {}
 
     def run(arm: str) -> Facts:
         if arm not in known:
             out = tmp_path_factory.mktemp(f"{arm}_zero{request.param}")
-            env = openrlhf_environment()
+            env, prefix = openrlhf_environment(), [FP16_PATCH, "run", "--"]
             if arm == "edited":
                 env["PYTHONPATH"] = f"{tree}{os.pathsep}{env['PYTHONPATH']}"
-                # Kernels whose sources lie elsewhere are compiled again: not in the place of the others.
-                env["TORCH_EXTENSIONS_DIR"] = str(tree / "kernels")
+                prefix = []
             options = ["--zero-stage", str(request.param), "--model", str(tiny_model), "--out", str(out), *SCENARIOS]
-            known[arm] = _facts(arm, options, env, out)
+            known[arm] = on_ranks.facts(LEARNER, options, 2, out, env, PRELOAD, prefix)
+            # The patches count steps; an edited tree does not.
+            known[arm]["resume"].pop("counted")
         return known[arm]
 
     return run
-
-
-def _facts(arm: str, options: list[str], env: Mapping[str, str], out: Path) -> Facts:
-    prefix = [str(Path(sys.executable).with_name("fp16-patch")), "run", "--"] if arm == "plan" else []
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(LEARNER)]
-    with (out / "log.txt").open("w") as log:
-        process = subprocess.run(
-            [*prefix, *launch, *options], env=dict(env), stdout=log, stderr=subprocess.STDOUT, timeout=600, check=False
-        )
-    assert process.returncode == 0, (out / "log.txt").read_text()[-3000:]
-    facts: Facts = json.loads((out / "facts.json").read_text())
-    # The patches count steps; an edited tree does not.
-    facts["resume"].pop("counted")
-    return facts
 
 
 def test_actor_and_critic_compute_in_float16(run: Callable[..., Facts]) -> None:

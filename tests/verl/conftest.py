@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,9 +13,9 @@ pytest.importorskip("verl")
 import fp16_patch
 from fp16_patch import Plan
 from tests.conftest import verl_environment
+from tests.ranks import Facts, Ranks
 
-Facts = dict[str, Any]
-LEARNER = Path(__file__).parent / "learner.py"
+LEARNER, PRELOAD = Path(__file__).parent / "learner.py", "integration.cpu.warm.imports_of_verl"
 ON_A_CPU = (
     "compute_dtypes",
     "rope",
@@ -79,7 +76,7 @@ def compose() -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
-def learner(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Facts]:
+def learner(on_ranks: Ranks, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Facts]:
     """Run scenarios of `learner.py` once for each arm, strategy and number of ranks; what they found."""
     known: dict[tuple[str, str, int], Facts] = {}
 
@@ -87,21 +84,9 @@ def learner(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
         if (arm, strategy, ranks) not in known:
             out = tmp_path_factory.mktemp(f"{arm}_{strategy}_{ranks}")
             options, scenarios, env = ARMS[arm]
-            where = ["--strategy", strategy, "--model", str(tiny_model), "--out", str(out)]
-            facts = learner_facts([*where, *options, *scenarios], verl_environment(env), out, ranks)
+            arguments = ["--strategy", strategy, "--model", str(tiny_model), "--out", str(out), *options, *scenarios]
+            facts = on_ranks.facts(LEARNER, arguments, ranks, out, verl_environment(env), PRELOAD)
             known[arm, strategy, ranks] = {"out": out, **facts}
         return known[arm, strategy, ranks]
 
     return run
-
-
-def learner_facts(options: list[str], env: Mapping[str, str], out: Path, ranks: int) -> Facts:
-    """What the scenarios found on so many gloo ranks."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", str(LEARNER)]
-    with (out / "log.txt").open("w") as log:
-        process = subprocess.run(
-            [*launch, *options], env=dict(env), stdout=log, stderr=subprocess.STDOUT, timeout=600, check=False
-        )
-    assert process.returncode == 0, (out / "log.txt").read_text()[-3000:]
-    facts: Facts = json.loads((out / "facts.json").read_text())
-    return facts

@@ -1,6 +1,6 @@
 """verl's own learner on gloo ranks, put through what FP16 training meets; prints nothing, leaves one JSON of facts.
 
-Started by `torch.distributed.run`; see `test_learner.py`. Nothing here looks at fp16_patch, or tells it more than the
+Started by `tests.ranks`; see `fsdp/test_learner.py`. Nothing here looks at fp16_patch, or tells it more than the
 driver of a run would: the same facts are taken from stock verl and from verl under a plan.
 """
 
@@ -788,7 +788,7 @@ def main() -> None:
     if arguments.working_scaler:
         defaults = ShardedGradScaler.__init__.__defaults__
         ShardedGradScaler.__init__.__defaults__ = ("cpu", *defaults[1:])
-    # A rank that fails ends the others through torchrun: nothing here waits for a collective it will not join.
+    # A rank that fails ends the others: nothing here waits for a collective it will not join.
     facts = {name: seeded(SCENARIOS[name], arguments) for name in arguments.scenarios}
     if dist.get_rank() == 0:
         Path(arguments.out, "facts.json").write_text(json.dumps(facts, indent=1))

@@ -7,14 +7,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.conftest import verl_environment
 from tests.edited import edited_copy
 from tests.installed_release import verdict_on
-from tests.verl.conftest import AS_EDITED, Facts, learner_facts
+from tests.ranks import Facts, Ranks
+from tests.verl.conftest import AS_EDITED, LEARNER, PRELOAD
 
 pytestmark = [pytest.mark.verl, pytest.mark.e2e]
 pytest.importorskip("verl")
@@ -37,11 +37,14 @@ def strategy(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture(scope="module")
-def edited(strategy: str, tree: Path, tiny_model: Path, tmp_path_factory: Any) -> Facts:
+def edited(
+    strategy: str, tree: Path, on_ranks: Ranks, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Facts:
     """Facts of the edited tree, on two ranks."""
     out = tmp_path_factory.mktemp(f"edited_{strategy}")
-    where = ["--strategy", strategy, "--model", str(tiny_model), "--out", str(out)]
-    return learner_facts([*where, *ALL], _before_all(tree, verl_environment()), out, ranks=2)
+    arguments = ["--strategy", strategy, "--model", str(tiny_model), "--out", str(out), *ALL]
+    environment = _before_all(tree, verl_environment())
+    return on_ranks.facts(LEARNER, arguments, 2, out, environment, PRELOAD)
 
 
 def _before_all(tree: Path, environment: Mapping[str, str]) -> dict[str, str]:

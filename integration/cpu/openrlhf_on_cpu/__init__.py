@@ -5,7 +5,7 @@ starts: driver, Ray workers, vLLM's engine and workers. Nothing is imported for 
 touches a dtype, a loss scale or a metric: what stock OpenRLHF does there stays visible.
 """
 
-from openrlhf_on_cpu import accelerator, attention, cluster, device, sampler, weight_sync
+from openrlhf_on_cpu import accelerator, attention, cluster, device, kernels, sampler, weight_sync
 
-for concern in (accelerator, attention, cluster, device, sampler, weight_sync):
+for concern in (accelerator, attention, cluster, device, kernels, sampler, weight_sync):
     concern.install()

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from fp16_patch.patching.declarations import Status
 from tests.conftest import openrlhf_environment
 from tests.installed_release import needs, verdict_on
+from tests.ranks import Facts, Ranks
 
 pytestmark = [pytest.mark.openrlhf, pytest.mark.e2e]
 pytest.importorskip("openrlhf")
 
-Facts = dict[str, Any]
-LEARNER = Path(__file__).parents[1] / "learner.py"
+LEARNER, PRELOAD = Path(__file__).parents[1] / "learner.py", "integration.cpu.warm.imports_of_openrlhf"
 FP16_PATCH = str(Path(sys.executable).with_name("fp16-patch"))
 # A floor above 1, so that it is not DeepSpeed's default that is met.
 FLOOR = 4
@@ -34,7 +31,7 @@ ARMS = {"plan": [], "retry": [], "stock": ["--param-dtype", "fp16"], "by hand": 
 
 
 @pytest.fixture(scope="session")
-def learner(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Facts]:
+def learner(on_ranks: Ranks, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Facts]:
     """Run scenarios once for each arm, ZeRO stage and number of ranks; what they found."""
     known: dict[tuple[str, int, int], Facts] = {}
 
@@ -43,7 +40,10 @@ def learner(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
             out = tmp_path_factory.mktemp(f"{arm.replace(' ', '_')}_zero{stage}_{ranks}")
             where = ["--model", str(tiny_model), "--out", str(out), "--zero-stage", str(stage)]
             arguments = [*where, *ARMS[arm], *_scenarios(arm)]
-            known[arm, stage, ranks] = {"out": out, **_run(arm, ranks, arguments, out)}
+            settings = {"plan": PLAN, "retry": RETRY}.get(arm)
+            prefix, env = ([], {}) if settings is None else ([FP16_PATCH, "run", "--"], settings)
+            facts = on_ranks.facts(LEARNER, arguments, ranks, out, openrlhf_environment(env), PRELOAD, prefix)
+            known[arm, stage, ranks] = {"out": out, **facts}
         return known[arm, stage, ranks]
 
     return run
@@ -55,24 +55,6 @@ def _scenarios(arm: str) -> tuple[str, ...]:
     if arm == "plan":
         return (*SCENARIOS, "lost")
     return SCENARIOS if arm == STOCK else SHORT
-
-
-def _run(arm: str, ranks: int, arguments: list[str], out: Path) -> Facts:
-    settings = {"plan": PLAN, "retry": RETRY}.get(arm)
-    prefix, env = ([], {}) if settings is None else ([FP16_PATCH, "run", "--"], settings)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", str(LEARNER)]
-    with (out / "log.txt").open("w") as log:
-        process = subprocess.run(
-            [*prefix, *launch, *arguments],
-            env=openrlhf_environment(env),
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            timeout=600,
-            check=False,
-        )
-    assert process.returncode == 0, (out / "log.txt").read_text()[-3000:]
-    facts: Facts = json.loads((out / "facts.json").read_text())
-    return facts
 
 
 @pytest.fixture(params=(2, 3), ids=("zero2", "zero3"))

@@ -1,6 +1,6 @@
 """verl's own workers of before 0.8.0 on gloo ranks, put through what FP16 training meets; leaves one JSON of facts.
 
-Started by `torch.distributed.run`; see `test_legacy_learner.py`. Nothing here looks at fp16_patch: the same facts are
+Started by `tests.ranks`; see `test_learner.py`. Nothing here looks at fp16_patch: the same facts are
 taken from stock verl and from verl under a plan.
 """
 

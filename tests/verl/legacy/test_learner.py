@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.conftest import verl_environment
 from tests.installed_release import ORACLE
+from tests.ranks import Facts, Ranks
+from tests.verl.conftest import PRELOAD
 
 pytestmark = [pytest.mark.verl, pytest.mark.e2e]
 pytest.importorskip("verl")
 if find_spec("verl.workers.fsdp_workers") is None:
     pytest.skip("verl 0.8.0 and newer have no such workers", allow_module_level=True)
 
-Facts = dict[str, Any]
 LEARNER = Path(__file__).parent / "legacy_learner.py"
 STRATEGIES = ("fsdp", "fsdp2")
 ROLES = ("actor", "critic")
@@ -53,7 +52,9 @@ ARMS: dict[str, tuple[list[str], tuple[str, ...], dict[str, str]]] = {
 
 
 @pytest.fixture(scope="session")
-def learner(tiny_model: Path, tiny_value_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Facts]:
+def learner(
+    on_ranks: Ranks, tiny_model: Path, tiny_value_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Facts]:
     """Run an arm's scenarios once for each strategy and number of ranks; what they found."""
     known: dict[tuple[str, str, int], Facts] = {}
     models = ["--model", str(tiny_model), "--value-model", str(tiny_value_model)]
@@ -61,30 +62,15 @@ def learner(tiny_model: Path, tiny_value_model: Path, tmp_path_factory: pytest.T
     def run(arm: str, strategy: str, ranks: int) -> Facts:
         if (arm, strategy, ranks) not in known:
             out = tmp_path_factory.mktemp(f"{arm}_{strategy}_{ranks}")
-            known[arm, strategy, ranks] = {"out": out, **_run_scenarios(arm, strategy, ranks, models, out)}
+            options, scenarios, env = ARMS[arm]
+            # verl 0.5.0 imports no external modules.
+            external = ["--import", "fp16_patch.verl"] if env else []
+            arguments = ["--strategy", strategy, "--out", str(out), *models, *external, *options, *scenarios]
+            facts = on_ranks.facts(LEARNER, arguments, ranks, out, verl_environment(env), PRELOAD)
+            known[arm, strategy, ranks] = {"out": out, **facts}
         return known[arm, strategy, ranks]
 
     return run
-
-
-def _run_scenarios(arm: str, strategy: str, ranks: int, models: list[str], out: Path) -> Facts:
-    options, scenarios, env = ARMS[arm]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", str(LEARNER)]
-    # verl 0.5.0 imports no external modules.
-    external = ["--import", "fp16_patch.verl"] if env else []
-    where = ["--strategy", strategy, "--out", str(out)]
-    with (out / "log.txt").open("w") as log:
-        process = subprocess.run(
-            [*launch, *where, *models, *external, *options, *scenarios],
-            env=verl_environment(env),
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            timeout=600,
-            check=False,
-        )
-    assert process.returncode == 0, (out / "log.txt").read_text()[-3000:]
-    facts: Facts = json.loads((out / "facts.json").read_text())
-    return facts
 
 
 @pytest.fixture(params=STRATEGIES)

@@ -21,7 +21,7 @@ from fp16_patch.cli.runs import require_for_page, show
 @click.option(
     "--tokenizer",
     metavar="FOLDER",
-    type=click.Path(path_type=Path, exists=True),
+    type=click.Path(path_type=Path),
     help="Name the worst tokens by this tokenizer.",
 )
 @click.option(

@@ -17,7 +17,7 @@ from fp16_patch.cli.runs import require_folders, require_for_page, show
 @click.option(
     "--tokenizer",
     metavar="FOLDER",
-    type=click.Path(path_type=Path, exists=True),
+    type=click.Path(path_type=Path),
     help="Name the worst tokens by this tokenizer [default: the plan's model, if it is on this machine].",
 )
 @click.pass_context

@@ -218,7 +218,7 @@ def record_folder(path: Path) -> Path:
         return below[0]
     if below:
         raise FileNotFoundError(f"{path} holds several runs: {_listed_runs(below)}. Fix: name those you mean")
-    where = f"{path}, {path / RECORD_FOLDER} and the folders in {path}"
+    where = f"{path} and {path / RECORD_FOLDER}, and likewise in each folder of {path}"
     raise FileNotFoundError(
         f"no run record: looked for {', '.join(RECORD_FILES)} in {where}. "
         "Fix: give the output directory of a run that had fp16_patch active"

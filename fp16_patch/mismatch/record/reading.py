@@ -221,7 +221,7 @@ def record_folder(path: Path) -> Path:
     where = f"{path} and {path / RECORD_FOLDER}, and likewise in each folder of {path}"
     raise FileNotFoundError(
         f"no run record: looked for {', '.join(RECORD_FILES)} in {where}. "
-        "Fix: give the output directory of a run that had fp16_patch active"
+        "Give the record directory of a run that had fp16_patch active, or its parent."
     )
 
 

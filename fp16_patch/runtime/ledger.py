@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any
 
+from fp16_patch.plan.dtypes import COMPUTE_OR_FP32, STAYS_FP32
 from fp16_patch.plan.errors import PrecisionFinding
 from fp16_patch.plan.plan import Plan
 from fp16_patch.runtime.fp32_weights import Kept
@@ -20,11 +21,6 @@ from fp16_patch.runtime.fp32_weights import Kept
 # role → quantity → torch's dtype names, sorted
 Roles = dict[str, dict[str, list[str]]]
 Record = dict[str, Any]
-
-STAYS_FP32 = ("master", "gradient", "log_prob", "entropy", "rope")
-# Casting fp32 masters in the sampler rounds once, as sending them in the compute dtype does.
-COMPUTE_OR_FP32 = ("wire", "engine_weight", "value")
-# Every other quantity is in the plan's compute dtype: autocast, parameter, activation, kv_cache.
 
 
 @dataclass

@@ -20,7 +20,7 @@ from fp16_patch.mismatch.record.lines import (
     parse_line,
 )
 from fp16_patch.mismatch.statistics.summary import MismatchStats, WorstToken
-from fp16_patch.plan.dtypes import torch_name
+from fp16_patch.plan.dtypes import COMPUTE_OR_FP32, STAYS_FP32, torch_name
 
 PLAN, MISMATCH, STEPS, LEDGER = "plan.json", "mismatch.jsonl", "steps.jsonl", "ledger.json"
 RECORD_FILES = (PLAN, MISMATCH, STEPS, LEDGER)
@@ -33,7 +33,8 @@ KEPT_STEPS = 2000
 WORST_TOKENS = 16
 LISTED_PARTIAL_STEPS = 5
 
-FLOAT32_BY_DESIGN = frozenset({"master", "gradient", "wire", "logits", "log_prob", "entropy", "rope"})
+FLOAT32_BY_DESIGN = frozenset({*STAYS_FP32, "wire", "logits"})
+_MAY_BE_FLOAT32 = FLOAT32_BY_DESIGN.union(COMPUTE_OR_FP32)
 # verl's and OpenRLHF's names for the mean reward of a step.
 REWARDS = ("critic/score/mean", "rollout/reward_mean")
 
@@ -160,7 +161,7 @@ class RunRecord:
 
     def deviates(self, quantity: str, dtypes: Iterable[str]) -> bool:
         planned = self.planned_dtype()
-        allowed = {planned, "float32"} if quantity in FLOAT32_BY_DESIGN else {planned}
+        allowed = {planned, "float32"} if quantity in _MAY_BE_FLOAT32 else {planned}
         return planned is not None and not set(dtypes) <= allowed
 
 

@@ -241,6 +241,8 @@ def test_nonfinite_metrics_are_gaps(record: Path, tmp_path: Path) -> None:
         ("activation", "float16", False),
         ("activation", "float32", True),
         ("engine_weight", "bfloat16", True),
+        ("engine_weight", "float32", False),
+        ("value", "float32", False),
         ("master", "float32", False),
         ("gradient", "float32", False),
         ("gradient", "bfloat16", True),

@@ -56,13 +56,14 @@ def changed(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 def test_unknown_code_is_refused_with_symbol_release_and_way_out(
     changed: Callable[[], None],
 ) -> None:
+    # Once refused, we refuse its import, too.
+    engine = import_module("verl.workers.engine.fsdp.transformer_impl").FSDPEngine
     changed()
     with pytest.raises(PatchError) as caught:
         fp16_patch.activate(Plan())
     message = str(caught.value)
     assert f"FSDPEngine.optimizer_step of verl {RELEASE}" in message
     assert "FP16_PATCH_STRICT=0" in message
-    engine = import_module("verl.workers.engine.fsdp.transformer_impl").FSDPEngine
     assert not hasattr(engine.optimizer_step, "__wrapped__")
     assert not hasattr(engine.lr_scheduler_step, "__wrapped__")
 

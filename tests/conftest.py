@@ -47,6 +47,17 @@ def _search_path(*ours: Path) -> str:
     return os.pathsep.join(filter(None, [*map(str, ours), os.environ.get("PYTHONPATH")]))
 
 
+@pytest.fixture(autouse=True)
+def nothing_stays_active(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No plan outlives a test, nor what carries one to the processes that the next test starts."""
+    yield
+    if "fp16_patch.runtime.activation" in sys.modules:
+        sys.modules["fp16_patch.runtime.activation"].deactivate()
+    monkeypatch.undo()
+    for name in [name for name in os.environ if name.startswith("FP16_PATCH")]:
+        del os.environ[name]
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model of 2.4 million parameters with its tokenizer."""

@@ -20,7 +20,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from fp16_patch.mismatch.collection import actors
-from fp16_patch.mismatch.collection.aggregator import aggregator_here
+from fp16_patch.mismatch.collection.aggregator import MAX_PENDING_CALLS, aggregator_here
 from fp16_patch.mismatch.collection.monitor import Monitor
 from fp16_patch.mismatch.collection.part import Part
 from fp16_patch.mismatch.record.reading import load_run
@@ -235,7 +235,7 @@ class _Reporter:
         for rank in ranks:
             part = Part(stats, None, frozenset([rank]), world_size)
             calls.append(self._aggregator.report.remote(f"rank {rank}", number, number, part.pack()))
-            if len(calls) == actors.MAX_PENDING_CALLS:
+            if len(calls) == MAX_PENDING_CALLS:
                 ray.get(calls)
                 calls = []
         ray.get(calls)

@@ -25,8 +25,9 @@ _MAIN_PPO = "verl.trainer.main_ppo"
 
 def lend_run(kept: RunResult, config: Any, on_step: OnStep | None) -> RunResult:
     """Put what a run has left into the folder of another that was asked for, as far as its steps go."""
+    left_out = shutil.ignore_patterns("ray", "hydra", "*.pipe")
     steps = [step for step in kept.steps if step["step"] <= config.steps]
-    shutil.copytree(kept.log.parent, config.out, dirs_exist_ok=True, ignore=shutil.ignore_patterns("ray", "hydra"))
+    shutil.copytree(kept.log.parent, config.out, dirs_exist_ok=True, ignore=left_out)
     for lines in record_of(config.out).glob("*.jsonl"):
         recorded = lines.read_text(encoding="utf-8").splitlines(keepends=True)
         lines.write_text("".join(line for line in recorded if json.loads(line)["step"] <= config.steps))

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from importlib.util import find_spec
 
-import pytest
-
-import fp16_patch
 from integration.cpu import launch_openrlhf
 
 if find_spec("openrlhf") is None:
@@ -17,9 +13,3 @@ else:
     import openrlhf_on_cpu  # noqa: F401
 
     os.environ.update({name: value for name, value in launch_openrlhf.ENVIRONMENT.items() if name.startswith("DS_")})
-
-
-@pytest.fixture(autouse=True)
-def nothing_stays_active() -> Iterator[None]:
-    yield
-    fp16_patch.deactivate()

@@ -12,7 +12,6 @@ pytest.importorskip("transformers")
 
 import torch
 
-import fp16_patch
 from fp16_patch.probe.examining import examine
 from fp16_patch.probe.request import ProbeRequest
 from fp16_patch.probe.result import ProbeResult
@@ -25,12 +24,6 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def nothing_stays_active() -> Iterator[None]:
-    yield
-    fp16_patch.deactivate()
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +45,6 @@ ARMS: Mapping[str, tuple[list[str], tuple[str, ...], Mapping[str, str]]] = {
     "ahead": ([], ("grown",), {**GROWING, "FP16_PATCH_SCALE_RULE": "ahead"}),
     "measured": ([], ("first_scale",), MEASURED),
 }
-
-
-@pytest.fixture(autouse=True)
-def nothing_stays_active() -> Iterator[None]:
-    yield
-    fp16_patch.deactivate()
 
 
 @pytest.fixture

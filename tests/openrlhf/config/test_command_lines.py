@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-import fp16_patch
 from fp16_patch import Plan, PlanError
 
 pytest.importorskip("torch")
@@ -20,10 +18,8 @@ WITHOUT_SECTIONS = {"pretrain"}
 
 
 @pytest.fixture(autouse=True)
-def nothing_stays_active(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def no_plan_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FP16_PATCH", "off")
-    yield
-    fp16_patch.deactivate()
 
 
 def parsed(*flags: str) -> Any:

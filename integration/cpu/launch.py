@@ -36,7 +36,7 @@ READY = re.compile(r"all initialize finished, ready to fit")
 @dataclass(frozen=True)
 class LaunchConfig:
     """A tiny verl run. What is not named here goes into ``overrides``, in hydra's syntax, which come last and win;
-    ``prefix`` is a command that runs the trainer's."""
+    ``prefix`` is a command that runs the trainer's; ``python`` runs the trainer and all that Ray starts for it."""
 
     model: Path
     train_files: Path
@@ -57,6 +57,7 @@ class LaunchConfig:
     learning_rate: float = 1e-4
     overrides: tuple[str, ...] = ()
     prefix: tuple[str, ...] = ()
+    python: Path = Path(sys.executable)
     env: Mapping[str, str] = field(default_factory=dict)
     timeout_seconds: float = 600.0
     quiet_seconds: float = 180.0
@@ -99,7 +100,7 @@ def command(config: LaunchConfig, ray_directory: Path) -> list[str]:
         **(_lora(config) if config.lora_rank else {}),
     }
     assignments = [f"{key}={value}" for key, value in settings.items()]
-    trainer = [sys.executable, "-u", "-m", "verl.trainer.main_ppo"]
+    trainer = [str(config.python), "-u", "-m", "verl.trainer.main_ppo"]
     return [*config.prefix, *trainer, *assignments, *config.overrides]
 
 
@@ -227,6 +228,7 @@ def _ray(config: LaunchConfig, ray_directory: Path) -> dict[str, object]:
         f"+{init}.num_gpus": config.ranks,
         f"+{init}.include_dashboard": False,
         f"+{init}.object_store_memory": 500_000_000,
+        f"+{init}.runtime_env.py_executable": config.python,
     }
 
 

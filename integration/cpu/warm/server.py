@@ -28,6 +28,7 @@ import runpy
 import select
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -41,6 +42,9 @@ from typing import Any, NoReturn
 
 # What numerical libraries, torch, transformers and DeepSpeed read when they are imported, and the loader before them.
 READ_AT_IMPORT = ("OMP_", "MKL_", "KMP_", "OPENBLAS_", "LD_", "TORCH_", "PYTORCH_", "HF_HOME", "HF_HUB_", "DS_")
+# vLLM sets them for what it starts.
+PRELOADED_LIBRARIES = "LD_PRELOAD"
+READ_LATER = {"PYTORCH_NVML_BASED_CUDA_CHECK", "TORCH_CUDA_ARCH_LIST"}
 # jemalloc's, which pyarrow brings: made for forks.
 HARMLESS_THREADS = {"jemalloc_bg_thd"}
 # Of Python's options, those that change nothing but buffers and bytecode.
@@ -99,14 +103,13 @@ def main() -> None:
     if len(threads) > 1:
         sys.exit(f"importing {preload} started threads, which a fork would not have: {threads}")
     multiprocessing.set_executable(interpreter)
-    own_path = {"", str(Path.cwd()), *_search_path(started)}
     listener = socket.socket(fileno=fcntl.fcntl(int(descriptor), fcntl.F_DUPFD_CLOEXEC, OWN_DESCRIPTORS))
     os.close(int(descriptor))
     start = Start(
         started,
         {name: value for name, value in os.environ.items() if started.get(name) != value},
-        [entry for entry in sys.path if entry not in own_path],
-        {int(each.name) for each in Path("/proc/self/fd").iterdir()} - {0, 1, 2},
+        _search_path_without_environment(),
+        _open_descriptors() - {0, 1, 2},
     )
     gc.collect()
     gc.freeze()
@@ -165,8 +168,13 @@ def _reason_to_decline(request: Request, start: Start) -> str | None:
     if taken := set(request.descriptors) & start.descriptors:
         return f"its descriptors are the server's: {sorted(taken)}"
     asked, own = _read_at_import(request.environment), _read_at_import(start.environment)
+    # What the imports set here they have set in whoever asks, too.
+    asked = {name: value for name, value in asked.items() if start.set_by_imports.get(name) != value}
+    own = {name: value for name, value in own.items() if name not in start.set_by_imports}
+    if _are_loaded(asked.get(PRELOADED_LIBRARIES, "")):
+        asked.pop(PRELOADED_LIBRARIES, None)
     if differ := sorted(name for name in {*asked, *own} if asked.get(name) != own.get(name)):
-        return f"imported modules have read other values of {differ}"
+        return f"imported modules have read other values: {[(name, asked.get(name), own.get(name)) for name in differ]}"
     importlib.invalidate_caches()
     hidden = (name for name, module in sys.modules.items() if "." not in name and _hides(request, name, module))
     if found := sorted(hidden):
@@ -290,8 +298,30 @@ def _search_path(environment: Mapping[str, str]) -> list[str]:
     return [entry for entry in environment.get("PYTHONPATH", "").split(os.pathsep) if entry]
 
 
+def _search_path_without_environment() -> list[str]:
+    # Not what is left of this process's own: what both name, as of an editable install, is in it but once.
+    told = subprocess.run(
+        [sys.executable, "-I", "-c", "import json, sys; print(json.dumps(sys.path))"], check=True, capture_output=True
+    )
+    path: list[str] = json.loads(told.stdout)
+    return path
+
+
+def _are_loaded(libraries: str) -> bool:
+    mapped = Path("/proc/self/maps").read_text()
+    return all(str(Path(library).resolve()) in mapped for library in libraries.split(os.pathsep) if library)
+
+
 def _read_at_import(environment: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in environment.items() if name.startswith(READ_AT_IMPORT)}
+    return {
+        name: value for name, value in environment.items() if name.startswith(READ_AT_IMPORT) and name not in READ_LATER
+    }
+
+
+def _open_descriptors() -> set[int]:
+    listed = [each.name for each in Path("/proc/self/fd").iterdir()]
+    # The listing's own is no longer there.
+    return {int(name) for name in listed if Path("/proc/self/fd", name).exists()}
 
 
 def _threads() -> list[str]:

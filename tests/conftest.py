@@ -21,6 +21,7 @@ settings.load_profile("steady")
 for name in [name for name in os.environ if name.startswith("FP16_PATCH")]:
     del os.environ[name]
 
+from integration.cpu import process
 from integration.cpu.launch import ENVIRONMENT
 from integration.cpu.warm.servers import WarmServers
 from tests.ranks import Ranks
@@ -88,6 +89,13 @@ def warm_servers() -> Iterator[WarmServers]:
     """Processes that need not import torch."""
     with WarmServers() as servers:
         yield servers
+
+
+@pytest.fixture(scope="session")
+def warm_python(warm_servers: WarmServers) -> Path:
+    """An executable that stands for `python`: its processes need not import what frameworks and vLLM are built on."""
+    preload = "integration.cpu.warm.imports_of_runs"
+    return warm_servers.server(preload, {**verl_environment(), **process.ENVIRONMENT}).interpreter
 
 
 @pytest.fixture(scope="session")

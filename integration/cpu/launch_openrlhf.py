@@ -60,7 +60,7 @@ _CORRECTION_BOUNDS = {"algo.advantage.is_correction_threshold": (0.5, 5.0)}
 @dataclass(frozen=True)
 class OpenRLHFConfig:
     """A tiny OpenRLHF run. What is not named here goes into ``extra``, as on the command line, which comes last and
-    wins; ``prefix`` is a command that runs the trainer's.
+    wins; ``prefix`` is a command that runs the trainer's; ``python`` runs the trainer and all that Ray starts for it.
 
     ``prompts`` is JSON lines of ``input`` and ``label``, at least ``steps * prompts_per_step`` of them. With a reward
     model, ``reward`` is not called; the reward model and the critic start from ``model`` with a new head.
@@ -94,6 +94,7 @@ class OpenRLHFConfig:
     learning_rate: float = 1e-4
     extra: tuple[str, ...] = ()
     prefix: tuple[str, ...] = ()
+    python: Path = Path(sys.executable)
     env: Mapping[str, str] = field(default_factory=dict)
     timeout_seconds: float = 600.0
     quiet_seconds: float = 180.0
@@ -147,7 +148,7 @@ def command(config: OpenRLHFConfig) -> list[str]:
         **(_reward_model(config) if config.use_reward_model else {"reward.remote_url": config.reward}),
         **(_lora(config) if config.lora_rank else {}),
     }
-    trainer = [sys.executable, "-u", "-m", "openrlhf.cli.train_ppo_ray"]
+    trainer = [str(config.python), "-u", "-m", "openrlhf.cli.train_ppo_ray"]
     return [*config.prefix, *trainer, *_arguments(settings), *config.extra]
 
 
@@ -267,6 +268,7 @@ def _ray(config: OpenRLHFConfig, ray_directory: Path) -> dict[str, object]:
         "num_gpus": engines + learners + config.use_ref + config.use_reward_model,
         "include_dashboard": False,
         "object_store_memory": 500_000_000,
+        "runtime_env": {"py_executable": str(config.python)},
     }
 
 

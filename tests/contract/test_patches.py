@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from collections.abc import Iterator
 from functools import cache
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -116,13 +116,13 @@ SHOW = "from fp16_patch.runtime.activation import attestation; print(attestation
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 @pytest.mark.parametrize("first", ["import", "activate"])
-def test_import_and_activation_come_in_any_order(framework: str, first: str) -> None:
+def test_import_and_activation_come_in_any_order(framework: str, first: str, warm_python: Path) -> None:
     environment = {"verl": verl_environment, "openrlhf": openrlhf_environment}[framework]()
     of_it = [each for each in NEEDED if each.patch.framework == framework and not missing_for(each.variant.module)]
     imports = "\n".join(sorted({f"import {verdict.variant.module}" for verdict in of_it}))
     program = [imports, ACTIVATE] if first == "import" else [ACTIVATE, imports]
     run = subprocess.run(
-        [sys.executable, "-c", "\n".join([FIND_MEGATRON, *program, SHOW])],
+        [warm_python, "-c", "\n".join([FIND_MEGATRON, *program, SHOW])],
         env=environment,
         check=True,
         capture_output=True,

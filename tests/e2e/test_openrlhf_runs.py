@@ -17,7 +17,9 @@ pytest.importorskip("vllm")
 from fp16_patch.mismatch.record.reading import load_run
 from integration.cpu.arms_openrlhf import OBSERVED, RUN
 from integration.cpu.launch_openrlhf import OpenRLHFConfig, RunResult, run
+from integration.cpu.warm.servers import WarmServers
 from integration.demo import digit_share, run_openrlhf, task
+from tests.conftest import openrlhf_environment
 from tests.integration.lending import lend_run
 from tests.integration.smokes import smoke
 
@@ -29,14 +31,17 @@ PATCHED = (*RUN, "--")
 
 
 @pytest.fixture(scope="session")
-def start(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., RunResult]:
-    """Run OpenRLHF as `fp16-patch run` or a script starts it."""
+def start(
+    tiny_model: Path, warm_servers: WarmServers, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., RunResult]:
+    """Run OpenRLHF as `fp16-patch run` or a script starts it, in processes that start warm unless `python` is given."""
+    python = warm_servers.server("integration.cpu.warm.imports_of_runs", openrlhf_environment()).interpreter
     folder = tmp_path_factory.mktemp("openrlhf_task")
     prompts, reward = task.write_prompts(folder), Path(digit_share.__file__)
 
     def started(name: str, prefix: tuple[str, ...], **settings: Any) -> RunResult:
         out = tmp_path_factory.mktemp(name)
-        limits = {"steps": STEPS, "timeout_seconds": TIMEOUT_S}
+        limits = {"steps": STEPS, "timeout_seconds": TIMEOUT_S, "python": python}
         return run(OpenRLHFConfig(tiny_model, prompts, reward, out, prefix=prefix, **{**limits, **settings}))
 
     return started
@@ -44,9 +49,12 @@ def start(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callabl
 
 @pytest.fixture(scope="session")
 def patched(start: Callable[..., RunResult]) -> RunResult:
-    """`fp16-patch run` and nothing else; a moving average of the weights, a checkpoint, no correction."""
+    """`fp16-patch run` and nothing else; a moving average of the weights, a checkpoint, no correction.
+
+    As a user starts it: every process imports all it needs.
+    """
     save = ("--ckpt.save_steps", str(STEPS), "--ckpt.save_hf")
-    return finished(start("patched", PATCHED, ema=True, correction=False, extra=save))
+    return finished(start("patched", PATCHED, ema=True, correction=False, extra=save, python=Path(sys.executable)))
 
 
 @pytest.fixture(scope="session")

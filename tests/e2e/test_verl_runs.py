@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,9 +49,12 @@ def served_reward_model(model: Path) -> tuple[str, ...]:
 
 @pytest.fixture(scope="session")
 def one_flag(start_verl: Callable[..., RunResult], tiny_reward_model: Path) -> RunResult:
-    """`external_lib=fp16_patch.verl` in an otherwise stock configuration, with reference and reward model, saved."""
+    """`external_lib=fp16_patch.verl` in an otherwise stock configuration, with reference and reward model, saved.
+
+    As a user starts it: every process imports all it needs.
+    """
     overrides = (f"trainer.save_freq={STEPS}", *served_reward_model(tiny_reward_model))
-    return finished(start_verl("fp16_patch", use_ref=True, overrides=overrides))
+    return finished(start_verl("fp16_patch", use_ref=True, overrides=overrides, python=Path(sys.executable)))
 
 
 @pytest.fixture(scope="session")

@@ -9,17 +9,10 @@ from typing import Any
 
 from integration.cpu.arms import record_of
 from integration.cpu.launch import RunResult
-from integration.cpu.warm.servers import WarmServers
-from tests.conftest import verl_environment
 
 TIMEOUT_S = 900
 STEPS = 2
 FP16_PATCH = str(Path(sys.executable).with_name("fp16-patch"))
-
-
-def warm_python(servers: WarmServers) -> Path:
-    """The executable that stands for `python` in runs of verl."""
-    return servers.server("integration.cpu.warm.imports_of_runs", verl_environment()).interpreter
 
 
 def finished(result: RunResult) -> RunResult:

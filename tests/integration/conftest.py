@@ -21,7 +21,7 @@ PLANTED = (*ACCIDENTS, "sampler_nan", "monitor_every_other_step")
 
 
 @pytest.fixture(scope="session")
-def planted_run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def planted_run(tiny_model: Path, warm_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """A learner in float16 and a sampler in bfloat16, with every accident planted."""
     pytest.importorskip("verl")
     from integration.cpu.arms import record_of
@@ -48,6 +48,7 @@ def planted_run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> A
             reward_name="share_of_digits",
             steps=STEPS,
             prompts_per_step=4,
+            python=warm_python,
             env=env,
             timeout_seconds=900,
         )

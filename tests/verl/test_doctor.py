@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import shlex
 import subprocess
-import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,6 +15,8 @@ from fp16_patch.patching.declarations import installed_release
 from tests.conftest import verl_environment
 
 pytestmark = pytest.mark.verl
+Doctor = Callable[..., subprocess.CompletedProcess[str]]
+Examined = Callable[..., dict[str, Any]]
 RELEASE = installed_release("verl")
 COMMAND = (
     "python",
@@ -23,17 +27,23 @@ COMMAND = (
 )
 
 
-def doctor(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
-    # A process of its own: composing imports verl, which reads the environment then.
-    command = [sys.executable, "-m", "fp16_patch.cli", "doctor", *arguments]
-    return subprocess.run(command, env={**verl_environment(), **env}, capture_output=True, text=True, check=False)
+@pytest.fixture(scope="module")
+def doctor(warm_python: Path) -> Doctor:
+    """The command, in a process of its own: composing imports verl, which reads the environment then."""
+
+    def run(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+        command = [warm_python, "-m", "fp16_patch.cli", "doctor", *arguments]
+        return subprocess.run(command, env={**verl_environment(), **env}, capture_output=True, text=True, check=False)
+
+    return run
 
 
-def examined(*arguments: str, **env: str) -> dict:
-    return dict(json.loads(doctor("--json", *arguments, **env).stdout))
+@pytest.fixture(scope="module")
+def examined(doctor: Doctor) -> Examined:
+    return lambda *arguments, **env: dict(json.loads(doctor("--json", *arguments, **env).stdout))
 
 
-def test_a_fit_command_line_shows_the_dtype_of_every_role() -> None:
+def test_a_fit_command_line_shows_the_dtype_of_every_role(examined: Examined) -> None:
     overrides = ("actor_rollout_ref.actor.fsdp_config.dtype=float16", "actor_rollout_ref.actor.use_kl_loss=True")
     found = examined("--", *COMMAND, *overrides)
     assert found["fit"], found["problems"]
@@ -45,7 +55,7 @@ def test_a_fit_command_line_shows_the_dtype_of_every_role() -> None:
     assert all(f" verl {RELEASE}" in verdict for verdict in found["patches"].values())
 
 
-def test_an_unfit_command_line_exits_with_1_and_the_reason_first() -> None:
+def test_an_unfit_command_line_exits_with_1_and_the_reason_first(doctor: Doctor) -> None:
     run = doctor("--", *COMMAND, "actor_rollout_ref.rollout.quantization=fp8")
     assert run.returncode == 1
     assert run.stdout.splitlines()[0].startswith("not fit: actor_rollout_ref.rollout.quantization=fp8")
@@ -62,19 +72,21 @@ def test_an_unfit_command_line_exits_with_1_and_the_reason_first() -> None:
         ((), {"VLLM_PLUGINS": "other"}, "VLLM_PLUGINS=other"),
     ],
 )
-def test_what_is_wrong_is_said(arguments: tuple[str, ...], env: dict[str, str], reason: str) -> None:
+def test_what_is_wrong_is_said(
+    arguments: tuple[str, ...], env: dict[str, str], reason: str, examined: Examined
+) -> None:
     found = examined(*arguments, **env)
     assert not found["fit"]
     assert any(reason in problem for problem in found["problems"])
 
 
-def test_a_wrong_setting_in_the_environment_is_named() -> None:
+def test_a_wrong_setting_in_the_environment_is_named(doctor: Doctor) -> None:
     run = doctor(FP16_PATCH="fp8")
     assert run.returncode == 1
     assert "FP16_PATCH=fp8: no such mode" in run.stderr
 
 
-def test_the_example_of_its_help_is_fit() -> None:
+def test_the_example_of_its_help_is_fit(doctor: Doctor) -> None:
     shown = doctor("--help").stdout.replace("\\\n", " ")
     (example,) = [line for line in shown.splitlines() if "verl.trainer.main_ppo" in line]
     arguments = shlex.split(example)
@@ -83,20 +95,20 @@ def test_the_example_of_its_help_is_fit() -> None:
     assert (run.returncode, run.stdout.splitlines()[0]) == (0, "fit for fp16")
 
 
-def test_patches_that_are_not_needed_are_counted_and_listed_on_demand() -> None:
+def test_patches_that_are_not_needed_are_counted_and_listed_on_demand(doctor: Doctor) -> None:
     short, long = doctor().stdout, doctor("--verbose").stdout
     assert "are not needed here, `doctor --verbose` says why" in short
     assert len(short.splitlines()) < 8
     assert sum(f"not needed in verl {RELEASE}" in line for line in long.splitlines()) > 10
 
 
-def test_off_is_said_to_change_nothing() -> None:
+def test_off_is_said_to_change_nothing(doctor: Doctor) -> None:
     assert doctor(FP16_PATCH="off").stdout.startswith("off: nothing will change")
 
 
-def test_the_settings_of_a_command_line_are_shown_with_their_key() -> None:
+def test_the_settings_of_a_command_line_are_shown_with_their_key(warm_python: Path) -> None:
     arguments = ("settings", "--json", "--", *COMMAND, "+fp16_patch.max_retries=3")
-    command = [sys.executable, "-m", "fp16_patch", *arguments]
+    command = [warm_python, "-m", "fp16_patch", *arguments]
     env = {**verl_environment(), "FP16_PATCH_MIN_SCALE": "2"}
     run = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     found = json.loads(run.stdout)

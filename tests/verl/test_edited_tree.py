@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -78,8 +77,8 @@ def test_an_overflow_on_one_rank_is_skipped_on_all_and_holds_the_schedule(edited
     assert 0 < edited["averaged_norm"]["grad_norm"] < 1e3
 
 
-def test_fp16_patch_is_not_loaded(tree: Path) -> None:
+def test_fp16_patch_is_not_loaded(tree: Path, warm_python: Path) -> None:
     program = "import sys, verl, verl.workers.engine_workers; print(verl.__file__, 'fp16_patch' in sys.modules)"
     env = _before_all(tree, verl_environment())
-    shown = subprocess.run([sys.executable, "-c", program], env=env, check=True, capture_output=True, text=True)
+    shown = subprocess.run([warm_python, "-c", program], env=env, check=True, capture_output=True, text=True)
     assert shown.stdout.split()[-2:] == [str(tree / "verl/__init__.py"), "False"]

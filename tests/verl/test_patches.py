@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,10 +29,10 @@ ORDERS = {
 
 
 @pytest.mark.parametrize("order", ORDERS)
-def test_every_order_of_import_and_activation_wraps_once(order: str) -> None:
+def test_every_order_of_import_and_activation_wraps_once(order: str, warm_python: Path) -> None:
     env = verl_environment({"FP16_PATCH": "1"} if order == "the entry point" else {})
     check = f"{ORDERS[order]}\nstep = m.FSDPEngine.optimizer_step.__wrapped__\nassert not hasattr(step, '__wrapped__')"
-    subprocess.run([sys.executable, "-c", check], env=env, check=True, capture_output=True)
+    subprocess.run([warm_python, "-c", check], env=env, check=True, capture_output=True)
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_unknown_code_is_one_warning_when_not_strict(
     assert capfd.readouterr().err.count("is not code this patch was written for") == 1
 
 
-def test_a_swallowed_refusal_still_keeps_the_process_from_training() -> None:
+def test_a_swallowed_refusal_still_keeps_the_process_from_training(warm_python: Path) -> None:
     # As verl and vLLM do: the plugin's exception is caught, the program goes on.
     program = """
 try:
@@ -87,7 +87,7 @@ except Exception:
 import verl.trainer.ppo.v1.trainer_base
 """
     run = subprocess.run(
-        [sys.executable, "-c", program],
+        [warm_python, "-c", program],
         env=verl_environment({"FP16_PATCH": "fp8"}),
         capture_output=True,
         text=True,

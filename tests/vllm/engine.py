@@ -43,6 +43,7 @@ def facts(arguments: argparse.Namespace) -> dict[str, Any]:
         distributed_executor_backend=arguments.executor,
         enforce_eager=True,
         max_model_len=64,
+        worker_extension_cls="tests.vllm.amx.Extension",
     )
     left = collect_attestations(None)
     before = llm.collective_rpc(record_of_worker)

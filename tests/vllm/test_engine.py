@@ -6,7 +6,6 @@ import functools
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,17 +27,17 @@ Facts = Mapping[str, Any]
 
 
 @pytest.fixture(scope="module")
-def facts_of(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Facts]:
+def facts_of(tiny_model: Path, warm_python: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Facts]:
     """Given the options of an engine: what its processes attest. An engine runs once for all tests."""
 
     @functools.cache
     def facts(*options: str) -> Facts:
-        return _run(tiny_model, tmp_path_factory.mktemp("engine"), options)
+        return _run(warm_python, tiny_model, tmp_path_factory.mktemp("engine"), options)
 
     return facts
 
 
-def _run(model: Path, out: Path, options: tuple[str, ...]) -> Facts:
+def _run(python: Path, model: Path, out: Path, options: tuple[str, ...]) -> Facts:
     environment = {
         **os.environ,
         **ENVIRONMENT,
@@ -49,7 +48,7 @@ def _run(model: Path, out: Path, options: tuple[str, ...]) -> Facts:
         "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
     }
     program, left = Path(__file__).with_name("engine.py"), out / "facts.json"
-    command = [sys.executable, str(program), "--model", str(model), "--out", str(left), *options]
+    command = [str(python), str(program), "--model", str(model), "--out", str(left), *options]
     result = subprocess.run(command, env=environment, cwd=out, text=True, capture_output=True, timeout=600)
     assert result.returncode == 0, (result.stdout + result.stderr)[-6000:]
     facts: Facts = json.loads(left.read_text(encoding="utf-8"))

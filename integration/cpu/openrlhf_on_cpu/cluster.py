@@ -23,4 +23,6 @@ def start_as_told(ray: ModuleType) -> None:
 
 
 def init(wrapped: Callable[..., Any], _instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return wrapped(*args, **{**json.loads(os.environ.get(RAY_INIT, "{}")), **kwargs})
+    told = json.loads(os.environ.get(RAY_INIT, "{}"))
+    runtime_env = {**told.get("runtime_env", {}), **(kwargs.get("runtime_env") or {})}
+    return wrapped(*args, **{**told, **kwargs, "runtime_env": runtime_env})

@@ -108,7 +108,7 @@ def main() -> None:
     start = Start(
         started,
         {name: value for name, value in os.environ.items() if started.get(name) != value},
-        _search_path_without_environment(),
+        _search_path_of_others(started),
         _open_descriptors() - {0, 1, 2},
     )
     gc.collect()
@@ -174,7 +174,7 @@ def _reason_to_decline(request: Request, start: Start) -> str | None:
     if _are_loaded(asked.get(PRELOADED_LIBRARIES, "")):
         asked.pop(PRELOADED_LIBRARIES, None)
     if differ := sorted(name for name in {*asked, *own} if asked.get(name) != own.get(name)):
-        return f"imported modules have read other values: {[(name, asked.get(name), own.get(name)) for name in differ]}"
+        return f"imported modules have read other values of {differ}"
     importlib.invalidate_caches()
     hidden = (name for name, module in sys.modules.items() if "." not in name and _hides(request, name, module))
     if found := sorted(hidden):
@@ -298,13 +298,13 @@ def _search_path(environment: Mapping[str, str]) -> list[str]:
     return [entry for entry in environment.get("PYTHONPATH", "").split(os.pathsep) if entry]
 
 
-def _search_path_without_environment() -> list[str]:
-    # Not what is left of this process's own: what both name, as of an editable install, is in it but once.
-    told = subprocess.run(
-        [sys.executable, "-I", "-c", "import json, sys; print(json.dumps(sys.path))"], check=True, capture_output=True
-    )
-    path: list[str] = json.loads(told.stdout)
-    return path
+def _search_path_of_others(started: Mapping[str, str]) -> list[str]:
+    """What the interpreter and the imports have put on the search path, which is the same in every process."""
+    # What both the interpreter and PYTHONPATH name, as an editable install's, is on this process's own but once.
+    asked = [sys.executable, "-I", "-c", "import json, sys; print(json.dumps(sys.path))"]
+    interpreters: list[str] = json.loads(subprocess.run(asked, check=True, capture_output=True).stdout)
+    known = {"", str(Path.cwd()), *_search_path(started), *interpreters}
+    return [*interpreters, *(entry for entry in sys.path if entry not in known)]
 
 
 def _are_loaded(libraries: str) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -432,11 +431,11 @@ def test_exports_are_float16_and_say_so(learner: Callable[..., Facts], strategy:
 
 @pytest.mark.parametrize(("env", "dtype"), [({}, "bfloat16"), (UNDER_A_PLAN, "float16")], ids=["stock", "plan"])
 def test_merged_checkpoints_hold_what_their_label_says(
-    learner: Callable[..., Facts], tmp_path: Path, env: dict[str, str], dtype: str
+    learner: Callable[..., Facts], warm_python: Path, tmp_path: Path, env: dict[str, str], dtype: str
 ) -> None:
     from tests.verl.folder import folder_facts
 
     shards = learner("plan", "fsdp2", 2)["resume"]["path"]
-    merge = [sys.executable, "-m", "verl.model_merger", "merge", "--backend", "fsdp", "--local_dir", shards]
+    merge = [warm_python, "-m", "verl.model_merger", "merge", "--backend", "fsdp", "--local_dir", shards]
     subprocess.run([*merge, "--target_dir", str(tmp_path)], env=verl_environment(env), check=True, timeout=300)
     assert folder_facts(tmp_path) == {"label": dtype, "held": [dtype]}

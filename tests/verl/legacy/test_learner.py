@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -279,13 +278,13 @@ def test_exports_are_float16_and_say_so(learner: Callable[..., Facts], strategy:
 
 @pytest.mark.parametrize(("env", "dtype"), [({}, "bfloat16"), ({"FP16_PATCH": "1"}, "float16")], ids=["stock", "plan"])
 def test_merged_checkpoints_hold_what_their_label_says(
-    learner: Callable[..., Facts], tmp_path: Path, env: dict[str, str], dtype: str
+    learner: Callable[..., Facts], warm_python: Path, tmp_path: Path, env: dict[str, str], dtype: str
 ) -> None:
     from tests.verl.folder import folder_facts
 
     shards = learner("plan", "fsdp2", 2)["resume"]["actor"]["path"]
     # verl before 0.9.0 finds us by no entry point.
     module = ["-c", "import fp16_patch.autoload, runpy; runpy.run_module('verl.model_merger', run_name='__main__')"]
-    merge = [sys.executable, *module, "merge", "--backend", "fsdp", "--local_dir", shards]
+    merge = [warm_python, *module, "merge", "--backend", "fsdp", "--local_dir", shards]
     subprocess.run([*merge, "--target_dir", str(tmp_path)], env=verl_environment(env), check=True, timeout=300)
     assert folder_facts(tmp_path) == {"label": dtype, "held": [dtype]}

@@ -27,6 +27,10 @@ TORCH := ^(torch|typing-extensions|sympy|mpmath|networkx|jinja2|markupsafe|fsspe
 # Compiled to bytecode at once, on every core: of these, several processes would otherwise compile the same at a time.
 COMPILED := torch transformers vllm ray verl openrlhf deepspeed
 
+# Two processes, as runs of frameworks are several themselves; tests/conftest.py says which tests stay together and
+# which come first.
+PYTEST := -m pytest -n 2
+
 .PHONY: demo demo-openrlhf test test-verl test-openrlhf fingerprints test-learners test-releases matrix session unit lint dist bench bench-full bench-mismatch bench-monitor bench-step clean
 
 demo: $(READY)
@@ -38,10 +42,10 @@ demo-openrlhf: $(OPENRLHF_READY)
 test: test-verl test-openrlhf fingerprints
 
 test-verl: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python $(PYTEST)
 
 test-openrlhf: $(OPENRLHF_READY)
-	$(OPENRLHF_BIN)/python -m pytest $(OPENRLHF_TESTS)
+	$(OPENRLHF_BIN)/python $(PYTEST) $(OPENRLHF_TESTS)
 
 fingerprints: $(READY)
 	$(NOX) --session fingerprints
@@ -61,7 +65,7 @@ session: $(READY) $(OPENRLHF_READY) $(OLD_READY)
 	$(NOX) --session '$(NAME)'
 
 unit: $(READY)
-	$(BIN)/python -m pytest -m "not verl and not openrlhf and not vllm and not e2e"
+	$(BIN)/python $(PYTEST) -m "not verl and not openrlhf and not vllm and not e2e"
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -30,6 +30,54 @@ from tests.ranks import Ranks
 os.environ.update(ENVIRONMENT)
 
 
+# Tests of these files share what their fixtures keep, or wait for each other: with pytest-xdist, one process runs a
+# group, and so does one a file that is in none. Those that take longest come first.
+RUNS, LEARNERS = "runs of frameworks", "learners"
+GROUPS = {
+    "tests/e2e/test_edited_verl_runs.py": RUNS,
+    "tests/e2e/test_openrlhf_runs.py": RUNS,
+    "tests/e2e/test_verl_runs.py": RUNS,
+    "tests/e2e/test_verl_v0_runs.py": RUNS,
+    "tests/integration/bench/test_smoke.py": RUNS,
+    "tests/integration/demo/test_smoke.py": RUNS,
+    "tests/integration/recipes/test_smoke.py": RUNS,
+    "tests/verl/fsdp/test_learner.py": LEARNERS,
+    "tests/verl/test_edited_tree.py": LEARNERS,
+}
+
+
+def take_back() -> None:
+    """Deactivate the plan that is active, and remove what the environment says of one."""
+    if "fp16_patch.runtime.activation" in sys.modules:
+        sys.modules["fp16_patch.runtime.activation"].deactivate()
+    for name in [name for name in os.environ if name.startswith("FP16_PATCH")]:
+        del os.environ[name]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # To import a framework's half of fp16_patch, as a module of tests may, is to ask for the plan.
+    take_back()
+    order = list(dict.fromkeys([*GROUPS.values(), None]))
+    items.sort(key=lambda item: order.index(GROUPS.get(_file(item.nodeid))))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return GROUPS.get(_file(nodeid), _file(nodeid))
+
+    # By size, the many small tests would come first.
+    config.option.loadscopereorder = False
+    return Groups(config, log)
+
+
+def _file(nodeid: str) -> str:
+    return nodeid.partition("::")[0]
+
+
 def verl_environment(extra: Mapping[str, str] = {}) -> dict[str, str]:
     """The environment for verl processes on a CPU, started without the launcher."""
     return {**os.environ, "PYTHONPATH": _search_path(CPU, ROOT), **extra}
@@ -52,11 +100,8 @@ def _search_path(*ours: Path) -> str:
 def nothing_stays_active(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No plan outlives a test, nor what carries one to the processes that the next test starts."""
     yield
-    if "fp16_patch.runtime.activation" in sys.modules:
-        sys.modules["fp16_patch.runtime.activation"].deactivate()
     monkeypatch.undo()
-    for name in [name for name in os.environ if name.startswith("FP16_PATCH")]:
-        del os.environ[name]
+    take_back()
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from fp16_patch.mismatch.record.reading import load_run
 from integration.bench import command
+from integration.bench.warm import warm_python
 from integration.cpu.arms import ARMS, record_of
 from integration.cpu.launch import LaunchConfig, run
 from integration.cpu.tiny_model import make_random_model
@@ -64,6 +65,7 @@ def measure(row: Row, arm: str, model: Path, data: tuple[Path, Path], out: Path)
         strategy=row.strategy,  # type: ignore[arg-type]
         ranks=row.ranks,
         lora_rank=row.lora_rank,
+        python=warm_python(),
     )
     result = run(ARMS[arm].applied_to(config, out))
     if not result.ok:

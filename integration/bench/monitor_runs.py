@@ -13,6 +13,7 @@ from rich.console import Console
 
 from fp16_patch.mismatch.diagnosis.findings import diagnose_run
 from fp16_patch.mismatch.record.reading import MISMATCH, load_run
+from integration.bench.warm import warm_python
 from integration.cpu.arms import ARMS, record_of
 from integration.cpu.launch import LaunchConfig, RunResult, run
 from integration.demo import make_model, task
@@ -182,6 +183,7 @@ def _config(
         folder,
         steps=steps,
         overrides=overrides,
+        python=warm_python(),
         env=env,
         timeout_seconds=timeout,
     )

@@ -16,6 +16,7 @@ from rich.console import Console
 from fp16_patch.mismatch.record.reading import REWARDS, RunRecord, load_run
 from fp16_patch.probe.result import finite
 from integration.bench.solvable import ProblemSet
+from integration.bench.warm import warm_python
 from integration.cpu.arms import record_of
 from integration.cpu.launch import LaunchConfig, run
 from integration.demo import task
@@ -115,6 +116,7 @@ def config_of(training: Training, settings: Settings, model: Path, problems: Pro
         prompts_per_step=settings.prompts_a_step,
         responses_per_prompt=settings.samples_a_prompt,
         learning_rate=settings.learning_rate,
+        python=warm_python(),
         overrides=(
             f"actor_rollout_ref.actor.ppo_mini_batch_size={settings.prompts_a_step // settings.updates}",
             *seeded(training.seed),

@@ -91,6 +91,8 @@ def start_smoke(
         for name, loaded in list(sys.modules.items()):
             if name.startswith("integration.") and getattr(loaded, "run", None) is run and loaded is not launch:
                 monkeypatch.setattr(loaded, "run", lent)
+            if name.startswith("integration.bench.") and hasattr(loaded, "warm_python"):
+                monkeypatch.setattr(loaded, "warm_python", lambda: Path(sys.executable))
         return smoke(module, capsys)
 
     return started

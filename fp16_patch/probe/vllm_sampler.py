@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +30,6 @@ _ERROR = re.compile(r"\b[\w.]*(?:Error|Exception): \S.*")
 
 class SamplerRefused(Fp16PatchError):
     """vLLM does not serve this model in this dtype; its own words."""
-
-
-def installed() -> bool:
-    return find_spec("vllm") is not None
 
 
 def sample(

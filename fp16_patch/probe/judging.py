@@ -95,7 +95,7 @@ def _against_fp16(evidence: Evidence) -> list[str]:
 
 
 def _first_overflows(evidence: Evidence) -> list[str]:
-    """One a module, in words: what comes behind the first may be its consequence."""
+    """Say of each module where it overflows first: what comes behind that may be its consequence."""
     by_module = {overflow.site.module: overflow for overflow in reversed(evidence.overflows)}
     return [str(overflow) for overflow in evidence.overflows if by_module[overflow.site.module] is overflow][:LISTED]
 

@@ -18,7 +18,7 @@ from fp16_patch.releases.tree_diff import Done, Outcome
 
 
 def print_verdicts(title: str, verdicts: Sequence[Verdict], console: Console) -> None:
-    """One release: what each patch's target is in it, which patches it does without, and how many hold."""
+    """Print, for one release, whether each patch holds, which patches it does without, and how many hold."""
     table = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 1), pad_edge=False)
     table.add_column("patch", no_wrap=True)
     table.add_column("its code", overflow="fold")
@@ -54,7 +54,7 @@ def _says(verdict: Verdict) -> str:
 
 
 def print_outcomes(title: str, outcomes: Sequence[Outcome], console: Console) -> None:
-    """A source tree to be edited: what the diff does of each patch, and what is lost without fp16_patch."""
+    """Print what a diff for a source tree does of each patch, and what is lost without fp16_patch."""
     table = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 1), pad_edge=False)
     table.add_column("patch", no_wrap=True)
     table.add_column("what becomes of it")
@@ -78,14 +78,14 @@ _COLOURS = {
 
 
 def print_diffs(diffs: Mapping[str, str], console: Console) -> None:
-    """What changed in the targets of patches that do not hold."""
+    """Print what changed in the targets of patches that do not hold."""
     for name, text in diffs.items():
         console.rule(f"{name}: to be looked at by a person")
         console.print(Syntax(text, "diff", background_color="default", word_wrap=True))
 
 
 def print_matrix(patches: Iterable[Patch], console: Console) -> None:
-    """All declared patches against all declared releases, package by package, in 80 columns.
+    """Print all declared patches against all declared releases, package by package, in 80 columns.
 
     Neighbouring releases of which the same is to be said share a column. Headings stand like stairs above the columns,
     each as long as it is.
@@ -121,13 +121,13 @@ _STAIR = "[dim]│[/]  "
 
 
 def _repository(patches: Iterable[Patch]) -> str | None:
-    """The one that most threads about the patches are in."""
+    """Return the repository that most threads about the patches are in."""
     named = [thread.partition("#")[0] for patch in patches for thread in patch.threads]
     return max(named, key=named.count, default=None)
 
 
 def _upstream(patch: Patch, repository: str | None = None) -> str:
-    """What the framework's maintainers know of the defect; threads of this repository by their number alone."""
+    """Link the framework's threads about the defect; those of `repository` by their number alone."""
     if isinstance(patch.upstream, NoThread):
         return f"[dim]{patch.upstream.value}[/]"
     shown = []

@@ -58,7 +58,7 @@ def wants_gradient_stats(scaler: Any, attempted: int) -> bool:
 
 
 def maybe_hold_growth(scaler: Any, window: GradMaxWindow, attempted: int, role: str) -> None:
-    """Before an update with which the scale would grow, let it only if recent gradients would fit.
+    """Hold the scale before an update with which it would grow, unless recent gradients would fit.
 
     Args:
         scaler: torch's.

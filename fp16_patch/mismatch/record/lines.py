@@ -64,7 +64,7 @@ def metrics_of(line: Line) -> dict[str, float]:
 
 
 def coverage_of(line: Line) -> Coverage | None:
-    """None where it was not recorded."""
+    """Return the line's coverage; None where it was not recorded."""
     content = line.get("coverage")
     if not isinstance(content, dict):
         return None

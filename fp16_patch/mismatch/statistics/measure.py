@@ -76,9 +76,11 @@ def state_of(
 
 @cache
 def _let_malloc_reuse_memory() -> None:
-    """glibc returns large blocks to the system as they are freed, and the page faults of the next ones take as long as
-    all arithmetic here. It stops with blocks up to the size of one that was freed: see M_MMAP_THRESHOLD in mallopt(3).
-    The block is never written to, so it takes no memory. In other allocators, nothing changes.
+    """Make glibc keep large blocks that are freed, for the next ones.
+
+    It returns them to the system, and the page faults of the next ones take as long as all arithmetic here. It stops
+    that for blocks up to the size of one that was freed: see M_MMAP_THRESHOLD in mallopt(3). This block is never
+    written to, so it takes no memory. In other allocators, nothing changes.
     """
     torch.empty(REUSED_BYTES, dtype=torch.uint8)
 
@@ -168,7 +170,7 @@ class Tally:
         )
 
     def _added_up(self) -> tuple[Tensor, Sequence[Tensor]]:
-        """The sums, in their order, and the extremes, (1,) each."""
+        """Return the sums, in their order, and the extremes, (1,) each."""
         rows = torch.stack(self._scalars)
         least, *most = rows[:, -len(_EXTREMES) :].unbind(1)
         return rows[:, : -len(_EXTREMES)].sum(0), [
@@ -194,14 +196,14 @@ def _difference_sums(d: Tensor, magnitude: Tensor) -> dict[str, Tensor]:
 
 
 def _extremes(tokens: Tokens) -> tuple[dict[str, Tensor], float]:
-    """The least and the greatest d, and a bound of |d|: what no token reaches, nothing needs to look for."""
+    """Return the least and the greatest d, and a bound of |d|: what no token reaches is not looked for."""
     lowest, highest = (tokens.only_present(tokens.d, end) for end in (math.inf, -math.inf))
     extremes = {"d_min": lowest.amin(), "d_max": highest.amax()}
     return extremes, max(-_known(extremes["d_min"], -math.inf), _known(extremes["d_max"], math.inf))
 
 
 def _known(figure: Tensor, otherwise: float) -> float:
-    """The figure on a CPU, where a look costs less than passes that nothing needs."""
+    """Return the figure on a CPU, where a look at it costs less than passes that nothing needs."""
     return float(figure) if figure.device.type == "cpu" else otherwise
 
 

@@ -52,7 +52,7 @@ def _compare(data: Any, learner: Tensor, first_sequence: int) -> MismatchStats:
 
 
 def _noise_floor(score: Callable[..., Any], data: Any, together: Tensor) -> MismatchStats | None:
-    """The learner against itself: a few sequences scored once more, each alone."""
+    """Compare the learner with itself: score a few sequences once more, each alone."""
 
     def choose() -> tuple[list[int], Any] | None:
         dynamic, size = data.meta_info.get("use_dynamic_bsz", False), data.meta_info["micro_batch_size"]

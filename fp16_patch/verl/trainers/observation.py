@@ -116,7 +116,7 @@ def _noise_floor(infer: Any, data: Any, outputs: Any) -> MismatchStats | None:
 
 
 def _data_has_company(data: Any) -> bool:
-    """Whether sequences were scored several at a time; where each was alone, scoring one alone says nothing."""
+    """Return whether sequences were scored several at a time: after one alone, scoring it alone says nothing."""
     from verl.utils import tensordict_utils
 
     dynamic = tensordict_utils.get_non_tensor_data(data, key="use_dynamic_bsz", default=True)

@@ -28,7 +28,7 @@ from fp16_patch.plan.setting import (
 DTYPE_OF_MODE = {**{dtype.short: dtype.torch for dtype in DTYPES}, "observe": None, "off": None}
 """Torch's name of the dtype that a mode decides; None if it decides none."""
 FIRST_SCALE = 65536.0
-"""Of torch and of DeepSpeed, too."""
+"""The first loss scale of torch and of DeepSpeed."""
 
 _OTHER_WORDS = {
     **{dtype.torch: dtype.short for dtype in DTYPES},

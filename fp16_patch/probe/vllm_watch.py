@@ -1,4 +1,4 @@
-"""Looking at the ranges of a model inside a vLLM worker: `worker_extension_cls` mixes this into its class."""
+"""Watches the ranges of a model inside a vLLM worker: `worker_extension_cls` mixes this into its class."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""When the loss scale may grow: torch's scaler grows it until it breaks; here the gradients are asked before.
+"""When the loss scale may grow: torch's scaler grows it until it breaks; here it first looks at the gradients.
 
 torch's rule (`torch/amp/grad_scaler.py`): after `growth_interval` steps without an overflow, scale ← scale ·
 growth_factor. `scale_rule=ahead` adds: if the largest gradient seen in these steps still fits FP16 then, with `MARGIN`

@@ -267,8 +267,9 @@ def number_text(value: float | None) -> str:
     """Write three significant digits; whole numbers in full, and no others like them; – where there is none."""
     if value is None or not math.isfinite(value):
         return "–"
-    if float(value).is_integer() and abs(value) < 1e15:
-        return f"{int(value):,}".replace(",", "\u202f")
+    # What a quotient's last bits make of 5 is 5.
+    if math.isclose(value, round(value), rel_tol=1e-9) and abs(value) < 1e15:
+        return f"{round(value):,}".replace(",", "\u202f")
     if not 0.1 <= abs(value) < 999.5:
         return _scientific(f"{value:.2e}")
     rounded = f"{value:.3g}"

@@ -71,7 +71,16 @@ def test_what_is_nearly_whole_keeps_its_digits() -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(1.0, "1"), (0.99996, "1.00"), (1.0004, "1.00"), (12.01, "12.0"), (100.4, "100"), (0.3, "0.3"), (2e-4, "2.00e-4")],
+    [
+        (1.0, "1"),
+        (1e-3 / 2e-4, "5"),
+        (0.99996, "1.00"),
+        (1.0004, "1.00"),
+        (12.01, "12.0"),
+        (100.4, "100"),
+        (0.3, "0.3"),
+        (2e-4, "2.00e-4"),
+    ],
 )
 def test_a_number_looks_whole_only_if_it_is(value: float, text: str) -> None:
     assert number_text(value) == text

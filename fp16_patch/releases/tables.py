@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
+from typing import TypeVar
 
 from rich.box import SIMPLE
 from rich.console import Console
@@ -16,11 +17,12 @@ from fp16_patch.patching.declarations import NoThread, Patch, Reason, Status, Ve
 from fp16_patch.releases.matrix import Release, known_releases, tested_levels
 from fp16_patch.releases.tree_diff import Done, Outcome
 
+T = TypeVar("T")
+
 
 def print_verdicts(title: str, verdicts: Sequence[Verdict], console: Console) -> None:
     """Print, for one release, whether each patch holds, which patches it does without, and how many hold."""
-    table = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 1), pad_edge=False)
-    table.add_column("patch", no_wrap=True)
+    table = _table_of_patches(title)
     table.add_column("its code", overflow="fold")
     table.add_column("upstream", overflow="fold")
     needless: dict[str, list[str]] = {}
@@ -33,9 +35,7 @@ def print_verdicts(title: str, verdicts: Sequence[Verdict], console: Console) ->
     for why, names in needless.items():
         console.print(f"[green]not needed[/], {escape(why)}", highlight=False)
         console.print(Padding(", ".join(names), (0, 0, 1, 4)), highlight=False)
-    counted = {status: sum(verdict.status is status for verdict in verdicts) for status in Status}
-    counts = ", ".join(f"{count} {_COUNTED[status]}" for status, count in counted.items() if count)
-    console.print(f"{title}: of {len(verdicts)} patches, {counts}", highlight=False)
+    _print_counts(title, [verdict.status for verdict in verdicts], _COUNTED, console)
 
 
 _COUNTED = {
@@ -55,17 +55,14 @@ def _says(verdict: Verdict) -> str:
 
 def print_outcomes(title: str, outcomes: Sequence[Outcome], console: Console) -> None:
     """Print what a diff for a source tree does of each patch, and what is lost without fp16_patch."""
-    table = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 1), pad_edge=False)
-    table.add_column("patch", no_wrap=True)
+    table = _table_of_patches(title)
     table.add_column("what becomes of it")
     table.add_column("what is lost, and why", overflow="fold")
     for done in Done:
         for outcome in (each for each in outcomes if each.done is done):
             table.add_row(outcome.verdict.patch.name, f"[{_COLOURS[done]}]{done.value}[/]", outcome.text)
     console.print(table)
-    counted = {done: sum(outcome.done is done for outcome in outcomes) for done in Done}
-    counts = ", ".join(f"{count} {done.value}" for done, count in counted.items() if count)
-    console.print(f"{title}: of {len(outcomes)} patches, {counts}", highlight=False)
+    _print_counts(title, [outcome.done for outcome in outcomes], {done: done.value for done in Done}, console)
 
 
 _COLOURS = {
@@ -75,6 +72,18 @@ _COLOURS = {
     Done.LOADED: "yellow",
     Done.NEEDLESS: "green",
 }
+
+
+def _table_of_patches(title: str) -> Table:
+    table = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 1), pad_edge=False)
+    table.add_column("patch", no_wrap=True)
+    return table
+
+
+def _print_counts(title: str, found: Sequence[T], words: Mapping[T, str], console: Console) -> None:
+    """Print how many patches each word holds for, in the order of the words."""
+    counts = ", ".join(f"{count} {word}" for kind, word in words.items() if (count := found.count(kind)))
+    console.print(f"{title}: of {len(found)} patches, {counts}", highlight=False)
 
 
 def print_diffs(diffs: Mapping[str, str], console: Console) -> None:

@@ -62,7 +62,7 @@ def _only_looked_up_or_multiplied(model: nn.Module) -> set[int]:
 
 
 def _compute_from_wide(model: nn.Module, dtype: torch.dtype) -> None:
-    """What these layers give is, to the bit, what they would give from half-precision weights on a GPU."""
+    """Let these layers give, to the bit, what they would give from half-precision weights on a GPU."""
     for module in model.modules():
         if type(module) is nn.Linear:
             module.forward = partial(_linear, module, dtype)

@@ -25,7 +25,7 @@ class Coverage:
     complete: bool = True
 
     def share(self) -> float:
-        """The share of the step's tokens that was measured; NaN where it is not known how many there were."""
+        """Return the share of the step's tokens that was measured; NaN if it is not known how many there were."""
         return self.tokens / self.expected_tokens if self.expected_tokens else math.nan
 
     def text(self) -> str:

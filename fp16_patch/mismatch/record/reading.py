@@ -81,11 +81,11 @@ class RunRecord:
     attempts: list[str] = field(default_factory=list)
 
     def total(self) -> MismatchStats:
-        """The mismatch of all steps, merged."""
+        """Return the mismatch of all steps, merged."""
         return self.stats
 
     def series(self, metric: str) -> dict[int, float]:
-        """The metric's finite values by step, wherever it was recorded."""
+        """Return the metric's finite values by step, wherever it was recorded."""
         merged = {step: self.steps.get(step, {}) | self.mismatch.get(step, {}) for step in self.recorded_steps()}
         values = {step: metrics.get(metric, math.nan) for step, metrics in merged.items()}
         return {step: value for step, value in values.items() if math.isfinite(value)}

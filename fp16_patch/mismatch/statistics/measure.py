@@ -240,7 +240,7 @@ def _log_prob_sums(tokens: Tokens) -> dict[str, Tensor]:
 
 
 def _probabilities(tokens: Tokens, ratios: Ratios, reach: float) -> tuple[Tensor, Tensor]:
-    """μ and π of each token, (2, n), and π − μ, (n,); all 0 where no token is present."""
+    """Return μ and π of each token, (2, n), and π − μ, (n,); all 0 where no token is present."""
     both = tokens.d.new_empty(2, len(tokens.d))
     sampler, learner = both.unbind()
     _probability(tokens, tokens.sampler, out=sampler)
@@ -285,7 +285,7 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 
 def _worst_of(tokens: Tokens, magnitude: Tensor) -> Tensor:
-    """``WORST_TOKENS`` rows as in ``layout.WORST_COLUMNS``, in their order, because places are in that of sequences."""
+    """Return the worst tokens' rows, ordered as by ``worst_rows``: equal ones lie by sequence and position already."""
     magnitude = tokens.only_present(magnitude, NO_TOKEN)
     index = largest(magnitude, WORST_TOKENS)
     sequence, place = tokens.sequence_at(index), tokens.place_of(index)

@@ -118,5 +118,5 @@ class AnyRatios(Ratios):
 
 
 def bounded_ratio(d: float, low: float = -RATIO_BOUND, high: float = RATIO_BOUND) -> float:
-    """exp(d), its exponent kept within bounds."""
+    """Return exp(d), its exponent kept within bounds."""
     return math.exp(max(low, min(high, d)))

@@ -60,7 +60,7 @@ class SequenceFigures:
         return least.amin(1), greatest.amax(1)
 
     def greatest_magnitude(self) -> Tensor:
-        """max |D|, (1,)."""
+        """Return max |D|, (1,)."""
         return self._magnitude.amax(0, keepdim=True)
 
     def by_length(self) -> tuple[Tensor, Tensor]:
@@ -109,7 +109,7 @@ class SequenceFigures:
         }
 
     def _of_perplexities(self) -> dict[str, Tensor]:
-        """verl's: exp(−mean log-prob), and how much greater the learner's is."""
+        """Return the figures of verl's perplexities, exp(−mean log-prob), and of how much greater the learner's is."""
         log_learner = self._log_sampler + self._log_ratio
         both = torch.stack([self._log_sampler, log_learner])
         sampler, learner = both.clamp_(max=EXPONENT_CAP).exp_().mul_(self._ones).unbind()

@@ -17,7 +17,7 @@ from fp16_patch.verl.trainers.observation import ORDER
 
 
 def compute_log_prob(wrapped: Any, actor: Any, args: Any, kwargs: Any) -> Any:
-    """`DataParallelPPOActor.compute_log_prob`: where the driver ordered it, both sides' log-probs are compared."""
+    """`DataParallelPPOActor.compute_log_prob`: compare both sides' log-probs, where the driver ordered it."""
     data = argument(wrapped, args, kwargs, "data")
     order = data.meta_info.get(ORDER)
     outputs = wrapped(*args, **kwargs)

@@ -2,7 +2,7 @@
 # the machine is touched.
 #   make demo            real verl, three precisions, side by side
 #   make demo-openrlhf   the same with real OpenRLHF
-#   make bench           the evidence of the README; make bench-full trains for it, too
+#   make bench           the evidence in integration/README.md; make bench-full trains for it, too
 #   make test            all tests, real end-to-end runs included
 #   make matrix          every release that is supported, at every level it is tested at
 
@@ -78,7 +78,7 @@ dist: $(READY)
 	rm -rf dist
 	$(BIN)/python -m hatchling build -d dist
 
-# What is left in evidence.json goes onto a page of plots and into the README's tables.
+# What evidence.json holds then goes onto a page of plots and into the tables of integration/README.md.
 bench: $(READY)
 	$(BIN)/python -m integration.bench.evidence
 	$(BIN)/python -m integration.bench.page

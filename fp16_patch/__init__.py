@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.2.0"
 
 if TYPE_CHECKING:
-    from fp16_patch.plan.errors import Fp16PatchError, LossScaleCollapse, PatchError, PlanError, PrecisionError
+    from fp16_patch.plan.errors import (
+        Fp16PatchError,
+        LossScaleCollapse,
+        MismatchAlert,
+        PatchError,
+        PlanError,
+        PrecisionError,
+    )
     from fp16_patch.plan.plan import Plan
     from fp16_patch.runtime.activation import activate, deactivate
 
@@ -22,6 +29,7 @@ _HOME = {
     "Plan": "fp16_patch.plan.plan",
     "Fp16PatchError": "fp16_patch.plan.errors",
     "LossScaleCollapse": "fp16_patch.plan.errors",
+    "MismatchAlert": "fp16_patch.plan.errors",
     "PatchError": "fp16_patch.plan.errors",
     "PlanError": "fp16_patch.plan.errors",
     "PrecisionError": "fp16_patch.plan.errors",
@@ -31,6 +39,7 @@ _ENTRY_POINTS = ("load", "load_in_vllm")
 __all__ = [
     "Fp16PatchError",
     "LossScaleCollapse",
+    "MismatchAlert",
     "PatchError",
     "Plan",
     "PlanError",

@@ -69,6 +69,7 @@ def alone(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     pip("install", str(wheel), python=folder / "venv" / "bin" / "python")
     (folder / "run").mkdir()
     (folder / "model").mkdir()
+    (folder / "model" / "config.json").touch()
     (folder / "log_probs.jsonl").touch()
     return folder
 
@@ -117,6 +118,12 @@ def test_a_probe_that_cannot_be_has_an_exit_code_of_its_own(alone: Path) -> None
     assert (
         shown.stderr == "Error: probe needs torch, which is not installed here. Fix: pip install 'fp16-patch[probe]'\n"
     )
+
+
+def test_a_model_that_is_not_there_is_said_before_torch_is_asked_for(alone: Path) -> None:
+    shown = typed(alone, "probe", "Qwen/Qwen2.5-0.5B")
+    assert (shown.returncode, shown.stdout) == (2, "")
+    assert shown.stderr.startswith("Error: MODEL=Qwen/Qwen2.5-0.5B: no config.json there. Fix: give the folder")
 
 
 def test_what_needs_no_torch_works_without(alone: Path) -> None:

@@ -70,9 +70,13 @@ def command(json_path: Path | None, html: Path | None, device: str | None, **set
     width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120
     console = Console(stderr=json_path == Path("-"), width=width)
     try:
+        from fp16_patch.probe.request import ProbeRequest
+
+        if device is not None:
+            settings["device"] = device
+        request = ProbeRequest(**settings)
         from fp16_patch.probe.examining import examine
         from fp16_patch.probe.progress import on_terminal
-        from fp16_patch.probe.request import ProbeRequest
         from fp16_patch.probe.terminal import print_result
 
         if html is not None:
@@ -80,9 +84,6 @@ def command(json_path: Path | None, html: Path | None, device: str | None, **set
             from fp16_patch.probe.page import write_page
 
             require_report_extra()
-        if device is not None:
-            settings["device"] = device
-        request = ProbeRequest(**settings)
         with on_terminal(console) as phases:
             result = examine(request, phases)
     except ModuleNotFoundError as missing:

@@ -1,4 +1,4 @@
-"""Runs the monitor as the plan wants it: what is measured when, which alerts there are, and what one does."""
+"""Runs the monitor as the plan wants it: what is measured when, which alerts there are, and what an alert does."""
 
 from __future__ import annotations
 

@@ -169,7 +169,7 @@ class Variant:
         return self.target.partition(":")[2]
 
     def fingerprint_in(self, sources: Sources) -> str | None:
-        """The target's fingerprint there; None if it is absent."""
+        """Return the target's fingerprint in these sources; None if it is not there."""
         source = sources.read(self.module)
         return None if source is None else fingerprint(source, self.qualname)
 
@@ -206,7 +206,8 @@ class Patch:
 
     @classmethod
     def from_toml(cls, path: Path) -> Patch:
-        """
+        """Read a declaration from its file.
+
         Raises:
             ValueError: the declaration lacks something, or says what nobody knows; the message names the file.
         """
@@ -240,7 +241,7 @@ class Patch:
         return {release: known for variant in self.variants for release, known in variant.releases.items()}
 
     def verify(self) -> Verdict:
-        """Judge the installed source; imports nothing of the framework."""
+        """Judge the installed source, without importing anything of the framework."""
         release = installed_release(self.package)
         if release is None or installed_release(self.framework) is None:
             return Verdict(self, self.variants[0], Status.ABSENT, release, None)
@@ -267,7 +268,7 @@ class Patch:
         return Verdict(self, variant, Status.MISSING if digest is None else Status.CHANGED, release, digest)
 
     def exemption_in(self, release: str | None) -> Exemption | None:
-        """Why this release needs no such patch; None if it does, or if nobody looked."""
+        """Return why this release needs no such patch; None if it does, or if nobody looked."""
         return next((each for each in self.exempt if release is not None and each.covers(release)), None)
 
     def _nearest_first(self, release: str | None) -> list[Variant]:
@@ -295,7 +296,7 @@ class Verdict:
 
     @property
     def unknown(self) -> bool:
-        """The code there is none that the patch was written for, and nobody has said that it does without."""
+        """Whether the patch was not written for this code, and nobody has said that the release does without it."""
         return self.status in (Status.CHANGED, Status.MISSING)
 
     @property
@@ -321,7 +322,7 @@ class Verdict:
 
 
 def declared_patches() -> tuple[Patch, ...]:
-    """All of them, by framework and name.
+    """Return all declared patches, by framework and name.
 
     Raises:
         ValueError: a declaration is not as it has to be, or two frameworks have a patch of one name.
@@ -336,7 +337,7 @@ def declared_patches() -> tuple[Patch, ...]:
 
 
 def _upstream(declared: str | list[str] | None, observes: bool) -> tuple[str, ...] | NoThread:
-    """What a declaration says of the framework's threads about its defect, checked."""
+    """Check and return what a declaration says of the framework's threads about its defect."""
     fix = 'Fix: name them, upstream = ["owner/repository#1"], or say why there is none, "not reported" or "ours"'
     if isinstance(declared, list) and declared and all(map(_THREAD.fullmatch, declared)):
         return tuple(declared)
@@ -349,7 +350,7 @@ def _upstream(declared: str | list[str] | None, observes: bool) -> tuple[str, ..
 
 
 def _of_groups(names: Iterable[str], path: Path) -> Iterator[Exemption]:
-    """What the named groups of a patch's framework hold, in the order in which the patch names them."""
+    """Yield the exemptions of the groups that a patch names, in its order."""
     file = path.parents[1] / "groups.toml"
     groups = _groups(file.read_text(encoding="utf-8") if file.is_file() else "").get(path.parent.name, {})
     for name in names:
@@ -361,7 +362,7 @@ def _of_groups(names: Iterable[str], path: Path) -> Iterator[Exemption]:
 
 @lru_cache(maxsize=1)
 def _groups(text: str) -> dict[str, dict[str, tuple[Exemption, ...]]]:
-    """Framework → group → its exemptions."""
+    """Parse `groups.toml`: framework → group → its exemptions."""
     return {
         framework: {name: Exemption.all_from_toml(declared) for name, declared in groups.items()}
         for framework, groups in tomllib.loads(text).items()
@@ -369,14 +370,14 @@ def _groups(text: str) -> dict[str, dict[str, tuple[Exemption, ...]]]:
 
 
 def nearest(releases: dict[str, str], release: str | None) -> str | None:
-    """Of these releases the newest before the one given, else the oldest after it; the newest if that is unknown."""
+    """Return the newest of `releases` up to `release`, else the oldest after it; the newest of all if it is None."""
     known = sorted(releases, key=Version)
     before = [each for each in known if release is None or Version(each) <= Version(release)]
     return next(iter(before[-1:] or known[:1]), None)
 
 
 def installed_release(package: str) -> str | None:
-    """The installed release of a framework, under whichever distribution name it came."""
+    """Return the installed release of a package, whichever of its distributions it came from; None without one."""
     for distribution in DISTRIBUTIONS.get(package, (package,)):
         try:
             return version(distribution)
@@ -386,6 +387,6 @@ def installed_release(package: str) -> str | None:
 
 
 def patches_dir() -> Path:
-    """Where the declarations lie: inside an installed package, or beside it in a checkout."""
+    """Return the folder of the declarations: inside an installed package, or beside it in a checkout."""
     inside = Path(__file__).parents[1] / "patches"
     return inside if inside.is_dir() else Path(__file__).parents[2] / "patches"

@@ -50,7 +50,7 @@ def torch_name(dtype: object) -> str:
 
 
 def is_half(dtype: object) -> bool:
-    """Whether it is one of the two dtypes of 16 bits."""
+    """Return whether it is one of the two dtypes of 16 bits."""
     return torch_name(dtype) in (FLOAT16.torch, BFLOAT16.torch)
 
 

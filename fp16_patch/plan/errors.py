@@ -135,5 +135,5 @@ class MismatchAlert(Fp16PatchError):
 
 
 # Tracebacks show the name that users import and catch.
-for _public in (Fp16PatchError, PlanError, PatchError, PrecisionError, LossScaleCollapse):
+for _public in (Fp16PatchError, PlanError, PatchError, PrecisionError, LossScaleCollapse, MismatchAlert):
     _public.__module__ = "fp16_patch"

@@ -33,7 +33,7 @@ class SettingInForce:
 
 
 def settings_in_force(plan: Plan, origins: Origins) -> list[SettingInForce]:
-    """Every setting, in the table's order."""
+    """List every setting, in the table's order."""
     return [
         SettingInForce(setting, getattr(plan, name), origins.get(name, DEFAULT)) for name, setting in SETTINGS.items()
     ]

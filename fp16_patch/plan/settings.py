@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from fp16_patch.plan.dtypes import DTYPES, FLOAT16
 from fp16_patch.plan.setting import (
     FALSE_WORDS,
     TRUE_WORDS,
@@ -24,16 +25,17 @@ from fp16_patch.plan.setting import (
     setting,
 )
 
-DTYPE_OF_MODE = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "observe": None, "off": None}
+DTYPE_OF_MODE = {**{dtype.short: dtype.torch for dtype in DTYPES}, "observe": None, "off": None}
+"""Torch's name of the dtype that a mode decides; None if it decides none."""
 FIRST_SCALE = 65536.0
-"""Of torch and of DeepSpeed, too."""
+"""The first loss scale of torch and of DeepSpeed."""
 
-_SPELLINGS = {
-    "fp16": ("float16", "half", *TRUE_WORDS),
-    "bf16": ("bfloat16",),
-    "fp32": ("float32",),
-    "off": ("", *FALSE_WORDS),
+_OTHER_WORDS = {
+    **{dtype.torch: dtype.short for dtype in DTYPES},
+    **dict.fromkeys((FLOAT16.method, *TRUE_WORDS), FLOAT16.short),
+    **dict.fromkeys(("", *FALSE_WORDS), "off"),
 }
+"""Word → the mode that it stands for."""
 
 _PRECISION, _SCALE, _PROOF = "Precision", "Loss scale", "Checks"
 _MONITOR, _ALERTS = "Mismatch monitor", "Alerts"
@@ -53,7 +55,7 @@ class Settings:
         "`off` does nothing",
         group=_PRECISION,
         check=Modes(DTYPE_OF_MODE),
-        aliases={word: mode for mode, words in _SPELLINGS.items() for word in words},
+        aliases=_OTHER_WORDS,
     )
     probe: str | None = setting(
         None,

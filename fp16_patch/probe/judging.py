@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fp16_patch.plan.settings import FIRST_SCALE
 from fp16_patch.probe.families import Family
 from fp16_patch.probe.headroom import GradientFit, Overflow
 from fp16_patch.scaling.scaler import GRADIENT_MARGIN
@@ -62,7 +63,7 @@ class Evidence:
 
 
 def recommend(evidence: Evidence) -> Recommendation:
-    scale = evidence.fit.init_scale if evidence.fit else 65536.0
+    scale = evidence.fit.init_scale if evidence.fit else FIRST_SCALE
     against = _against_fp16(evidence)
     if against:
         return Recommendation(BF16, (), scale, tuple(against), tuple(_warnings(evidence)))
@@ -95,7 +96,7 @@ def _against_fp16(evidence: Evidence) -> list[str]:
 
 
 def _first_overflows(evidence: Evidence) -> list[str]:
-    """One a module, in words: what comes behind the first may be its consequence."""
+    """Say of each module where it overflows first: what comes behind that may be its consequence."""
     by_module = {overflow.site.module: overflow for overflow in reversed(evidence.overflows)}
     return [str(overflow) for overflow in evidence.overflows if by_module[overflow.site.module] is overflow][:LISTED]
 

@@ -57,7 +57,7 @@ def policy_gradient(
     batch_tokens: int,
     advance: Advance,
 ) -> None:
-    """Backward of −mean_t A·log π of every batch as if it were the update's only one, A = ±1 in turn, in FP32.
+    """Run backward of −mean_t A·log π for every batch as if it were the update's only one, A = ±1 in turn, in FP32.
 
     An update of several micro-batches divides by the tokens of all, so that its gradients are smaller. Where the
     gradients go is for hooks to see, on a model whose parameters require them.

@@ -20,7 +20,7 @@ _PRODUCTS = {_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.bad
 
 
 def in_dtype(model: nn.Module, dtype: torch.dtype, *, held_wide: bool = False) -> nn.Module:
-    """A copy of an FP32 model with its parameters rounded to ``dtype``; the model itself for float32.
+    """Return a copy of an FP32 model with its parameters rounded to ``dtype``; the model itself for float32.
 
     Buffers stay as they are: frameworks keep RoPE frequencies in FP32.
 
@@ -52,7 +52,7 @@ def _rounded(parameter: torch.Tensor, dtype: torch.dtype, wide: bool) -> torch.T
 
 
 def _only_looked_up_or_multiplied(model: nn.Module) -> set[int]:
-    """Identities of weights that only linear layers and embeddings have; a model's own classes may compute more."""
+    """Return identities of weights in linear layers and embeddings only; a model's own classes may compute more."""
     ours: set[int] = set()
     others: set[int] = set()
     for module in model.modules():
@@ -62,7 +62,7 @@ def _only_looked_up_or_multiplied(model: nn.Module) -> set[int]:
 
 
 def _compute_from_wide(model: nn.Module, dtype: torch.dtype) -> None:
-    """What these layers give is, to the bit, what they would give from half-precision weights on a GPU."""
+    """Let these layers give, to the bit, what they would give from half-precision weights on a GPU."""
     for module in model.modules():
         if type(module) is nn.Linear:
             module.forward = partial(_linear, module, dtype)

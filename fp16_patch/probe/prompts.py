@@ -35,7 +35,7 @@ BUILT_IN = (
 
 
 def read_prompts(path: Path | None, count: int, tokenizer: Any) -> list[list[int]]:
-    """Token ids of ``count`` prompts, the first ones of the file, from the start again if it has fewer.
+    """Return token ids of the file's first ``count`` prompts, from its start again if it has fewer.
 
     Args:
         path: lines of text, or JSON lines or parquet with one of ``KEYS``; chats go through the tokenizer's template.
@@ -94,7 +94,7 @@ def _prompt_in(row: Any, where: str) -> Any:
 
 
 def _encode(prompt: Any, tokenizer: Any) -> list[int]:
-    """A text as it is; a chat, a sequence of messages, by the tokenizer's template."""
+    """Encode a text as it is; a chat, a sequence of messages, by the tokenizer's template."""
     if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"])
     messages = [dict(message) for message in prompt]

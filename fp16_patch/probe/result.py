@@ -45,7 +45,7 @@ class ProbeResult:
     pairs: dict[str, Pair] = field(default_factory=dict, repr=False, compare=False)
 
     def as_dict(self) -> dict[str, Any]:
-        """JSON-able; what is not finite is None."""
+        """Return the result as JSON has it; what is not finite is None."""
         shown = {name: value for name, value in vars(self).items() if name not in ("pairs", "recommendation")}
         numbers: dict[str, Any] = finite({"version": VERSION, **shown, "recommendation": asdict(self.recommendation)})
         return numbers
@@ -55,7 +55,7 @@ class ProbeResult:
 
 
 def finite(value: Any) -> Any:
-    """The same, nested as it is, with None for numbers that are not finite: JSON has none."""
+    """Return the same, nested as it is, with None for numbers that are not finite: JSON has none."""
     if isinstance(value, dict):
         return {name: finite(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):

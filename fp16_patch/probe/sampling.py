@@ -75,7 +75,7 @@ def decode(
 
 
 def _last_logits(model: nn.Module, ids: Tensor, attended: Tensor, cache: Any) -> tuple[Tensor, Any]:
-    """Logits after the last of the new ids, (sequences, vocabulary), and the cache with them."""
+    """Return logits after the last of the new ids, (sequences, vocabulary), and the cache with them."""
     positions = (attended.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     given = {"position_ids": positions, "logits_to_keep": 1}
     known = inspect.signature(model.forward).parameters

@@ -28,7 +28,7 @@ class Sampled:
 
 
 def batches(sequences: Sequence[Sampled], tokens: int) -> Iterator[list[int]]:
-    """Positions of the sequences in batches of at most ``tokens``, padding included; a longer sequence alone.
+    """Yield positions of sequences in batches of at most ``tokens``, padding included; a longer sequence alone.
 
     They are sorted by length, so that there is little padding.
     """
@@ -43,7 +43,7 @@ def batches(sequences: Sequence[Sampled], tokens: int) -> Iterator[list[int]]:
 
 
 def padded(sequences: Sequence[Sampled], device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids, attention mask and response mask, each (sequences, longest), padded on the right with token 0."""
+    """Return token ids, attention mask and response mask, (sequences, longest), padded on the right with token 0."""
     longest = max(sequence.length for sequence in sequences)
     ids = torch.zeros(len(sequences), longest, dtype=torch.long)
     attended, sampled = torch.zeros_like(ids), torch.zeros_like(ids)

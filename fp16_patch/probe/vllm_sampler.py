@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +32,10 @@ class SamplerRefused(Fp16PatchError):
     """vLLM does not serve this model in this dtype; its own words."""
 
 
-def installed() -> bool:
-    return find_spec("vllm") is not None
-
-
 def sample(
     model: Path, prompts: Sequence[Sequence[int]], dtype: str, sampling: Sampling, watch: bool
 ) -> tuple[list[Sampled], dict[Site, Range]]:
-    """One response a prompt, and, with `watch`, the ranges of what vLLM's modules put out.
+    """Sample one response a prompt and, with `watch`, measure the ranges of what vLLM's modules put out.
 
     Args:
         dtype: `fp32`, `fp16` or `bf16`.
@@ -72,19 +67,19 @@ def sample(
 
 
 def _environment() -> dict[str, str]:
-    """The caller's, without a plan: a probe asks what a model does by itself."""
+    """Return the caller's environment without a plan: a probe asks what a model does by itself."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("FP16_PATCH")}
     return {"VLLM_CPU_KVCACHE_SPACE": GIB_OF_CACHE_ON_A_CPU, "VLLM_LOGGING_LEVEL": "ERROR", **kept}
 
 
 def _what_it_says(output: str) -> str:
-    """The first error of vLLM's processes; those after it only say that there was one."""
+    """Return the first error of vLLM's processes; those after it only say that there was one."""
     errors = _ERROR.findall(output)
     return errors[0] if errors else "\n".join(output.splitlines()[-REPORTED_LINES:]) or "vLLM ended without a message"
 
 
 def answer(request: dict[str, Any]) -> dict[str, Any]:
-    """In the process of its own: load the model, sample, and say what came."""
+    """Load the model, sample and say what came; runs in the process of its own."""
     from vllm import LLM, SamplingParams
 
     longest = max(map(len, request["prompts"])) + request["max_new_tokens"]

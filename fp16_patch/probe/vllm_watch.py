@@ -1,4 +1,4 @@
-"""Looking at the ranges of a model inside a vLLM worker: `worker_extension_cls` mixes this into its class."""
+"""Watches the ranges of a model inside a vLLM worker: `worker_extension_cls` mixes this into its class."""
 
 from __future__ import annotations
 
@@ -19,6 +19,6 @@ class RangeWatchExtension:
         self._watching.enter_context(self._range_watch.during(GENERATION))
 
     def stop_range_watch(self) -> list[dict[str, Any]]:
-        """The ranges that were seen since, JSON-able."""
+        """Return the ranges that were seen since, as JSON has them."""
         self._watching.close()
         return [{"site": list(site), "range": seen.as_dict()} for site, seen in self._range_watch.ranges().items()]

@@ -42,7 +42,8 @@ class Release:
 
     @classmethod
     def parse(cls, text: str) -> Release:
-        """
+        """Read a release as it is typed.
+
         Args:
             text: a package and one release of it, or a package, which means its newest release.
 
@@ -122,7 +123,7 @@ def check_tree(path: Path) -> list[Verdict]:
 
 
 def _excused(verdicts: Sequence[Verdict]) -> list[Verdict]:
-    """What a tree lacks is not needed there if the release that most of the tree is like does without it."""
+    """Excuse what a tree lacks, if the release that most of the tree is like does without it."""
     like = {package: _most_like(verdicts, package) for package in {verdict.patch.package for verdict in verdicts}}
     return [
         replace(verdict, status=Status.EXEMPT, exemption=exemption)
@@ -142,7 +143,7 @@ def _most_like(verdicts: Iterable[Verdict], package: str) -> str | None:
 
 
 def covered(verdicts: Iterable[Verdict]) -> bool:
-    """Whether every patch applies or is not needed."""
+    """Return whether every patch applies or is not needed."""
     return not any(verdict.unknown for verdict in verdicts)
 
 

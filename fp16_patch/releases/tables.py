@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
+from typing import TypeVar
 
 from rich.box import SIMPLE
 from rich.console import Console
@@ -16,11 +17,12 @@ from fp16_patch.patching.declarations import NoThread, Patch, Reason, Status, Ve
 from fp16_patch.releases.matrix import Release, known_releases, tested_levels
 from fp16_patch.releases.tree_diff import Done, Outcome
 
+T = TypeVar("T")
+
 
 def print_verdicts(title: str, verdicts: Sequence[Verdict], console: Console) -> None:
-    """One release: what each patch's target is in it, which patches it does without, and how many hold."""
-    table = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 1), pad_edge=False)
-    table.add_column("patch", no_wrap=True)
+    """Print, for one release, whether each patch holds, which patches it does without, and how many hold."""
+    table = _table_of_patches(title)
     table.add_column("its code", overflow="fold")
     table.add_column("upstream", overflow="fold")
     needless: dict[str, list[str]] = {}
@@ -33,9 +35,7 @@ def print_verdicts(title: str, verdicts: Sequence[Verdict], console: Console) ->
     for why, names in needless.items():
         console.print(f"[green]not needed[/], {escape(why)}", highlight=False)
         console.print(Padding(", ".join(names), (0, 0, 1, 4)), highlight=False)
-    counted = {status: sum(verdict.status is status for verdict in verdicts) for status in Status}
-    counts = ", ".join(f"{count} {_COUNTED[status]}" for status, count in counted.items() if count)
-    console.print(f"{title}: of {len(verdicts)} patches, {counts}", highlight=False)
+    _print_counts(title, [verdict.status for verdict in verdicts], _COUNTED, console)
 
 
 _COUNTED = {
@@ -54,18 +54,15 @@ def _says(verdict: Verdict) -> str:
 
 
 def print_outcomes(title: str, outcomes: Sequence[Outcome], console: Console) -> None:
-    """A source tree to be edited: what the diff does of each patch, and what is lost without fp16_patch."""
-    table = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 1), pad_edge=False)
-    table.add_column("patch", no_wrap=True)
+    """Print what a diff for a source tree does of each patch, and what is lost without fp16_patch."""
+    table = _table_of_patches(title)
     table.add_column("what becomes of it")
     table.add_column("what is lost, and why", overflow="fold")
     for done in Done:
         for outcome in (each for each in outcomes if each.done is done):
             table.add_row(outcome.verdict.patch.name, f"[{_COLOURS[done]}]{done.value}[/]", outcome.text)
     console.print(table)
-    counted = {done: sum(outcome.done is done for outcome in outcomes) for done in Done}
-    counts = ", ".join(f"{count} {done.value}" for done, count in counted.items() if count)
-    console.print(f"{title}: of {len(outcomes)} patches, {counts}", highlight=False)
+    _print_counts(title, [outcome.done for outcome in outcomes], {done: done.value for done in Done}, console)
 
 
 _COLOURS = {
@@ -77,15 +74,27 @@ _COLOURS = {
 }
 
 
+def _table_of_patches(title: str) -> Table:
+    table = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 1), pad_edge=False)
+    table.add_column("patch", no_wrap=True)
+    return table
+
+
+def _print_counts(title: str, found: Sequence[T], words: Mapping[T, str], console: Console) -> None:
+    """Print how many patches each word holds for, in the order of the words."""
+    counts = ", ".join(f"{count} {word}" for kind, word in words.items() if (count := found.count(kind)))
+    console.print(f"{title}: of {len(found)} patches, {counts}", highlight=False)
+
+
 def print_diffs(diffs: Mapping[str, str], console: Console) -> None:
-    """What changed in the targets of patches that do not hold."""
+    """Print what changed in the targets of patches that do not hold."""
     for name, text in diffs.items():
         console.rule(f"{name}: to be looked at by a person")
         console.print(Syntax(text, "diff", background_color="default", word_wrap=True))
 
 
 def print_matrix(patches: Iterable[Patch], console: Console) -> None:
-    """All declared patches against all declared releases, package by package, in 80 columns.
+    """Print all declared patches against all declared releases, package by package, in 80 columns.
 
     Neighbouring releases of which the same is to be said share a column. Headings stand like stairs above the columns,
     each as long as it is.
@@ -121,13 +130,13 @@ _STAIR = "[dim]│[/]  "
 
 
 def _repository(patches: Iterable[Patch]) -> str | None:
-    """The one that most threads about the patches are in."""
+    """Return the repository that most threads about the patches are in."""
     named = [thread.partition("#")[0] for patch in patches for thread in patch.threads]
     return max(named, key=named.count, default=None)
 
 
 def _upstream(patch: Patch, repository: str | None = None) -> str:
-    """What the framework's maintainers know of the defect; threads of this repository by their number alone."""
+    """Link the framework's threads about the defect; those of `repository` by their number alone."""
     if isinstance(patch.upstream, NoThread):
         return f"[dim]{patch.upstream.value}[/]"
     shown = []

@@ -53,12 +53,13 @@ def diff_of(path: Path, plan: Plan) -> tuple[str, list[Outcome]]:
 
 
 def complete(outcomes: Iterable[Outcome]) -> bool:
-    """Whether nothing is left as it is for want of an edit; where something is, roles may compute in two dtypes."""
+    """Return whether no patch is left out for want of an edit; where one is, roles may compute in two dtypes."""
     return not any(outcome.done in (Done.UNKNOWN, Done.UNWRITTEN) for outcome in outcomes)
 
 
 def write(diff: str, output: Path) -> None:
-    """
+    """Write the diff to a file.
+
     Raises:
         SourceError: the place is in our own checkout, which holds no code of a framework.
     """

@@ -19,7 +19,7 @@ def end_of(name: str) -> str:
 
 
 def stays(name: str, kept: Kept) -> bool:
-    """Whether a weight may be one of those that the sampler keeps."""
+    """Return whether a weight may be one of those that the sampler keeps."""
     return end_of(name) in kept["parameters"] or end_of(name) in kept["buffers"]
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any
 
-from fp16_patch.plan.dtypes import COMPUTE_OR_FP32, STAYS_FP32
+from fp16_patch.plan.dtypes import COMPUTE_OR_FP32, STAYS_FP32, torch_name
 from fp16_patch.plan.errors import PrecisionFinding
 from fp16_patch.plan.plan import Plan
 from fp16_patch.runtime.fp32_weights import Kept
@@ -47,7 +47,7 @@ class Ledger:
 
     def note(self, role: str, quantity: str, *dtypes: object) -> bool:
         """Record that `role` used these dtypes (torch dtypes or their names) for `quantity`; True if one is new."""
-        names = {str(dtype).removeprefix("torch.") for dtype in dtypes}
+        names = set(map(torch_name, dtypes))
         if not names:
             return False
         with self._lock:

@@ -45,7 +45,7 @@ class PreflightCheck:
         self._asked_with: frozenset[str] = frozenset()
 
     def due(self, step: int) -> bool:
-        """Whether to check now: first, once an engine has updated (gradients exist then), each `ledger_every` steps."""
+        """Return whether to check now: at first, after an engine's first update, and each `ledger_every` steps."""
         if self._first_step is None or self._asked_with != self.updated:
             return True
         return step != self._last_step and (step - self._first_step) % current_plan().ledger_every == 0
@@ -154,7 +154,7 @@ def _of_kind(record: Record, kind: str) -> Record:
 
 
 def inside_ray_actor() -> bool:
-    """Whether this process is a Ray actor: a driver elsewhere decides about it then."""
+    """Return whether this process is a Ray actor: a driver elsewhere decides about it then."""
     ray = sys.modules.get("ray")
     return bool(ray and ray.is_initialized() and ray.get_runtime_context().get_actor_id())
 

@@ -34,7 +34,7 @@ def steps_since_growth(scaler: Any) -> int:
 
 
 def takes_grad_scale(optimizer: Optimizer) -> bool:
-    """Whether an optimizer's kernel divides by the scale it finds as its `grad_scale`, as torch's fused ones do.
+    """Return whether an optimizer's kernel divides by its attribute `grad_scale`, as torch's fused ones do.
 
     `GradScaler.step` asks for the same attribute.
     """

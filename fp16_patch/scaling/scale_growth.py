@@ -1,4 +1,4 @@
-"""When the loss scale may grow: torch's scaler grows it until it breaks; here the gradients are asked before.
+"""When the loss scale may grow: torch's scaler grows it until it breaks; here it first looks at the gradients.
 
 torch's rule (`torch/amp/grad_scaler.py`): after `growth_interval` steps without an overflow, scale ← scale ·
 growth_factor. `scale_rule=ahead` adds: if the largest gradient seen in these steps still fits FP16 then, with `MARGIN`
@@ -58,7 +58,7 @@ def wants_gradient_stats(scaler: Any, attempted: int) -> bool:
 
 
 def maybe_hold_growth(scaler: Any, window: GradMaxWindow, attempted: int, role: str) -> None:
-    """Before an update with which the scale would grow, let it only if recent gradients would fit.
+    """Hold the scale before an update with which it would grow, unless recent gradients would fit.
 
     Args:
         scaler: torch's.

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from fp16_patch.plan.plan import Plan
+from fp16_patch.plan.settings import FIRST_SCALE
 
 if TYPE_CHECKING:
     import torch
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
 
 MAX_CULPRITS = 3
 
-LARGEST_SCALE = 65536.0
-"""torch's and DeepSpeed's first scale. A run that has room for more finds it by growing."""
+LARGEST_SCALE = FIRST_SCALE
+"""A run that has room for more finds it by growing."""
 
 GRADIENT_MARGIN = 8.0
 """The first updates' largest gradient may be so many times the one that was seen: advantages go up to about 4."""

@@ -4,10 +4,12 @@ import pickle
 
 import pytest
 
+import fp16_patch
 from fp16_patch.plan.errors import (
     Conflict,
     Fp16PatchError,
     LossScaleCollapse,
+    MismatchAlert,
     PatchError,
     PlanError,
     PrecisionError,
@@ -20,6 +22,7 @@ ERRORS = [
     PrecisionError([PrecisionFinding("host", 7, "actor", "autocast", "bfloat16", "float16")]),
     LossScaleCollapse("actor", 3, "too many", {0: [], 1: ["layers.0.weight"]}),
     LossScaleCollapse("actor", 3, "too many", {0: [], 1: []}, {1: "lm_head (gradient of the output)"}),
+    MismatchAlert(3, ["k1: mismatch/k1 is 0.2, above 0.1, since step 2"]),
 ]
 
 
@@ -29,6 +32,12 @@ def test_errors_cross_process_borders_whole(error: Fp16PatchError) -> None:
     arrived = pickle.loads(pickle.dumps(error))
     assert type(arrived) is type(error)
     assert str(arrived) == str(error)
+
+
+@pytest.mark.parametrize("error", dict.fromkeys(map(type, ERRORS)), ids=lambda error: error.__name__)
+def test_errors_are_caught_by_the_names_that_tracebacks_show(error: type[Fp16PatchError]) -> None:
+    assert getattr(fp16_patch, error.__name__) is error
+    assert error.__module__ == "fp16_patch"
 
 
 def test_precision_error_lists_host_pid_role_quantity_seen_and_wanted() -> None:

@@ -183,7 +183,7 @@ class Monitor:
         return Part.unpack(answer["part"]), coverage
 
     def _in_time(self, method: str, *arguments: Any, **limits: float) -> Any:
-        """As ``_ask``; None without an answer in time."""
+        """Ask as ``_ask`` does; return None without an answer in time."""
         try:
             return self._ask(method, *arguments, **limits)
         except TimeoutError as late:

@@ -53,7 +53,7 @@ class Part:
 
     @classmethod
     def unpack(cls, message: Message) -> Part:
-        """The inverse of ``pack``.
+        """Undo ``pack``.
 
         Raises:
             ValueError: statistics of another version.

@@ -132,7 +132,7 @@ class PrometheusSink:
             self._replace({})
 
     def _replace(self, standing: dict[Series, float]) -> None:
-        """Ray drops a series that is NaN at once, instead of after its 20 s."""
+        """Show these series. Those that are gone are set to NaN, which Ray drops at once instead of after 20 s."""
         withdrawn = dict.fromkeys(self._standing.keys() - standing.keys(), math.nan)
         self._standing = standing
         self._set({**withdrawn, **standing})
@@ -185,7 +185,7 @@ def exported_name(name: str) -> str:
 
 
 def description(name: str) -> str:
-    """What the gauge means and its unit, in ASCII; a metric that is not described here says its own name."""
+    """Say what the gauge means and its unit, in ASCII; of a metric that is not described here, its name."""
     if name.startswith(CRITIC):
         return f"{description('fp16/' + name.removeprefix(CRITIC))}, of the critic"
     of_all, _, group = name.rpartition("/")

@@ -70,7 +70,7 @@ class Round:
         return self.expected_tokens is not None or self.expected_ranks is not None
 
     def complete(self) -> bool:
-        """Whether all expected tokens are here; all ranks, where no tokens were expected; true where nothing was."""
+        """Return whether all expected tokens are here; all ranks, if no tokens were expected; true if nothing was."""
         if self.expected_tokens is not None:
             return self.tokens >= self.expected_tokens
         expected = self.expected_ranks

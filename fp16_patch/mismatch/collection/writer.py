@@ -55,7 +55,7 @@ def _append(path: Path, record: dict[str, Any]) -> None:
 
 
 def _is_cut_off(lines: IO[bytes]) -> bool:
-    """Whether the last line has no end: its writer was killed, or the disk was full."""
+    """Return whether the last line has no end: its writer was killed, or the disk was full."""
     if lines.seek(0, os.SEEK_END) == 0:
         return False
     lines.seek(-1, os.SEEK_END)

@@ -71,7 +71,7 @@ class Alert:
         return f"{self.name}: {says}, since step {self.since_step}"
 
     def as_dict(self) -> dict[str, Any]:
-        """What stands of it on the step's line of the record."""
+        """Return what the step's line of the record says of it."""
         return {"name": self.name, "value": self.value, "threshold": self.threshold, "since": self.since_step}
 
 
@@ -129,7 +129,7 @@ class _Rule:
     reads: str | None = None
 
     def threshold(self, thresholds: Thresholds) -> float | None:
-        """None where the alert is disabled."""
+        """Return the alert's threshold; None where the alert is disabled."""
         setting = None if self.setting is None else getattr(thresholds, self.setting)
         if self.setting is not None and not setting:
             return None
@@ -200,7 +200,7 @@ class _Trend:
         self._later: deque[tuple[int, float]] = deque()
 
     def update(self, step: int, value: float) -> float:
-        """The ratio; NaN without a value, before there are enough of them, or where there was no gap before."""
+        """Return the ratio; NaN without a value, before there are enough of them, or where there was no gap before."""
         if not self._span or not math.isfinite(value):
             return math.nan
         self._later.append((step, value))

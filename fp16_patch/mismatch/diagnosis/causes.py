@@ -74,7 +74,7 @@ def mask_shifted(evidence: Evidence) -> Sentences:
 
 
 def _is_padded(edge: Edge) -> bool:
-    """Far beyond the other tokens, to one side."""
+    """Return whether the edge's d is far beyond the other tokens', and all to one side."""
     least = EDGE_MEAN_ABS if edge.padding is None else PADDED_EDGE_MEAN_ABS
     far = edge.band.tokens >= EDGE_TOKENS and edge.band.d_abs_mean >= least
     return far and edge.factor >= EDGE_FACTOR and edge.one_sided >= EDGE_ONE_SIDED
@@ -120,7 +120,7 @@ def truncated_sampling(evidence: Evidence) -> Sentences:
 
 
 def _is_truncated(total: Moments) -> bool:
-    """Mean r is below 1, and not for want of large ratios that few samples miss."""
+    """Return whether mean r is below 1, and not for want of large ratios, which few samples miss."""
     deficit = -total.ratio_excess
     are_seen = total.large_ratios > LARGE_RATIOS_SHARE * deficit
     return total.ratio_z < -SURE and deficit > _least_offset(total) and not are_seen
@@ -145,7 +145,7 @@ def raw_log_probs(evidence: Evidence) -> Sentences:
 
 
 def _is_sampled_elsewhere(total: Moments) -> bool:
-    """For samples of μ mean d estimates −KL(μ‖π), which is never above 0."""
+    """Return whether mean d is above 0. For samples of μ it estimates −KL(μ‖π), which never is."""
     sure = total.lean_z > SURE and total.ratio_z > SURE
     return sure and min(total.mean, total.ratio_excess) > _least_offset(total)
 
@@ -163,7 +163,7 @@ def temperature(evidence: Evidence) -> Sentences:
 
 
 def is_scaled(evidence: Evidence) -> bool:
-    """Whether d goes with log μ, from the first step on. Not where that is NaN."""
+    """Return whether d goes with log μ, from the first step on; false where that is NaN."""
     total, start = _before_growth(evidence), evidence.start
     if not (abs(total.follows) >= MIN_FOLLOWS and abs(total.slope_z) >= SURE):
         return False
@@ -175,7 +175,7 @@ def is_scaled(evidence: Evidence) -> bool:
 
 
 def _is_positive(band: Band, total: Moments) -> bool:
-    """Under a truncation alone d is below 0 at every probability."""
+    """Return whether the band's d is above 0. Under a truncation alone it is below, at every probability."""
     error = math.sqrt(band.d_square_mean / band.tokens)
     return band.tokens >= BAND_TOKENS and band.d_mean > max(SURE * error, _least_offset(total))
 
@@ -232,7 +232,7 @@ def _has_grown(evidence: Evidence) -> bool:
 
 
 def _before_growth(evidence: Evidence) -> Moments:
-    """Without the steps in which the weights were apart."""
+    """Return the figures without the steps in which the weights were apart."""
     return evidence.start if evidence.start is not None and _has_grown(evidence) else evidence.total
 
 
@@ -254,7 +254,7 @@ def _side_text(side: Side) -> str:
 
 
 def precision(evidence: Evidence) -> Sentences:
-    """Nothing but rounding, as far as the figures say."""
+    """Say that there is nothing but rounding, as far as the figures go."""
     total = evidence.total
     if total.mean_abs == 0:
         return (f"Sampler and learner agree exactly on all {total.tokens} tokens.",)
@@ -285,7 +285,7 @@ def precision_advice(evidence: Evidence) -> str:
 
 
 def _is_normalized(total: Moments) -> bool:
-    """Mean r is 1; also where the state is too old to tell."""
+    """Return whether mean r is 1; true, too, where the state is too old to tell."""
     return not (abs(total.ratio_z) > SURE and abs(total.ratio_excess) > _least_offset(total))
 
 
@@ -294,13 +294,13 @@ def _fits_size(evidence: Evidence) -> bool:
 
 
 def _coarsest(evidence: Evidence) -> str | None:
-    """The coarser side's dtype, by the ledger, else by the plan."""
+    """Return the coarser side's dtype, by the ledger, else by the plan."""
     sides = [side for side in (evidence.learner, evidence.sampler) if side is not None]
     return min(sides, key=lambda side: side.bits).dtype if sides else evidence.planned
 
 
 def _largest(dtype: str | None) -> float:
-    """Of quantized dtypes, and of those not known, nothing is known that would be too much for bfloat16."""
+    """Return the largest mean |d| of the dtype's rounding; bfloat16's for quantized dtypes and unknown ones."""
     return SIZES.get(dtype or "", SIZES["bfloat16"])[1]
 
 
@@ -354,7 +354,7 @@ def too_few(evidence: Evidence) -> Sentences:
 
 
 def unknown(evidence: Evidence) -> Sentences:
-    """What does not fit rounding, what was ruled out, what remains."""
+    """Say what does not fit rounding, what was ruled out, what remains."""
     total = evidence.total
     return (
         _size_sentence(total, _coarsest(evidence)),
@@ -396,14 +396,14 @@ def _what_remains(evidence: Evidence) -> str:
 
 
 def _ratio(total: Moments) -> str:
-    """Mean r with its standard error."""
+    """Write mean r with its standard error."""
     error = total.ratio_excess / total.ratio_z if total.ratio_z else 0.0
     digits = min(7, max(2, 1 - math.floor(math.log10(error)))) if error > 0 else 4
     return f"{1 + total.ratio_excess:.{digits}f} ± {error:.{digits}f}"
 
 
 def _n(value: float) -> str:
-    """Two significant digits."""
+    """Write two significant digits."""
     if value == 0 or 0.01 <= abs(value) < 1000:
         return f"{value:.2g}" if abs(value) < 100 else f"{value:.0f}"
     mantissa, exponent = f"{value:.1e}".split("e")

@@ -222,7 +222,7 @@ class Evidence:
 
 
 def mantissa_bits(dtype: str) -> int | None:
-    """Explicit bits of the significand; of quantized dtypes, those of float8_e4m3. None for a name not known."""
+    """Return a dtype's explicit bits of the significand: of quantized ones, float8_e4m3's; None if it is not known."""
     if dtype.startswith(("float8", "fp8", "int", "uint", "float4")):
         return _QUANTIZED_BITS
     return _MANTISSA_BITS.get(dtype)
@@ -248,7 +248,7 @@ def _growth(measured: Mapping[int, MismatchStats]) -> Growth | None:
 
 
 def _mean_abs_at_probabilities_of(target: MismatchStats, source: MismatchStats) -> float:
-    """Mean |d| of ``source`` if its tokens were spread over its probabilities as those of ``target`` are; else 0."""
+    """Return the mean |d| that ``source`` would have if its probabilities were spread as ``target``'s; 0 if unknown."""
     known = {band.label: band.d_abs_mean for band in source.probability_bands() if band.tokens >= BAND_TOKENS}
     bands = [band for band in target.probability_bands() if band.label in known]
     tokens = sum(band.tokens for band in bands)
@@ -268,7 +268,7 @@ def _long_growth(measured: Mapping[int, MismatchStats]) -> float | None:
 
 
 def _edges(stats: MismatchStats) -> tuple[Edge, ...]:
-    """The first and the last token of sequences, as far as there are other tokens to compare with."""
+    """Return first and last tokens of sequences, as far as there are others to compare with."""
     bands = {band.label: band for band in stats.position_bands()}
     inner = [band for label, band in bands.items() if label not in ("first", "last")]
     tokens = sum(band.tokens for band in inner)
@@ -278,7 +278,7 @@ def _edges(stats: MismatchStats) -> tuple[Edge, ...]:
 
 
 def _shared_padding(stats: MismatchStats) -> float | None:
-    """The sampler's value of the worst tokens, where most of those that are far off have the very same one."""
+    """Return the sampler's log-prob of the worst tokens, if most that are far off have the very same one."""
     far_off = [token.sampler for token in stats.worst_tokens() if abs(token.d) > LARGE_D]
     value, count = Counter(far_off).most_common(1)[0] if far_off else (math.nan, 0)
     return value if count >= 3 and count >= 0.75 * len(far_off) else None
@@ -300,7 +300,7 @@ def _side(ledger: Roles, role_prefix: str, quantities: tuple[str, ...]) -> Side 
 
 
 def _expected(histogram: Tensor, function: Callable[[Tensor], Tensor]) -> tuple[float, float]:
-    """Mean of a function of d and its standard error, each bin of d by the value that stands for it."""
+    """Return a function's mean over d and its standard error, each bin of d by the value that stands for it."""
     counts = histogram.double()
     n = float(counts.sum())
     if not n:

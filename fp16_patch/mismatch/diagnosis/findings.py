@@ -119,7 +119,7 @@ def diagnose(
 
 
 def _explains_too_little(faults: list[Diagnosis], rest: Diagnosis) -> bool:
-    """Dtypes are on record, however large the gap is."""
+    """Return whether unequal dtypes are all that was found, and too little for a gap of this size."""
     return [fault.cause for fault in faults] == ["one_side_lower_precision"] and rest.cause == "unknown"
 
 

@@ -25,7 +25,7 @@ class Coverage:
     complete: bool = True
 
     def share(self) -> float:
-        """The share of the step's tokens that was measured; NaN where it is not known how many there were."""
+        """Return the share of the step's tokens that was measured; NaN if it is not known how many there were."""
         return self.tokens / self.expected_tokens if self.expected_tokens else math.nan
 
     def text(self) -> str:
@@ -64,7 +64,7 @@ def metrics_of(line: Line) -> dict[str, float]:
 
 
 def coverage_of(line: Line) -> Coverage | None:
-    """None where it was not recorded."""
+    """Return the line's coverage; None where it was not recorded."""
     content = line.get("coverage")
     if not isinstance(content, dict):
         return None

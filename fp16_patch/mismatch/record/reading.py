@@ -81,11 +81,11 @@ class RunRecord:
     attempts: list[str] = field(default_factory=list)
 
     def total(self) -> MismatchStats:
-        """The mismatch of all steps, merged."""
+        """Return the mismatch of all steps, merged."""
         return self.stats
 
     def series(self, metric: str) -> dict[int, float]:
-        """The metric's finite values by step, wherever it was recorded."""
+        """Return the metric's finite values by step, wherever it was recorded."""
         merged = {step: self.steps.get(step, {}) | self.mismatch.get(step, {}) for step in self.recorded_steps()}
         values = {step: metrics.get(metric, math.nan) for step, metrics in merged.items()}
         return {step: value for step, value in values.items() if math.isfinite(value)}
@@ -94,7 +94,7 @@ class RunRecord:
         return sorted(self.steps.keys() | self.mismatch.keys())
 
     def summary(self) -> dict[str, Any]:
-        """What a run comes to; means are over all tokens of all steps, NaN where nothing was recorded."""
+        """Return what a run comes to; means are over all tokens of all steps, NaN where nothing was recorded."""
         totals = self.total().metrics(prefix="")
         scales = list(self.series("fp16/loss_scale").values())
         return {
@@ -111,29 +111,29 @@ class RunRecord:
         }
 
     def over_floor(self) -> float:
-        """Mean |d| as a multiple of the learner's against itself; NaN where that was not measured, or is 0."""
+        """Return mean |d| as a multiple of the learner's against itself; NaN where that was not measured, or is 0."""
         floor = self.noise_floor.metrics(prefix="")["mean_abs"] if self.noise_floor is not None else math.nan
         return self.total().metrics(prefix="")["mean_abs"] / floor if floor else math.nan
 
     def covered(self) -> float:
-        """The share of the sampled tokens that was measured; NaN where it was not recorded."""
+        """Return the share of the sampled tokens that was measured; NaN where it was not recorded."""
         known = [(part.tokens, part.expected_tokens) for part in self.coverage.values() if part.expected_tokens]
         return sum(tokens for tokens, _ in known) / sum(expected for _, expected in known) if known else math.nan
 
     def episodes(self) -> list[Episode]:
-        """The alerts in the order in which they began, with the values at the last step at which they stood."""
+        """Return the alerts in the order in which they began, with the values at the last step at which they stood."""
         last = {(alert.name, alert.since): (alert, step) for step, alerts in self.alerts.items() for alert in alerts}
         end = max(self.mismatch, default=0)
         episodes = [Episode(alert, step, standing=step == end) for alert, step in last.values()]
         return sorted(episodes, key=lambda episode: (episode.alert.since, episode.alert.name))
 
     def planned_dtype(self) -> str | None:
-        """The dtype the plan asks for, by its torch name; None if no plan was recorded."""
+        """Return the dtype that the plan asks for, by torch's name; None if no plan was recorded."""
         dtype = self.plan.get("dtype")
         return None if dtype is None else torch_name(dtype)
 
     def dtypes_of(self, quantities: Iterable[str], role_prefix: str = "") -> list[str]:
-        """Dtypes seen in the roles that start so, of the first of ``quantities`` that was seen at all."""
+        """Return the dtypes of the first of ``quantities`` seen in roles whose names begin so."""
         for quantity in quantities:
             seen = {
                 dtype
@@ -146,12 +146,12 @@ class RunRecord:
         return []
 
     def compute_dtypes(self, role: str) -> list[str]:
-        """Dtypes seen in the role, apart from what is float32 by design."""
+        """Return the dtypes seen in the role, apart from what is float32 by design."""
         row = self.ledger.get(role, {})
         return sorted({dtype for quantity in row.keys() - FLOAT32_BY_DESIGN for dtype in row[quantity]})
 
     def deviations(self) -> list[tuple[str, str, list[str]]]:
-        """(role, quantity, dtypes) wherever a dtype was seen that the plan does not allow."""
+        """Return (role, quantity, dtypes) wherever a dtype was seen that the plan does not allow."""
         return [
             (role, quantity, dtypes)
             for role, row in self.ledger.items()
@@ -201,7 +201,7 @@ def load_run(path: str | Path) -> RunRecord:
 
 
 def worst_of(tokens: Iterable[tuple[int, WorstToken]]) -> list[tuple[int, WorstToken]]:
-    """Of (step, token), those of the largest |d|, largest first."""
+    """Return the (step, token) of the largest |d|, largest first."""
     return sorted(tokens, key=lambda pair: -abs(pair[1].d))[:WORST_TOKENS]
 
 
@@ -254,7 +254,7 @@ def _read_object(path: Path, notes: list[str]) -> dict[str, Any]:
 
 
 def _read_lines(path: Path, notes: list[str]) -> dict[int, Line]:
-    """The last line of each step, without its states: their place in the file instead, as ``OFFSET``."""
+    """Return the last line of each step, without its states: their place in the file instead, as ``OFFSET``."""
     if not path.is_file():
         return {}
     by_step: dict[int, Line] = {}
@@ -272,7 +272,7 @@ def _read_lines(path: Path, notes: list[str]) -> dict[int, Line]:
 
 
 def _lines_at(path: Path) -> Iterator[tuple[int, bytes]]:
-    """The lines that are not blank, each with its place in the file, in bytes."""
+    """Yield the lines that are not blank, each with its place in the file, in bytes."""
     offset = 0
     with path.open("rb") as lines:
         for line in lines:
@@ -282,7 +282,7 @@ def _lines_at(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _attempts(lines: Iterable[Line]) -> list[str]:
-    """The starts of the trainer, in the order of the steps they wrote."""
+    """Return the starts of the trainer, in the order of the steps they wrote."""
     return list(dict.fromkeys(str(line["attempt"]) for line in lines if line.get("attempt")))
 
 

@@ -28,7 +28,7 @@ class Axis:
     whole: bool = False
 
     def shows(self, value: float) -> bool:
-        """Says whether the value has a place on the axis: on a logarithmic one, only what is above 0."""
+        """Return whether the value has a place on the axis: on a logarithmic one, only what is above 0."""
         return value > 0 or self.scale in ("linear", "category")
 
 

@@ -100,7 +100,7 @@ def comparison_rows(runs: Runs) -> list[tuple[str, list[str]]]:
         "mean |Δp|": mismatch("prob_mean_abs"),
         "k1 = mean(−d)": mismatch("k1"),
         "k3 = mean(r − 1 − d)": mismatch("k3"),
-        "effective sample size": lambda name: _percent(runs[name].total().metrics(prefix="")["ess"]),
+        "effective sample size": lambda name: percent_text(runs[name].total().metrics(prefix="")["ess"]),
         "non-finite tokens": lambda name: number_text(runs[name].total().nonfinite_tokens),
         REWARD: lambda name: _first_to_last(summaries[name]["reward"]),
         LOSS_SCALE: lambda name: number_text(summaries[name]["loss_scale"]),
@@ -147,7 +147,7 @@ def key_figures(run: RunRecord) -> list[tuple[str, str]]:
         ("mean |d|", number_text(metrics["mean_abs"])),
         ("max |d|", number_text(metrics["max_abs"])),
         ("k3", number_text(metrics["k3"])),
-        ("ESS", _percent(metrics["ess"])),
+        ("ESS", percent_text(metrics["ess"])),
         *((role, dtypes_text(seen)) for role, seen in dtypes.items() if seen),
     ]
 
@@ -231,7 +231,7 @@ def _times(factor: float) -> str:
     return f"{number_text(factor)}×" if math.isfinite(factor) else "–"
 
 
-def _percent(share: float) -> str:
+def percent_text(share: float) -> str:
     """Write a share with two digits of what is missing from the whole, where that is less than a tenth: 99.987 %."""
     if not math.isfinite(share):
         return "–"
@@ -246,7 +246,7 @@ def coverage_text(run: RunRecord) -> str:
     partial = sum(not part.complete for part in run.coverage.values())
     if not run.coverage or not partial:
         return "all" if run.coverage else "–"
-    return f"{_percent(run.covered())}, {partial} of {len(run.coverage)} steps in part"
+    return f"{percent_text(run.covered())}, {partial} of {len(run.coverage)} steps in part"
 
 
 def _standing(run: RunRecord) -> str:
@@ -264,12 +264,16 @@ def _duration(seconds: float | None) -> str:
 
 
 def number_text(value: float | None) -> str:
-    """Write three significant digits; whole numbers in full; – where there is none."""
+    """Write three significant digits; whole numbers in full, and no others like them; – where there is none."""
     if value is None or not math.isfinite(value):
         return "–"
-    if float(value).is_integer() and abs(value) < 1e15:
-        return f"{int(value):,}".replace(",", "\u202f")
-    return f"{value:.3g}" if 0.1 <= abs(value) < 999.5 else _scientific(f"{value:.2e}")
+    # What a quotient's last bits make of 5 is 5.
+    if math.isclose(value, round(value), rel_tol=1e-9) and abs(value) < 1e15:
+        return f"{round(value):,}".replace(",", "\u202f")
+    if not 0.1 <= abs(value) < 999.5:
+        return _scientific(f"{value:.2e}")
+    rounded = f"{value:.3g}"
+    return rounded if "." in rounded else f"{value:#.3g}".removesuffix(".")
 
 
 def _scientific(number: str) -> str:

@@ -1,4 +1,4 @@
-"""Reading per-token log-probs that some trainer wrote: JSON lines, one line a sequence."""
+"""Reads per-token log-probs that some trainer wrote: JSON lines, one line a sequence."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fp16_patch.mismatch.record.lines import Coverage, Line, StandingAlert, alerts_of, coverage_of, metrics_of
-from fp16_patch.mismatch.report.comparison import number_text
+from fp16_patch.mismatch.report.comparison import number_text, percent_text
 from fp16_patch.plan.errors import Fp16PatchError
 
 HISTORY = 240
@@ -23,6 +23,8 @@ SPARKLINE_STEPS = 60
 POLL_EVERY_S = 2.0
 QUANTILES = {"p50": "abs_p50", "p90": "abs_p90", "p99": "abs_p99", "p99.9": "abs_p99_9", "max": "max_abs"}
 RATIOS = {"k1": "k1", "k3": "k3", "ESS": "ess", "mean r": "is_mean"}
+SHARES = frozenset({"mismatch/ess"})
+"""Written as the report writes them: near the whole, what counts is how much is missing."""
 
 Poll = Callable[[], Mapping[str, Iterable[Line]]]
 """Returns run → lines of its ``mismatch.jsonl`` and ``steps.jsonl``: the last ones again, or only the new ones."""
@@ -191,7 +193,9 @@ def _listed(view: View, metrics: Mapping[str, str]) -> str:
 
 def _value(view: View, metric: str) -> str:
     value = view.last(metric)
-    return "NaN" if value is not None and math.isnan(value) else number_text(value)
+    if value is not None and math.isnan(value):
+        return "NaN"
+    return percent_text(value) if value is not None and metric in SHARES else number_text(value)
 
 
 def _range(values: Sequence[float]) -> str:

@@ -1,4 +1,4 @@
-"""A run record made of a dump of log-probs, as if the run had been monitored."""
+"""Makes a run record of a dump of log-probs, as if the run had been monitored."""
 
 from __future__ import annotations
 

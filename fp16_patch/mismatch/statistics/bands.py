@@ -94,7 +94,7 @@ def length_bands(vector: Tensor) -> list[LengthBand]:
 
 
 def worst_tokens(vector: Tensor) -> list[WorstToken]:
-    """The tokens of largest ``|d|``; see ``MismatchStats.worst_tokens``."""
+    """Return the tokens of largest ``|d|``; see ``MismatchStats.worst_tokens``."""
     return [
         WorstToken(learner - sampler, sampler, learner, int(sequence), int(position), int(token_id))
         for magnitude, sampler, learner, sequence, position, token_id in vector[WORST_PART]

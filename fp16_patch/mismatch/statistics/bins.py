@@ -44,13 +44,13 @@ LENGTH_BAND_COUNT = POWERS_OF_TWO
 
 
 def bin_edges() -> Tensor:
-    """Edges of the bins of ``|d|`` above the zero bin, float64 of shape ``(BINS_PER_SIGN + 1,)``, from 1e-9 to 1e3."""
+    """Return the edges of the bins of ``|d|`` above the zero bin, 1e-9 … 1e3, float64 ``(BINS_PER_SIGN + 1,)``."""
     exponents = torch.arange(BINS_PER_SIGN + 1, dtype=torch.float64) / BINS_PER_DECADE
     return SMALLEST_MAGNITUDE * torch.pow(10.0, exponents)
 
 
 def bin_values() -> Tensor:
-    """The value that stands for each bin of ``d``, float64 of shape ``(BIN_COUNT,)``.
+    """Return the value that stands for each bin of ``d``, float64 of shape ``(BIN_COUNT,)``.
 
     ``2·edge_low·edge_high / (edge_low + edge_high)``, whose relative error is the same, (γ−1)/(γ+1), at both edges.
     """
@@ -60,7 +60,7 @@ def bin_values() -> Tensor:
 
 
 def sum_edges() -> Tensor:
-    """Edges of the bins of ``D``, float64 of shape ``(SUM_BIN_COUNT + 1,)``: negative, the zero bin, positive.
+    """Return the edges of the bins of ``D``, float64 of shape ``(SUM_BIN_COUNT + 1,)``, ascending.
 
     The outermost bins are open: what lies beyond ±1e4 is in them.
     """
@@ -70,14 +70,14 @@ def sum_edges() -> Tensor:
 
 
 def length_edges() -> Tensor:
-    """Edges of the bands of lengths, float64 of shape ``(LENGTH_BAND_COUNT + 1,)``: 1, 2, 4, … 2^20, ∞."""
+    """Return the edges of the bands of lengths, float64 of shape ``(LENGTH_BAND_COUNT + 1,)``: 1, 2, 4, … 2^20, ∞."""
     edges = torch.pow(2.0, torch.arange(LENGTH_BAND_COUNT + 1, dtype=torch.float64))
     edges[-1] = math.inf
     return edges
 
 
 def probability_edges() -> Tensor:
-    """Edges of the bins of a probability, float64 of shape ``(PROBABILITY_BIN_COUNT + 1,)``, from 0 to 1.
+    """Return the edges of the bins of a probability, float64 of shape ``(PROBABILITY_BIN_COUNT + 1,)``, from 0 to 1.
 
     A quarter of a decade apart, in p below a half and in 1 − p above: 0, 1.8e-6 … 0.1, 0.18, 0.32, 0.5, 0.68, 0.82, 0.9
     … 1 − 1.8e-6, 1.
@@ -89,17 +89,17 @@ def probability_edges() -> Tensor:
 
 
 def difference_bin(d: Tensor) -> Tensor:
-    """The bin of each ``d``, int64 in ``[0, BIN_COUNT)``."""
+    """Return the bin of each ``d``, int64 in ``[0, BIN_COUNT)``."""
     return _signed_bin(d, SMALLEST_MAGNITUDE, BINS_PER_DECADE, BINS_PER_SIGN)
 
 
 def sum_bin(sums: Tensor) -> Tensor:
-    """The bin of each ``D``, int64 in ``[0, SUM_BIN_COUNT)``."""
+    """Return the bin of each ``D``, int64 in ``[0, SUM_BIN_COUNT)``."""
     return _signed_bin(sums, SMALLEST_SUM, SUM_BINS_PER_DECADE, SUM_BINS_PER_SIGN)
 
 
 def probability_bin(probability: Tensor) -> Tensor:
-    """The bin of each probability, int32 in ``[0, PROBABILITY_BIN_COUNT)``; above 1 it is the last.
+    """Return the bin of each probability, int32 in ``[0, PROBABILITY_BIN_COUNT)``; above 1 it is the last.
 
     The bins lie symmetrically about a half, so one logarithm, of what is the less of p and 1 − p, is enough.
 
@@ -116,23 +116,23 @@ def probability_bin(probability: Tensor) -> Tensor:
 
 
 def position_band(position: Tensor) -> Tensor:
-    """The band of each position, int32: 0 for the first token, ``k`` for ``2^(k−1) ≤ position < 2^k``."""
+    """Return the band of each position, int32: 0 for the first token, ``k`` for ``2^(k−1) ≤ position < 2^k``."""
     return torch.frexp(position.double()).exponent.clamp_(max=POWERS_OF_TWO)
 
 
 @lru_cache(maxsize=8)
 def bands_of_positions(count: int, device: torch.device) -> Tensor:
-    """The bands of at least so many positions from 0 on, int32; not to be written to."""
+    """Return the bands of at least so many positions from 0 on, int32; not to be written to."""
     return position_band(torch.arange(1 << (count - 1).bit_length(), device=device))
 
 
 def length_band(length: Tensor) -> Tensor:
-    """The band of each length, int64: ``k`` for ``2^k ≤ length < 2^(k+1)``; a length of 0 is in band 0."""
+    """Return the band of each length, int64: ``k`` for ``2^k ≤ length < 2^(k+1)``; a length of 0 is in band 0."""
     return torch.frexp(length.double()).exponent.sub(1).clamp(0, LENGTH_BAND_COUNT - 1).long()
 
 
 def _signed_bin(values: Tensor, smallest: float, per_decade: int, per_sign: int) -> Tensor:
-    """The middle bin holds ``|value| < smallest``, the bins at the ends what is too large."""
+    """Return the bin of each value: ``|value| < smallest`` in the middle, what is too large at the ends."""
     values = values.float()
     magnitude = torch.rsub(
         values.abs().log2_(), 1 - per_decade * math.log10(smallest), alpha=-per_decade * math.log10(2)

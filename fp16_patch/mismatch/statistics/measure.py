@@ -76,9 +76,11 @@ def state_of(
 
 @cache
 def _let_malloc_reuse_memory() -> None:
-    """glibc returns large blocks to the system as they are freed, and the page faults of the next ones take as long as
-    all arithmetic here. It stops with blocks up to the size of one that was freed: see M_MMAP_THRESHOLD in mallopt(3).
-    The block is never written to, so it takes no memory. In other allocators, nothing changes.
+    """Make glibc keep large blocks that are freed, for the next ones.
+
+    It returns them to the system, and the page faults of the next ones take as long as all arithmetic here. It stops
+    that for blocks up to the size of one that was freed: see M_MMAP_THRESHOLD in mallopt(3). This block is never
+    written to, so it takes no memory. In other allocators, nothing changes.
     """
     torch.empty(REUSED_BYTES, dtype=torch.uint8)
 
@@ -168,7 +170,7 @@ class Tally:
         )
 
     def _added_up(self) -> tuple[Tensor, Sequence[Tensor]]:
-        """The sums, in their order, and the extremes, (1,) each."""
+        """Return the sums, in their order, and the extremes, (1,) each."""
         rows = torch.stack(self._scalars)
         least, *most = rows[:, -len(_EXTREMES) :].unbind(1)
         return rows[:, : -len(_EXTREMES)].sum(0), [
@@ -194,14 +196,14 @@ def _difference_sums(d: Tensor, magnitude: Tensor) -> dict[str, Tensor]:
 
 
 def _extremes(tokens: Tokens) -> tuple[dict[str, Tensor], float]:
-    """The least and the greatest d, and a bound of |d|: what no token reaches, nothing needs to look for."""
+    """Return the least and the greatest d, and a bound of |d|: what no token reaches is not looked for."""
     lowest, highest = (tokens.only_present(tokens.d, end) for end in (math.inf, -math.inf))
     extremes = {"d_min": lowest.amin(), "d_max": highest.amax()}
     return extremes, max(-_known(extremes["d_min"], -math.inf), _known(extremes["d_max"], math.inf))
 
 
 def _known(figure: Tensor, otherwise: float) -> float:
-    """The figure on a CPU, where a look costs less than passes that nothing needs."""
+    """Return the figure on a CPU, where a look at it costs less than passes that nothing needs."""
     return float(figure) if figure.device.type == "cpu" else otherwise
 
 
@@ -238,7 +240,7 @@ def _log_prob_sums(tokens: Tokens) -> dict[str, Tensor]:
 
 
 def _probabilities(tokens: Tokens, ratios: Ratios, reach: float) -> tuple[Tensor, Tensor]:
-    """μ and π of each token, (2, n), and π − μ, (n,); all 0 where no token is present."""
+    """Return μ and π of each token, (2, n), and π − μ, (n,); all 0 where no token is present."""
     both = tokens.d.new_empty(2, len(tokens.d))
     sampler, learner = both.unbind()
     _probability(tokens, tokens.sampler, out=sampler)
@@ -283,7 +285,7 @@ def _joined(parts: list[Tensor]) -> Tensor:
 
 
 def _worst_of(tokens: Tokens, magnitude: Tensor) -> Tensor:
-    """``WORST_TOKENS`` rows as in ``layout.WORST_COLUMNS``, in their order, because places are in that of sequences."""
+    """Return the worst tokens' rows, ordered as by ``worst_rows``: equal ones lie by sequence and position already."""
     magnitude = tokens.only_present(magnitude, NO_TOKEN)
     index = largest(magnitude, WORST_TOKENS)
     sequence, place = tokens.sequence_at(index), tokens.place_of(index)

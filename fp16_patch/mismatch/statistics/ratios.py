@@ -36,7 +36,9 @@ class Ratios(ABC):
 
     @abstractmethod
     def sums(self) -> dict[str, Tensor]:
-        """k3 is the sum of exp(x) − 1 − x over x = d, its reverse over x = −d.
+        """Return the sums of the ratios' figures, by their names in ``layout``.
+
+        k3 is the sum of exp(x) − 1 − x over x = d, its reverse over x = −d.
 
         The Jensen–Shannon divergence of NeMo-RL, 0.5·k3(π‖m) + 0.5·k3(μ‖m) with m = (π + μ)/2, is log cosh(d/2), which
         is 0.5·log1p((cosh d − 1)/2).
@@ -48,7 +50,8 @@ class Ratios(ABC):
 
 
 def ratios_of(d: Tensor, magnitude: Tensor, reach: float) -> Ratios:
-    """
+    """Choose how ratios are computed, by how large they can be.
+
     Args:
         reach: a bound of the magnitude; what no token reaches is not looked for.
     """
@@ -115,5 +118,5 @@ class AnyRatios(Ratios):
 
 
 def bounded_ratio(d: float, low: float = -RATIO_BOUND, high: float = RATIO_BOUND) -> float:
-    """exp(d), its exponent kept within bounds."""
+    """Return exp(d), its exponent kept within bounds."""
     return math.exp(max(low, min(high, d)))

@@ -35,14 +35,14 @@ class SequenceFigures:
 
     @staticmethod
     def rows(tokens: Tokens, ratios: Ratios) -> Tensor:
-        """Of each sequence: its length, non-finite tokens by side and of either, sums of d, log μ, r − 1, w − 1."""
+        """Sum up each sequence: length, non-finite tokens by side and of either, sums of d, log μ, r − 1, w − 1."""
         sums = [tokens.by_sequence(value) for value in (tokens.d, tokens.sampler, ratios.excess)]
         same = ratios.truncated is ratios.excess
         sums.append(sums[-1] if same else tokens.by_sequence(ratios.truncated))
         return torch.cat([tokens.lengths[None].double(), tokens.nonfinite.double(), torch.stack(sums)])
 
     def sums(self) -> Tensor:
-        """In the order of ``layout``: ``TOKENS_OF_SEQUENCES``, ``SEQUENCE_SUMS``, ``SEQUENCE_COUNTS``."""
+        """Return the sums as in ``layout``: ``TOKENS_OF_SEQUENCES``, ``SEQUENCE_SUMS``, ``SEQUENCE_COUNTS``."""
         figures = self._tokens() | self._of_sums() | self._of_perplexities()
         counted = self._counted()
         # Apart, because converting rows one by one costs more than all the rest.
@@ -54,24 +54,24 @@ class SequenceFigures:
         )
 
     def extremes(self) -> tuple[Tensor, Tensor]:
-        """The least and the greatest log-perplexity difference and mean weight less one, (2,) each; ±∞ without any."""
+        """Return the least and greatest log-perplexity difference and mean weight less one, (2,) each; or ±∞."""
         rows = torch.stack([self._log_ratio, self._mean_truncated])
         least, greatest = (torch.where(self._usable, rows, end) for end in (math.inf, -math.inf))
         return least.amin(1), greatest.amax(1)
 
     def greatest_magnitude(self) -> Tensor:
-        """max |D|, (1,)."""
+        """Return max |D|, (1,)."""
         return self._magnitude.amax(0, keepdim=True)
 
     def by_length(self) -> tuple[Tensor, Tensor]:
-        """Sequences, ΣD, Σ|D|, ΣD² of each band of lengths, (4, L), and the greatest |D|, (L,)."""
+        """Return sequences, ΣD, Σ|D|, ΣD² of each band of lengths, (4, L), and the greatest |D|, (L,)."""
         values = torch.stack([self._ones, self._sum, self._magnitude, self._sum.square()])
         added = values.new_zeros(len(values), LENGTH_BAND_COUNT).scatter_add_(1, self._band.expand_as(values), values)
         greatest = values.new_zeros(LENGTH_BAND_COUNT).scatter_reduce_(0, self._band, self._magnitude, "amax")
         return added, greatest
 
     def density(self) -> Tensor:
-        """Sequences by (length, D), flat."""
+        """Count sequences by (length, D), flat."""
         cell = self._band * SUM_BIN_COUNT + sum_bin(self._sum)
         return self._sum.new_zeros(LENGTH_BAND_COUNT * SUM_BIN_COUNT).scatter_add_(0, cell, self._ones)
 
@@ -86,7 +86,7 @@ class SequenceFigures:
         }
 
     def _counted(self) -> dict[str, Tensor]:
-        """Which sequences are counted, bool (S,)."""
+        """Return which sequences are counted, bool (S,)."""
         return {
             "sequences": self._length > 0,
             "nonfinite_sequences": self._nonfinite[2] > 0,
@@ -109,7 +109,7 @@ class SequenceFigures:
         }
 
     def _of_perplexities(self) -> dict[str, Tensor]:
-        """verl's: exp(−mean log-prob), and how much greater the learner's is."""
+        """Return the figures of verl's perplexities, exp(−mean log-prob), and of how much greater the learner's is."""
         log_learner = self._log_sampler + self._log_ratio
         both = torch.stack([self._log_sampler, log_learner])
         sampler, learner = both.clamp_(max=EXPONENT_CAP).exp_().mul_(self._ones).unbind()

@@ -30,7 +30,7 @@ MAGIC = b"fp16mm"
 
 
 def as_dict(vector: Tensor) -> dict[str, Any]:
-    """See ``MismatchStats.to_dict``."""
+    """Write a vector as a JSON object; see ``MismatchStats.to_dict``."""
     scalars = {name: vector[SLICES[name].start].item() for name in SCALARS}
     others = {name: table(vector, name) for name in TABLES if name != "histogram"}
     histogram = table(vector, "histogram")
@@ -69,7 +69,7 @@ def of_dict(state: dict[str, Any]) -> Tensor:
 
 
 def as_bytes(vector: Tensor) -> bytes:
-    """See ``MismatchStats.to_bytes``."""
+    """Write a vector as bytes; see ``MismatchStats.to_bytes``."""
     raw = bytearray(STATE_SIZE * 8)
     torch.frombuffer(raw, dtype=torch.float64).copy_(vector)
     return MAGIC + bytes([STATE_VERSION]) + zlib.compress(raw, level=1)

@@ -41,18 +41,18 @@ class Tokens(ABC):
 
     @abstractmethod
     def by_sequence(self, values: Tensor) -> Tensor:
-        """Sums of values (n,) over each sequence, (S,)."""
+        """Return the sums of values (n,) over each sequence, (S,)."""
 
     @abstractmethod
     def sequence_at(self, index: Tensor) -> Tensor:
-        """Which of the S sequences the tokens at these of the n places belong to."""
+        """Return which of the S sequences the tokens at these of the n places belong to."""
 
     @abstractmethod
     def place_of(self, index: Tensor) -> Tensor:
-        """Where in the batch these of the n places are."""
+        """Return where in the batch these of the n places are."""
 
     def only_present(self, values: Tensor, otherwise: float = 0.0) -> Tensor:
-        """The values, replaced where no token is present."""
+        """Return the values, replaced where no token is present."""
         return values if self.present is None else torch.where(self.present, values, otherwise)
 
 
@@ -87,7 +87,7 @@ class PackedTokens(Tokens):
 
 
 def padded(sampler: Tensor, learner: Tensor, mask: Tensor, token_ids: Tensor | None, numbers: Tensor) -> PaddedTokens:
-    """All places of a batch of shape (S, tokens), a sequence a row."""
+    """Lay out all places of a batch of shape (S, tokens), a sequence a row."""
     rows, width = mask.shape
     sampler, learner = sampler.double(), learner.double()
     unusable = [mask & ~torch.isfinite(values) for values in (sampler, learner, learner - sampler)]
@@ -113,7 +113,7 @@ def padded(sampler: Tensor, learner: Tensor, mask: Tensor, token_ids: Tensor | N
 
 
 def packed(sampler: Tensor, learner: Tensor, mask: Tensor, token_ids: Tensor | None, numbers: Tensor) -> PackedTokens:
-    """The sampled tokens of a batch of shape (S, tokens), a sequence a row."""
+    """Lay out the sampled tokens of a batch of shape (S, tokens), a sequence a row."""
     lengths = mask.count_nonzero(dim=1)
     places = None if int(lengths.sum()) == mask.numel() else mask.flatten().nonzero().squeeze(1)
     return _pack(sampler, learner, token_ids, places, lengths, numbers, longest=mask.shape[1])
@@ -122,7 +122,7 @@ def packed(sampler: Tensor, learner: Tensor, mask: Tensor, token_ids: Tensor | N
 def packed_by_id(
     sampler: Tensor, learner: Tensor, mask: Tensor, token_ids: Tensor | None, sequence_ids: Tensor
 ) -> PackedTokens:
-    """The sampled tokens of the sequences that the ids tell apart, wherever they lie in the batch."""
+    """Lay out the sampled tokens of the sequences that the ids tell apart, wherever they lie in the batch."""
     places = mask.flatten().nonzero().squeeze(1)
     ids, order = sequence_ids.flatten()[places].to(torch.int64).sort(stable=True)
     numbers, lengths = torch.unique_consecutive(ids, return_counts=True)
@@ -138,7 +138,8 @@ def _pack(
     numbers: Tensor,
     longest: int,
 ) -> PackedTokens:
-    """
+    """Lay out the tokens at these places, sequence after sequence.
+
     Args:
         places: flat indices of the sampled tokens, sequence after sequence; None if every place in turn holds one.
         longest: how many places there can be between the first and the last token of a sequence.
@@ -169,7 +170,7 @@ def _pack(
 
 
 def _positions(places: Tensor, lengths: Tensor, longest: int) -> tuple[Tensor, Tensor]:
-    """The first place of each sequence, and the band of each token."""
+    """Return the first place of each sequence, and the band of each token."""
     ends = lengths.cumsum(0)
     if not len(places):
         return torch.zeros_like(ends), places.int()
@@ -182,7 +183,7 @@ def _positions(places: Tensor, lengths: Tensor, longest: int) -> tuple[Tensor, T
 
 
 def _without_nonfinite(tokens: PackedTokens) -> PackedTokens:
-    """The finite ones; if there are none, one place that holds no token, because nothing has no extremes."""
+    """Return the finite ones; if there are none, one place that holds no token: nothing at all has no extremes."""
     unusable = [~torch.isfinite(values) for values in (tokens.sampler, tokens.learner, tokens.d)]
     nonfinite = torch.stack([tokens.by_sequence(found.double()) for found in unusable]).long()
     index = (~unusable[2]).nonzero().squeeze(1)

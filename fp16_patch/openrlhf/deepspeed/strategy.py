@@ -94,7 +94,7 @@ def init_train_model(wrapped: Any, strategy: Any, args: Any, kwargs: Any) -> Any
 
 
 def init_eval_model(wrapped: Any, strategy: Any, args: Any, kwargs: Any) -> Any:
-    """`DeepspeedStrategy._ds_init_eval_model`: the same as for models that train."""
+    """`DeepspeedStrategy._ds_init_eval_model`: do as for models that train."""
     model = argument(wrapped, args, kwargs, "model")
     if not model:
         return wrapped(*args, **kwargs)

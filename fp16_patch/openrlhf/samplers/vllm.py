@@ -77,7 +77,7 @@ def engine_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
 
 
 def _vllm_knows(setting: str) -> bool:
-    """Whether the installed vLLM's engines take such an argument; its source is read, not imported."""
+    """Return whether the installed vLLM's engines take such an argument; its source is read, not imported."""
     return setting in (Installed().read("vllm.engine.arg_utils") or setting)
 
 

@@ -40,12 +40,12 @@ def _observe(trainer: Any, number: int) -> None:
 
 
 def has_sampler_log_probs(experience: Any) -> bool:
-    """Whether an experience, or an item of the replay buffer, has what the learner's log-probs are compared with."""
+    """Return whether an experience, or an item of the replay buffer, has the sampler's log-probs."""
     return getattr(experience, "rollout_log_probs", None) is not None
 
 
 def samples_hold_log_probs() -> bool:
-    """Whether experiences can have them, in the installed release."""
+    """Return whether experiences can have them, in the installed release."""
     from openrlhf.trainer.ppo_utils.experience_maker import Experience
 
     return "rollout_log_probs" in inspect.signature(Experience).parameters

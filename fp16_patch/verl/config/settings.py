@@ -235,12 +235,12 @@ def uses_ref(config: Any) -> bool:
 
 
 def replays_rollouts(config: Any) -> bool:
-    """Whether the run reads saved rollouts and may never sample."""
+    """Return whether the run reads saved rollouts and may never sample."""
     return bool(_select(config, "skip.rollout_tq.enable") or _select(config, "skip.rollout.enable"))
 
 
 def bypasses_old_log_probs(config: Any) -> bool:
-    """Whether the run takes the sampler's log-probs for the learner's: nothing to compare then."""
+    """Return whether the run takes the sampler's log-probs for the learner's: nothing to compare then."""
     return bool(_select(config, "algorithm.rollout_correction.bypass_mode"))
 
 

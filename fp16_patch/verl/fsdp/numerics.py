@@ -11,6 +11,7 @@ from fp16_patch.runtime.activation import current_plan, ledger
 from fp16_patch.verl.fsdp.engine import role_of
 
 _SMALLEST_TEMPERATURE = 1e-8
+_QUANTITY_OF_OUTPUT = {"log_probs": "log_prob", "entropy": "entropy", "values": "value"}
 
 
 def scale_logits_by_temperature(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> torch.Tensor:
@@ -56,15 +57,17 @@ def autocast_upcasts_softmax() -> bool:
 
 def prepare_model_outputs(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> dict[str, Any]:
     """`FSDPEngineWithLMHead.prepare_model_outputs`: note the dtypes of log-probs and entropy."""
-    outputs: dict[str, Any] = wrapped(*args, **kwargs)
-    for quantity, key in (("log_prob", "log_probs"), ("entropy", "entropy")):
-        if outputs.get(key) is not None:
-            ledger().note(role_of(engine), quantity, outputs[key].dtype)
-    return outputs
+    return note_outputs(role_of(engine), wrapped(*args, **kwargs))
 
 
 def prepare_values(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> dict[str, Any]:
     """`FSDPEngineWithValueHead.prepare_model_outputs`: note the dtype of the critic's values."""
-    outputs: dict[str, Any] = wrapped(*args, **kwargs)
-    ledger().note(role_of(engine), "value", outputs["values"].dtype)
+    return note_outputs(role_of(engine), wrapped(*args, **kwargs))
+
+
+def note_outputs(role: str, outputs: dict[str, Any]) -> dict[str, Any]:
+    """Note the dtypes of what an engine makes of a model's logits or values, and return it."""
+    for key, quantity in _QUANTITY_OF_OUTPUT.items():
+        if outputs.get(key) is not None:
+            ledger().note(role, quantity, outputs[key].dtype)
     return outputs

@@ -17,7 +17,7 @@ from fp16_patch.verl.trainers.observation import ORDER
 
 
 def compute_log_prob(wrapped: Any, actor: Any, args: Any, kwargs: Any) -> Any:
-    """`DataParallelPPOActor.compute_log_prob`: where the driver ordered it, both sides' log-probs are compared."""
+    """`DataParallelPPOActor.compute_log_prob`: compare both sides' log-probs, where the driver ordered it."""
     data = argument(wrapped, args, kwargs, "data")
     order = data.meta_info.get(ORDER)
     outputs = wrapped(*args, **kwargs)
@@ -52,7 +52,7 @@ def _compare(data: Any, learner: Tensor, first_sequence: int) -> MismatchStats:
 
 
 def _noise_floor(score: Callable[..., Any], data: Any, together: Tensor) -> MismatchStats | None:
-    """The learner against itself: a few sequences scored once more, each alone."""
+    """Compare the learner with itself: score a few sequences once more, each alone."""
 
     def choose() -> tuple[list[int], Any] | None:
         dynamic, size = data.meta_info.get("use_dynamic_bsz", False), data.meta_info["micro_batch_size"]

@@ -5,23 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 from fp16_patch.runtime.activation import ledger
+from fp16_patch.verl.fsdp.numerics import note_outputs
 from fp16_patch.verl.megatron.dtypes import role_of
 
 
 def prepare_model_outputs(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> dict[str, Any]:
     """`MegatronEngineWithLMHead.prepare_model_outputs`: note the dtypes of log-probs and entropy."""
-    outputs: dict[str, Any] = wrapped(*args, **kwargs)
-    for quantity, key in (("log_prob", "log_probs"), ("entropy", "entropy")):
-        if outputs.get(key) is not None:
-            ledger().note(role_of(engine), quantity, outputs[key].dtype)
-    return outputs
+    return note_outputs(role_of(engine), wrapped(*args, **kwargs))
 
 
 def prepare_values(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> dict[str, Any]:
     """`MegatronEngineWithValueHead.prepare_model_outputs`: note the dtype of the critic's values."""
-    outputs: dict[str, Any] = wrapped(*args, **kwargs)
-    ledger().note(role_of(engine), "value", outputs["values"].dtype)
-    return outputs
+    return note_outputs(role_of(engine), wrapped(*args, **kwargs))
 
 
 def compute_log_prob(wrapped: Any, actor: Any, args: Any, kwargs: Any) -> Any:

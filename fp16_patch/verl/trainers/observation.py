@@ -96,7 +96,7 @@ def _noise_floor(infer: Any, data: Any, outputs: Any) -> MismatchStats | None:
     from verl.utils import tensordict_utils
 
     def choose() -> tuple[list[int], Any] | None:
-        if not _data_has_company(data):
+        if not _scored_in_batches(data):
             return None
         rows = rank.rows_to_rescore(len(data), current_plan().noise_floor_share)
         alone = tensordict_utils.index_select_tensor_dict(data, rows)
@@ -115,8 +115,8 @@ def _noise_floor(infer: Any, data: Any, outputs: Any) -> MismatchStats | None:
     return rank.noise_floor(choose, score)
 
 
-def _data_has_company(data: Any) -> bool:
-    """Whether sequences were scored several at a time; where each was alone, scoring one alone says nothing."""
+def _scored_in_batches(data: Any) -> bool:
+    """Return whether sequences were scored several at a time: after one alone, scoring it alone says nothing."""
     from verl.utils import tensordict_utils
 
     dynamic = tensordict_utils.get_non_tensor_data(data, key="use_dynamic_bsz", default=True)

@@ -19,6 +19,7 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from fp16_patch.cli import main
+from fp16_patch.mismatch.report.comparison import number_text
 from fp16_patch.mismatch.report.follow import Cluster, RecordFiles, records
 from fp16_patch.mismatch.report.live import HISTORY, SourceLost, View, duration_text, sparkline, watch
 
@@ -58,6 +59,31 @@ def test_a_frame_shows_what_was_measured_last() -> None:
         "32\u202f768   3 steps skipped",
     ):
         assert shown in text
+
+
+def test_what_is_nearly_whole_keeps_its_digits() -> None:
+    line = mismatch_line(7)
+    line["metrics"] |= {"mismatch/ess": 0.999987, "mismatch/is_mean": 1.0004}
+    text = frame({"run": [line]})
+    assert "ESS 99.9987 %" in text
+    assert "mean r 1.00" in text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (1.0, "1"),
+        (1e-3 / 2e-4, "5"),
+        (0.99996, "1.00"),
+        (1.0004, "1.00"),
+        (12.01, "12.0"),
+        (100.4, "100"),
+        (0.3, "0.3"),
+        (2e-4, "2.00e-4"),
+    ],
+)
+def test_a_number_looks_whole_only_if_it_is(value: float, text: str) -> None:
+    assert number_text(value) == text
 
 
 def test_coverage_and_alerts_stand_out() -> None:

@@ -34,12 +34,12 @@ class Served:
         arguments: Sequence[str],
         environment: Mapping[str, str],
         log: Path,
-        python: str | Path = sys.executable,
+        python: str = sys.executable,
     ) -> None:
         self._work, self._log = work, log
         with log.open("w") as printed:
             self._process = subprocess.Popen(
-                [str(python), "-c", CALL, work, *arguments],
+                [python, "-c", CALL, work, *arguments],
                 env=dict(environment),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,

@@ -58,7 +58,8 @@ def on_ranks(work: str, request: Any, settings: Mapping[str, str], ranks: int = 
 
 def cpu_environment(settings: Mapping[str, str]) -> dict[str, str]:
     """Return the caller's environment without its plan, with what verl needs on a CPU and these settings."""
-    path = os.pathsep.join([str(ROOT / "integration" / "cpu"), str(ROOT)])
+    ours = str(ROOT / "integration" / "cpu"), str(ROOT)
+    path = os.pathsep.join(filter(None, [*ours, os.environ.get("PYTHONPATH")]))
     kept = {name: value for name, value in os.environ.items() if not name.startswith("FP16_PATCH")}
     return {**kept, **ENVIRONMENT, **settings, "PYTHONPATH": path}
 

@@ -23,7 +23,7 @@ for name in [name for name in os.environ if name.startswith("FP16_PATCH")]:
 
 from integration.cpu import process
 from integration.cpu.launch import ENVIRONMENT
-from integration.cpu.warm.servers import WarmServers
+from integration.cpu.warm.servers import WarmServers, of_this_process
 from tests.ranks import Ranks
 
 # verl reads its platform from here when any test first imports it.
@@ -130,10 +130,9 @@ def tiny_reward_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.fixture(scope="session")
-def warm_servers() -> Iterator[WarmServers]:
-    """Processes that need not import torch."""
-    with WarmServers() as servers:
-        yield servers
+def warm_servers() -> WarmServers:
+    """Processes that need not import torch; the benches start theirs from the same servers."""
+    return of_this_process()
 
 
 @pytest.fixture(scope="session")

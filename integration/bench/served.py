@@ -1,4 +1,4 @@
-"""A process of this Python that answers questions, line by line, until whoever asks closes it or ends."""
+"""A Python process that answers questions, line by line, until whoever asks closes it or ends."""
 
 from __future__ import annotations
 
@@ -6,16 +6,13 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 _ANSWER = "answer "
-_START = """
-import sys
-from importlib import import_module
-module, _, function = sys.argv[1].partition(":")
-getattr(import_module(module), function)(*sys.argv[2:])
-"""
+# Python's `-c`: calls a `module:function` with the other arguments.
+CALL = "import sys; from integration.bench.served import called; called(*sys.argv[1:])"
 END_OF_LOG = 6000
 END_S = 60.0
 
@@ -28,13 +25,21 @@ class Served:
             an answer to each.
         environment: of the process.
         log: gets all it prints besides.
+        python: what runs it, such as the interpreter of a warm server.
     """
 
-    def __init__(self, work: str, arguments: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
+    def __init__(
+        self,
+        work: str,
+        arguments: Sequence[str],
+        environment: Mapping[str, str],
+        log: Path,
+        python: str = sys.executable,
+    ) -> None:
         self._work, self._log = work, log
         with log.open("w") as printed:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _START, work, *arguments],
+                [python, "-c", CALL, work, *arguments],
                 env=dict(environment),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -67,6 +72,12 @@ class Served:
             self._process.wait(END_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
+
+
+def called(work: str, *arguments: Any) -> Any:
+    """Call a `module:function`, and return what it returns."""
+    module, _, function = work.partition(":")
+    return getattr(import_module(module), function)(*arguments)
 
 
 def questions() -> Iterator[Any]:

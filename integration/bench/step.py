@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -27,9 +28,10 @@ from rich.console import Console
 from rich.table import Table
 
 from integration.bench import command, evidence, retry, wire
-from integration.bench.ranks import MODULES, PLAN, cpu_environment
+from integration.bench.ranks import MODULES, PLAN, PRELOAD, cpu_environment
 from integration.bench.served import Served, questions, say
 from integration.cpu.tiny_model import make_random_model
+from integration.cpu.warm.servers import of_this_process
 
 STOCK = {"FP16_PATCH_FUSED_STEP": "0"}
 ARMS: Mapping[str, Mapping[str, str]] = {
@@ -111,9 +113,7 @@ def _measured(size: Size, shape: tuple[int, int], tokens: int, phases: tuple[str
         arguments = (str(model), str(tokens), str(updates + 1))
         # All start before the first is asked.
         arms = {
-            name: stack.enter_context(
-                closing(Served("integration.bench.step:serve", arguments, _environment(settings), out / f"{name}.log"))
-            )
+            name: stack.enter_context(closing(_started(arguments, _environment(settings), out / f"{name}.log")))
             for name, settings in ARMS.items()
         }
         parameters = [arm.ask("parameters") for arm in arms.values()][0]
@@ -129,6 +129,16 @@ def _measured(size: Size, shape: tuple[int, int], tokens: int, phases: tuple[str
 def _ratios(turns: list[dict[str, dict[str, float]]], phase: str) -> dict[str, float]:
     """Divide each arm's seconds by those of BF16 as verl steps in the same turn; medians over the turns."""
     return {name: median(turn[name][phase] / turn["bf16 stock"][phase] for turn in turns) for name in ARMS}
+
+
+def _started(arguments: Sequence[str], environment: Mapping[str, str], log: Path) -> Served:
+    import torch
+
+    if torch.cuda.is_available():
+        python = sys.executable  # CUDA, once a preloaded module has asked it anything, does not survive a fork
+    else:
+        python = str(of_this_process().server(PRELOAD, environment).interpreter)
+    return Served("integration.bench.step:serve", arguments, environment, log, python)
 
 
 def _environment(settings: Mapping[str, str]) -> dict[str, str]:

@@ -62,8 +62,8 @@ def measure(out: Path, seed: int, size: Size) -> dict[str, Any]:
 def sync_of(model: Path, seed: int) -> dict[str, Any]:
     """Synchronize one model: bytes, whether the sampler is the same, what it keeps, in which dtype each weight went."""
     with tempfile.TemporaryDirectory(prefix="fp16_patch_bench_") as folder:
-        # As the frameworks set the second: without, vLLM sends no functions to its workers.
-        server = {"FP16_PATCH_KIND": "server", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
+        # Its engine and its worker need no processes of their own, each of which would import vLLM.
+        server = {"FP16_PATCH_KIND": "server", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
         environment = cpu_environment({**PLAN, **server})
         sampler = Served("integration.bench.wire:serve_sampler", (str(model),), environment, Path(folder) / "log.txt")
         try:

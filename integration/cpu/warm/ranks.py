@@ -1,4 +1,4 @@
-"""`torch.distributed.run` as far as tests need it, for ranks that start warm.
+"""`torch.distributed.run` as far as tests and benches need it, for ranks that start warm.
 
     python -m integration.cpu.warm.ranks INTERPRETER RANKS PROGRAM ARGUMENTS…
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import shlex
 import socket
@@ -10,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 
@@ -48,6 +50,10 @@ class WarmServers:
     def __exit__(
         self, _kind: type[BaseException] | None, _error: BaseException | None, _where: TracebackType | None
     ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the servers, and with them their processes."""
         for server in self._servers.values():
             assert server.process.stdin is not None
             server.process.stdin.close()
@@ -62,6 +68,14 @@ class WarmServers:
             folder.mkdir()
             self._servers[key] = _start(preload, environment, folder)
         return self._servers[key]
+
+
+@cache
+def of_this_process() -> WarmServers:
+    """Warm servers for all of this process, and gone with it."""
+    servers = WarmServers()
+    atexit.register(servers.close)
+    return servers
 
 
 def _start(preload: str, environment: Mapping[str, str], folder: Path) -> Server:

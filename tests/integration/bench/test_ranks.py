@@ -1,4 +1,4 @@
-"""Ranks forked from a process that has imported verl: each has its plan, and a failure says what it was."""
+"""Ranks of a bench: each has its plan, and a failure says what it was."""
 
 from __future__ import annotations
 

@@ -138,7 +138,7 @@ def warm_servers() -> WarmServers:
 @pytest.fixture(scope="session")
 def warm_python(warm_servers: WarmServers) -> Path:
     """An executable that stands for `python`: its processes need not import what frameworks and vLLM are built on."""
-    preload = "integration.cpu.warm.imports_of_runs"
+    preload = "integration.cpu.warm.imports"
     return warm_servers.server(preload, {**verl_environment(), **process.ENVIRONMENT}).interpreter
 
 

@@ -23,7 +23,7 @@ MODULES = "VERL_USE_EXTERNAL_MODULES"
 # The plan's mode, and how a process comes to it.
 PLAN = {"FP16_PATCH": "fp16", MODULES: "verl_on_cpu,fp16_patch.autoload"}
 STOCK = {MODULES: "verl_on_cpu"}
-PRELOAD = "integration.cpu.warm.imports_of_verl"
+PRELOAD = "integration.cpu.warm.imports"
 
 
 def on_ranks(work: str, request: Any, settings: Mapping[str, str], ranks: int = 1) -> Any:

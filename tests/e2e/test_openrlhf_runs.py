@@ -35,7 +35,7 @@ def start(
     tiny_model: Path, warm_servers: WarmServers, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., RunResult]:
     """Run OpenRLHF as `fp16-patch run` or a script starts it, in processes that start warm unless `python` is given."""
-    python = warm_servers.server("integration.cpu.warm.imports_of_runs", openrlhf_environment()).interpreter
+    python = warm_servers.server("integration.cpu.warm.imports", openrlhf_environment()).interpreter
     folder = tmp_path_factory.mktemp("openrlhf_task")
     prompts, reward = task.write_prompts(folder), Path(digit_share.__file__)
 

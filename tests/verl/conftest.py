@@ -15,7 +15,7 @@ from fp16_patch import Plan
 from tests.conftest import verl_environment
 from tests.ranks import Facts, Ranks
 
-LEARNER, PRELOAD = Path(__file__).parent / "learner.py", "integration.cpu.warm.imports_of_verl"
+LEARNER, PRELOAD = Path(__file__).parent / "learner.py", "integration.cpu.warm.imports"
 ON_A_CPU = (
     "compute_dtypes",
     "rope",

@@ -17,13 +17,21 @@ sys.path.insert(0, str(CPU))
 # Machines are noisy; and what CI finds, it must find again.
 settings.register_profile("steady", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("steady")
-# Fixtures decide what is active; the caller's shell must not.
-for name in [name for name in os.environ if name.startswith("FP16_PATCH")]:
-    del os.environ[name]
 
-from integration.cpu import process
+
+def take_back() -> None:
+    """Deactivate the plan that is active, and remove what the environment says of one."""
+    if "fp16_patch.runtime.activation" in sys.modules:
+        sys.modules["fp16_patch.runtime.activation"].deactivate()
+    for name in [name for name in os.environ if name.startswith("FP16_PATCH")]:
+        del os.environ[name]
+
+
+# Fixtures decide what is active; the caller's shell must not.
+take_back()
+
 from integration.cpu.launch import ENVIRONMENT
-from integration.cpu.warm.servers import WarmServers, of_this_process
+from integration.cpu.warm.servers import IMPORTS, WarmServers, of_this_process
 from tests.ranks import Ranks
 
 # verl reads its platform from here when any test first imports it.
@@ -44,14 +52,6 @@ GROUPS = {
     "tests/verl/fsdp/test_learner.py": LEARNERS,
     "tests/verl/test_edited_tree.py": LEARNERS,
 }
-
-
-def take_back() -> None:
-    """Deactivate the plan that is active, and remove what the environment says of one."""
-    if "fp16_patch.runtime.activation" in sys.modules:
-        sys.modules["fp16_patch.runtime.activation"].deactivate()
-    for name in [name for name in os.environ if name.startswith("FP16_PATCH")]:
-        del os.environ[name]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -138,8 +138,7 @@ def warm_servers() -> WarmServers:
 @pytest.fixture(scope="session")
 def warm_python(warm_servers: WarmServers) -> Path:
     """An executable that stands for `python`: its processes need not import what frameworks and vLLM are built on."""
-    preload = "integration.cpu.warm.imports"
-    return warm_servers.server(preload, {**verl_environment(), **process.ENVIRONMENT}).interpreter
+    return warm_servers.server(IMPORTS, verl_environment()).interpreter
 
 
 @pytest.fixture(scope="session")

@@ -16,14 +16,13 @@ from typing import Any
 
 from integration.bench.served import CALL, END_OF_LOG, called
 from integration.cpu.launch import ENVIRONMENT
-from integration.cpu.warm.servers import of_this_process
+from integration.cpu.warm.servers import IMPORTS, of_this_process
 
 ROOT = Path(__file__).parents[2]
 MODULES = "VERL_USE_EXTERNAL_MODULES"
 # The plan's mode, and how a process comes to it.
 PLAN = {"FP16_PATCH": "fp16", MODULES: "verl_on_cpu,fp16_patch.autoload"}
 STOCK = {MODULES: "verl_on_cpu"}
-PRELOAD = "integration.cpu.warm.imports"
 
 
 def on_ranks(work: str, request: Any, settings: Mapping[str, str], ranks: int = 1) -> Any:
@@ -38,7 +37,7 @@ def on_ranks(work: str, request: Any, settings: Mapping[str, str], ranks: int = 
         RuntimeError: a rank failed; the end of what the ranks printed.
     """
     environment = cpu_environment(settings)
-    interpreter = of_this_process().server(PRELOAD, environment).interpreter
+    interpreter = of_this_process().server(IMPORTS, environment).interpreter
     launch = [sys.executable, "-m", "integration.cpu.warm.ranks", str(interpreter), str(ranks)]
     with tempfile.TemporaryDirectory(prefix="fp16_patch_ranks_") as folder:
         asked, answered, log = (Path(folder) / name for name in ("request.json", "answer.json", "log.txt"))

@@ -28,10 +28,10 @@ from rich.console import Console
 from rich.table import Table
 
 from integration.bench import command, evidence, retry, wire
-from integration.bench.ranks import MODULES, PLAN, PRELOAD, cpu_environment
+from integration.bench.ranks import MODULES, PLAN, cpu_environment
 from integration.bench.served import Served, questions, say
 from integration.cpu.tiny_model import make_random_model
-from integration.cpu.warm.servers import of_this_process
+from integration.cpu.warm.servers import IMPORTS, of_this_process
 
 STOCK = {"FP16_PATCH_FUSED_STEP": "0"}
 ARMS: Mapping[str, Mapping[str, str]] = {
@@ -137,7 +137,7 @@ def _started(arguments: Sequence[str], environment: Mapping[str, str], log: Path
     if torch.cuda.is_available():
         python = sys.executable  # CUDA, once a preloaded module has asked it anything, does not survive a fork
     else:
-        python = str(of_this_process().server(PRELOAD, environment).interpreter)
+        python = str(of_this_process().server(IMPORTS, environment).interpreter)
     return Served("integration.bench.step:serve", arguments, environment, log, python)
 
 

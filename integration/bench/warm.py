@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from integration.bench.ranks import PRELOAD, STOCK, cpu_environment
-from integration.cpu.warm.servers import of_this_process
+from integration.bench.ranks import STOCK, cpu_environment
+from integration.cpu.warm.servers import IMPORTS, of_this_process
 
 
 def warm_python() -> Path:
     """Return the executable that stands for `python` in runs of verl, until this process ends."""
-    return of_this_process().server(PRELOAD, cpu_environment(STOCK)).interpreter
+    return of_this_process().server(IMPORTS, cpu_environment(STOCK)).interpreter

@@ -17,7 +17,7 @@ pytest.importorskip("vllm")
 from fp16_patch.mismatch.record.reading import load_run
 from integration.cpu.arms_openrlhf import OBSERVED, RUN
 from integration.cpu.launch_openrlhf import OpenRLHFConfig, RunResult, run
-from integration.cpu.warm.servers import WarmServers
+from integration.cpu.warm.servers import IMPORTS, WarmServers
 from integration.demo import digit_share, run_openrlhf, task
 from tests.conftest import openrlhf_environment
 from tests.integration.lending import lend_run
@@ -35,7 +35,7 @@ def start(
     tiny_model: Path, warm_servers: WarmServers, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., RunResult]:
     """Run OpenRLHF as `fp16-patch run` or a script starts it, in processes that start warm unless `python` is given."""
-    python = warm_servers.server("integration.cpu.warm.imports", openrlhf_environment()).interpreter
+    python = warm_servers.server(IMPORTS, openrlhf_environment()).interpreter
     folder = tmp_path_factory.mktemp("openrlhf_task")
     prompts, reward = task.write_prompts(folder), Path(digit_share.__file__)
 

@@ -12,10 +12,11 @@ pytest.importorskip("verl")
 
 import fp16_patch
 from fp16_patch import Plan
+from integration.cpu.warm.servers import IMPORTS
 from tests.conftest import verl_environment
 from tests.ranks import Facts, Ranks
 
-LEARNER, PRELOAD = Path(__file__).parent / "learner.py", "integration.cpu.warm.imports"
+LEARNER = Path(__file__).parent / "learner.py"
 ON_A_CPU = (
     "compute_dtypes",
     "rope",
@@ -79,7 +80,7 @@ def learner(on_ranks: Ranks, tiny_model: Path, tmp_path_factory: pytest.TempPath
             out = tmp_path_factory.mktemp(f"{arm}_{strategy}_{ranks}")
             options, scenarios, env = ARMS[arm]
             arguments = ["--strategy", strategy, "--model", str(tiny_model), "--out", str(out), *options, *scenarios]
-            facts = on_ranks.facts(LEARNER, arguments, ranks, out, verl_environment(env), PRELOAD)
+            facts = on_ranks.facts(LEARNER, arguments, ranks, out, verl_environment(env), IMPORTS)
             known[arm, strategy, ranks] = {"out": out, **facts}
         return known[arm, strategy, ranks]
 

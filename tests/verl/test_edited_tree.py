@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from integration.cpu.warm.servers import IMPORTS
 from tests.conftest import verl_environment
 from tests.edited import edited_copy
 from tests.installed_release import verdict_on
 from tests.ranks import Facts, Ranks
-from tests.verl.conftest import AS_EDITED, LEARNER, PRELOAD
+from tests.verl.conftest import AS_EDITED, LEARNER
 
 pytestmark = [pytest.mark.verl, pytest.mark.e2e]
 pytest.importorskip("verl")
@@ -43,7 +44,7 @@ def edited(
     out = tmp_path_factory.mktemp(f"edited_{strategy}")
     arguments = ["--strategy", strategy, "--model", str(tiny_model), "--out", str(out), *ALL]
     environment = _before_all(tree, verl_environment())
-    return on_ranks.facts(LEARNER, arguments, 2, out, environment, PRELOAD)
+    return on_ranks.facts(LEARNER, arguments, 2, out, environment, IMPORTS)
 
 
 def _before_all(tree: Path, environment: Mapping[str, str]) -> dict[str, str]:

@@ -11,7 +11,7 @@ from fp16_patch.runtime.activation import current_plan, ledger
 from fp16_patch.verl.fsdp.engine import role_of
 
 _SMALLEST_TEMPERATURE = 1e-8
-_QUANTITY_OF_OUTPUT = {"log_probs": "log_prob", "entropy": "entropy", "values": "value"}
+_QUANTITY_OF_OUTPUT = {"log_probs": "log_prob", "entropy": "entropy"}
 
 
 def scale_logits_by_temperature(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> torch.Tensor:
@@ -62,12 +62,18 @@ def prepare_model_outputs(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> 
 
 def prepare_values(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> dict[str, Any]:
     """`FSDPEngineWithValueHead.prepare_model_outputs`: note the dtype of the critic's values."""
-    return note_outputs(role_of(engine), wrapped(*args, **kwargs))
+    return note_values(role_of(engine), wrapped(*args, **kwargs))
 
 
 def note_outputs(role: str, outputs: dict[str, Any]) -> dict[str, Any]:
-    """Note the dtypes of what an engine makes of a model's logits or values, and return it."""
+    """Note the dtypes of what an engine makes of a model's logits, and return it."""
     for key, quantity in _QUANTITY_OF_OUTPUT.items():
         if outputs.get(key) is not None:
             ledger().note(role, quantity, outputs[key].dtype)
+    return outputs
+
+
+def note_values(role: str, outputs: dict[str, Any]) -> dict[str, Any]:
+    """Note the dtype of a model's values, and return what holds them."""
+    ledger().note(role, "value", outputs["values"].dtype)
     return outputs

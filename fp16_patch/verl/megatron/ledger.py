@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fp16_patch.runtime.activation import ledger
-from fp16_patch.verl.fsdp.numerics import note_outputs
+from fp16_patch.verl.fsdp.numerics import note_outputs, note_values
 from fp16_patch.verl.megatron.dtypes import role_of
 
 
@@ -16,7 +16,7 @@ def prepare_model_outputs(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> 
 
 def prepare_values(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> dict[str, Any]:
     """`MegatronEngineWithValueHead.prepare_model_outputs`: note the dtype of the critic's values."""
-    return note_outputs(role_of(engine), wrapped(*args, **kwargs))
+    return note_values(role_of(engine), wrapped(*args, **kwargs))
 
 
 def compute_log_prob(wrapped: Any, actor: Any, args: Any, kwargs: Any) -> Any:

@@ -17,6 +17,8 @@ from types import TracebackType
 
 ROOT = Path(__file__).parents[3]
 END_S = 60.0
+# What frameworks and vLLM are built on.
+IMPORTS = "integration.cpu.warm.imports"
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -230,6 +231,48 @@ def test_another_value_of_what_imported_modules_have_read_starts_cold(
         command = [interpreter, "-c", IS_WARM]
         assert subprocess.check_output(command, env={**environment, **more}, text=True) == warm
     assert "have read other values of ['OMP_NUM_THREADS']" in servers.server(PRELOAD, environment).log.read_text()
+
+
+def test_what_imports_have_set_comes_back_warm(environment: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "sets_here.py").write_text("import os; os.environ['OMP_OF_IMPORTS'] = 'set'")
+    environment["PYTHONPATH"] = f"{tmp_path}{os.pathsep}{ROOT}"
+    with WarmServers() as servers:
+        interpreter = servers.server("sets_here", environment).interpreter
+        for value, warm in (("set", "True\n"), ("other", "False\n")):
+            command = [interpreter, "-c", "import sys; print('sets_here' in sys.modules)"]
+            own = {**environment, "OMP_OF_IMPORTS": value}
+            assert subprocess.check_output(command, env=own, text=True) == warm
+
+
+def test_a_library_that_is_loaded_already_may_be_preloaded(
+    servers: WarmServers, environment: dict[str, str], tmp_path: Path
+) -> None:
+    mapped = [line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()]
+    loaded = next(Path(path) for path in mapped if path.endswith("/libm.so.6"))
+    other = Path(shutil.copy(loaded, tmp_path / "libother.so"))
+    interpreter = servers.server(PRELOAD, environment).interpreter
+    for library, warm in ((loaded, "True\n"), (other, "False\n")):
+        own = {**environment, "LD_PRELOAD": str(library)}
+        assert subprocess.check_output([interpreter, "-c", IS_WARM], env=own, text=True) == warm
+
+
+def test_the_first_free_descriptor_is_the_process_s_own(servers: WarmServers, environment: dict[str, str]) -> None:
+    interpreter = servers.server(PRELOAD, environment).interpreter
+    command = ["sh", "-c", 'exec "$0" -c "$1" 3</dev/null', interpreter, IS_WARM]
+    assert subprocess.check_output(command, env=environment, text=True) == "True\n"
+
+
+def test_the_search_path_is_that_of_a_new_process(
+    servers: WarmServers, environment: dict[str, str], tmp_path: Path
+) -> None:
+    # An editable install's folder is on the server's own PYTHONPATH as well.
+    interpreter = servers.server(PRELOAD, environment).interpreter
+    del environment["PYTHONPATH"]
+    cold, warm = (
+        subprocess.check_output([python, "-c", "import sys; print(sys.path)"], env=environment, cwd=tmp_path)
+        for python in (sys.executable, interpreter)
+    )
+    assert warm == cold
 
 
 def test_another_copy_of_what_is_imported_starts_cold(environment: dict[str, str], tmp_path: Path) -> None:

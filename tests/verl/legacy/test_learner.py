@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from integration.cpu.warm.servers import IMPORTS
 from tests.conftest import verl_environment
 from tests.installed_release import ORACLE
 from tests.ranks import Facts, Ranks
-from tests.verl.conftest import PRELOAD
 
 pytestmark = [pytest.mark.verl, pytest.mark.e2e]
 pytest.importorskip("verl")
@@ -65,7 +65,7 @@ def learner(
             # verl 0.5.0 imports no external modules.
             external = ["--import", "fp16_patch.verl"] if env else []
             arguments = ["--strategy", strategy, "--out", str(out), *models, *external, *options, *scenarios]
-            facts = on_ranks.facts(LEARNER, arguments, ranks, out, verl_environment(env), PRELOAD)
+            facts = on_ranks.facts(LEARNER, arguments, ranks, out, verl_environment(env), IMPORTS)
             known[arm, strategy, ranks] = {"out": out, **facts}
         return known[arm, strategy, ranks]
 

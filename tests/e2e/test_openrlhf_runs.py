@@ -49,12 +49,9 @@ def start(
 
 @pytest.fixture(scope="session")
 def patched(start: Callable[..., RunResult]) -> RunResult:
-    """`fp16-patch run` and nothing else; a moving average of the weights, a checkpoint, no correction.
-
-    As a user starts it: every process imports all it needs.
-    """
+    """`fp16-patch run` and nothing else; a moving average of the weights, a checkpoint, no correction."""
     save = ("--ckpt.save_steps", str(STEPS), "--ckpt.save_hf")
-    return finished(start("patched", PATCHED, ema=True, correction=False, extra=save, python=Path(sys.executable)))
+    return finished(start("patched", PATCHED, ema=True, correction=False, extra=save))
 
 
 @pytest.fixture(scope="session")
@@ -65,8 +62,11 @@ def bf16(start: Callable[..., RunResult]) -> RunResult:
 
 @pytest.fixture(scope="session")
 def stock_fp16(start: Callable[..., RunResult]) -> RunResult:
-    """OpenRLHF's own fp16 switch, observed."""
-    return start("stock_fp16", OBSERVED, extra=("--ds.param_dtype", "fp16"))
+    """OpenRLHF's own fp16 switch, observed.
+
+    As a user starts it: every process imports all it needs.
+    """
+    return start("stock_fp16", OBSERVED, extra=("--ds.param_dtype", "fp16"), python=Path(sys.executable))
 
 
 @pytest.fixture(scope="session")

@@ -49,12 +49,9 @@ def served_reward_model(model: Path) -> tuple[str, ...]:
 
 @pytest.fixture(scope="session")
 def one_flag(start_verl: Callable[..., RunResult], tiny_reward_model: Path) -> RunResult:
-    """`external_lib=fp16_patch.verl` in an otherwise stock configuration, with reference and reward model, saved.
-
-    As a user starts it: every process imports all it needs.
-    """
+    """`external_lib=fp16_patch.verl` in an otherwise stock configuration, with reference and reward model, saved."""
     overrides = (f"trainer.save_freq={STEPS}", *served_reward_model(tiny_reward_model))
-    return finished(start_verl("fp16_patch", use_ref=True, overrides=overrides, python=Path(sys.executable)))
+    return finished(start_verl("fp16_patch", use_ref=True, overrides=overrides))
 
 
 @pytest.fixture(scope="session")
@@ -85,8 +82,12 @@ def calibrating(start_verl: Callable[..., RunResult]) -> RunResult:
 
 @pytest.fixture(scope="session")
 def broken_sampler(start_verl: Callable[..., RunResult]) -> RunResult:
-    """The one flag, where our plugin cannot be imported in vLLM's worker process."""
-    return start_verl("fp16_patch", env={"PYTHONPATH": str(Path(__file__).parent / "broken_sampler")})
+    """The one flag, where our plugin cannot be imported in vLLM's worker process.
+
+    As a user starts it: every process imports all it needs. The demo starts so, too, and trains.
+    """
+    broken = {"PYTHONPATH": str(Path(__file__).parent / "broken_sampler")}
+    return start_verl("fp16_patch", env=broken, python=Path(sys.executable))
 
 
 @pytest.fixture(scope="session")

@@ -43,15 +43,16 @@ def command(
 ) -> None:
     """Compare sampler and learner from log-probs in JSON lines.
 
-    FILE holds the log-probs of each token, as any trainer may have written them, one line a sequence:
+    FILE holds the log-probs of each token, as any trainer may have written them, one line a sequence or, with lists of
+    lists, a batch:
 
     \b
     {"step": 0, "sampler_log_probs": [-0.1, …], "learner_log_probs": [-0.2, …],
      "mask": [1, …], "token_ids": [17, …]}
 
     step, mask and token_ids may be left out; null and NaN are non-finite. The names of verl, OpenRLHF, slime, TRL,
-    NeMo-RL and prime-rl are known as well. FILE may be a .jsonl, a .jsonl.gz, or a directory of them. Several are set
-    side by side.
+    ms-swift, NeMo-RL, prime-rl, AReaL, SkyRL and open-instruct are known as well. FILE may be a .jsonl, a .jsonl.gz, or
+    a directory of them. Several are set side by side.
 
     \b
     Examples:
@@ -60,7 +61,7 @@ def command(
       fp16-patch analyze outputs/token_exports --output runs/before
     """
     from fp16_patch.mismatch.report import offline
-    from fp16_patch.mismatch.report.dump import DumpError
+    from fp16_patch.mismatch.report.dump_lines import DumpError
     from fp16_patch.mismatch.report.labels import labelled
 
     require_for_page(html, tokenizer)

@@ -28,9 +28,9 @@ class Dialect:
     missing: float | None = None
 
 
-# Ours first: the order in which they are tried. Sources, beside the frameworks' documentation: AReaL
-# areal/trainer/ppo/actor.py (there input_ids are one place later than prox_logp), SkyRL TrainingInput, ms-swift GRPOBatch,
-# open-instruct grpo_utils.py with its INVALID_LOGPROB.
+# Ours first: the order in which they are tried. Sources, beside the frameworks' documentation: AReaL's
+# areal/trainer/ppo/actor.py, where input_ids are one place later than prox_logp; SkyRL's TrainingInput; ms-swift's
+# GRPOBatch; open-instruct's grpo_utils.py, with its INVALID_LOGPROB.
 DIALECTS = (
     Dialect("fp16_patch", "sampler_log_probs", ("learner_log_probs",), ("mask",), "token_ids"),
     Dialect("verl", "rollout_log_probs", ("old_log_probs",), ("response_mask",), "responses"),

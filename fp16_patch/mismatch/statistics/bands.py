@@ -12,7 +12,6 @@ from fp16_patch.mismatch.statistics import bins
 from fp16_patch.mismatch.statistics.layout import NO_TOKEN, WORST_PART, WORST_TOKENS, table
 from fp16_patch.mismatch.statistics.moments import mean, population_std
 
-
 MATCHED_TOKENS = 5
 """So many tokens of a bin of probabilities say what mean |d| is in it."""
 

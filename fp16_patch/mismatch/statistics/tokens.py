@@ -26,14 +26,14 @@ class Tokens(ABC):
         sampler, learner: log μ and log π, float64 (n,).
         d: learner − sampler, float64 (n,).
         present: bool (n,), or None where every place holds a finite token.
-        band: int32 (n,), see ``bins.position_band``; the last of several tokens has a band of its own, and so have those
-            beside a gap, that is, beside places of the sequence that were not sampled.
+        band: int32 (n,), see ``bins.position_band``; the last of several tokens has a band of its own, and so have
+            those beside a gap, that is, beside places of the sequence that were not sampled.
         token_ids: integers, of each place of the batch, flat; None where they are not known.
         numbers: int64 (S,), what the sequences are called.
         first: int64 (S,), where in the batch the first sampled token of a sequence is, as an index of its places.
         lengths: int64 (S,), sampled tokens.
-        nonfinite: int64 (4, S), sampled tokens whose sampler's, learner's, or either's log-prob is not finite, and those
-            whose sampler's is NaN where the learner is certain.
+        nonfinite: int64 (4, S), sampled tokens whose sampler's, learner's, or either's log-prob is not finite, and
+            those whose sampler's is NaN where the learner is certain.
     """
 
     sampler: Tensor

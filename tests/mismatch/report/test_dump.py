@@ -160,7 +160,11 @@ def test_the_worst_token_is_named(file: Path) -> None:
         ("[1, 2]", "a JSON list, not an object", "write one JSON object a line"),
         ({"logprobs": [], "a": 1}, "its keys: a, logprobs", "rollout_log_probs with old_log_probs (verl)"),
         ({"logprobs": [], "a": 1}, "are not in it", "name yours with --sampler-key and --learner-key"),
-        ({"old_log_probs": None, "rollout_log_probs": [-1.0]}, "old_log_probs is null", "name yours with --sampler-key"),
+        (
+            {"old_log_probs": None, "rollout_log_probs": [-1.0]},
+            "old_log_probs is null",
+            "name yours with --sampler-key",
+        ),
         (line(step=1.5), "step is 1.5", "an integer"),
         (line(step=math.nan), "step is NaN", "an integer"),
         (line(token_ids=[1, 2, 3, 4.5]), "something else than token ids", "give 4 integers"),
@@ -174,7 +178,11 @@ def test_the_worst_token_is_named(file: Path) -> None:
             "sampler_log_probs is a list of 2 lists; learner_log_probs is a list of 1 lists",
             "all of them as lists of as many such lists",
         ),
-        ({"sampler_log_probs": [[[-1.0]]], "learner_log_probs": [[[-1.0]]]}, "sampler_log_probs[0] is [-1.0]", "list of n"),
+        (
+            {"sampler_log_probs": [[[-1.0]]], "learner_log_probs": [[[-1.0]]]},
+            "sampler_log_probs[0] is [-1.0]",
+            "list of n",
+        ),
         (line(step="one"), 'step is "one"', "an integer"),
         (line() | {"learner_log_probs": [-1.0]}, "has 4 entries, learner_log_probs has 1", "the same tokens"),
         (line() | {"learner_log_probs": -1.0}, "learner_log_probs is -1.0", "give a list of numbers"),
@@ -208,7 +216,9 @@ def test_a_key_that_is_not_there_is_named_beside_those_that_are(file: Path) -> N
     shown = CliRunner().invoke(main, ["analyze", str(written(file, line())), "--sampler-key", "foo"])
 
     assert shown.exit_code == 1
-    assert "line 1: no key foo; there are: learner_log_probs, sampler_log_probs. Fix: give --sampler-key" in shown.output
+    assert (
+        "line 1: no key foo; there are: learner_log_probs, sampler_log_probs. Fix: give --sampler-key" in shown.output
+    )
     assert len(shown.output.splitlines()) == 1
 
 
@@ -234,7 +244,9 @@ def sequences(draw: st.DrawFn) -> list[dict[str, Any]]:
         sides = (draw(st.lists(values, min_size=size, max_size=size)) for _ in range(2))
         mask = draw(st.lists(st.sampled_from([0, 1]), min_size=size, max_size=size))
         ids = draw(st.lists(st.integers(0, 99), min_size=size, max_size=size))
-        lines.append(dict(zip(("sampler_log_probs", "learner_log_probs"), sides, strict=True), mask=mask, token_ids=ids))
+        lines.append(
+            dict(zip(("sampler_log_probs", "learner_log_probs"), sides, strict=True), mask=mask, token_ids=ids)
+        )
     return lines
 
 
@@ -267,9 +279,7 @@ def test_steps_and_names_of_a_batch_may_be_lists(file: Path) -> None:
     assert {step: stats.worst_tokens()[0].sequence for step, stats in steps.items()} == {3: 70, 4: 80}
 
 
-@given(
-    st.lists(values, min_size=1, max_size=8), st.sampled_from(["sampler_log_probs", "learner_log_probs"]), st.data()
-)
+@given(st.lists(values, min_size=1, max_size=8), st.sampled_from(["sampler_log_probs", "learner_log_probs"]), st.data())
 @settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_values_above_0_are_refused_before_any_figure(
     tmp_path: Path, sides: list[float], key: str, data: st.DataObject

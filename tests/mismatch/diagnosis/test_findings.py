@@ -13,6 +13,7 @@ torch = pytest.importorskip("torch")
 
 from fp16_patch.mismatch.diagnosis.findings import CAUSES, diagnose, diagnose_run
 from fp16_patch.mismatch.record.reading import RunRecord
+from fp16_patch.mismatch.report.comparison import CAUSES as SPOKEN
 from fp16_patch.mismatch.statistics.summary import MismatchStats
 from tests.mismatch.diagnosis.simulated import BF16, FP16, Batch, Policy, causes, text
 
@@ -357,6 +358,10 @@ def test_advice_on_rounding_is_by_the_dtype_of_the_run(noise: float, dtype: str 
     assert finding.cause == "precision"
     assert finding.advice.startswith(advice)
     assert ("FP16_PATCH" in finding.advice) is (dtype not in ("float16", "float32"))
+
+
+def test_each_finding_has_a_name_that_people_read() -> None:
+    assert SPOKEN.keys() == {*CAUSES}
 
 
 def test_the_diagnosis_of_a_record() -> None:

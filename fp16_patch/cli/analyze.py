@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -65,14 +66,23 @@ def command(
     from fp16_patch.mismatch.report.labels import labelled
 
     require_for_page(html, tokenizer)
+    paths = labelled(files)
+    folders = {} if output is None else _folders(output, [*paths])
     try:
-        records = {label: offline.analyze(path, sampler_key, learner_key) for label, path in labelled(files).items()}
-        if output is not None:
-            for label, record in records.items():
-                folder = output / label.strip("/").replace("/", "_") if len(records) > 1 else output
-                offline.write_record(record, folder)
+        for folder in folders.values():
+            offline.require_no_record(folder)
+        records = {label: offline.analyze(path, sampler_key, learner_key) for label, path in paths.items()}
+        for label, folder in folders.items():
+            offline.write_record(records[label], folder)
     except (DumpError, FileNotFoundError, FileExistsError) as problem:
         raise Failure(problem) from problem
     if as_json:
         click.echo(json.dumps({label: offline.figures(record) for label, record in records.items()}, indent=1))
     show(records, html, tokenizer, quiet=as_json)
+
+
+def _folders(output: Path, labels: Sequence[str]) -> dict[str, Path]:
+    """Return where each file's record goes: of several, into a folder of its own."""
+    if len(labels) == 1:
+        return {labels[0]: output}
+    return {label: output / label.strip("/").replace("/", "_") for label in labels}

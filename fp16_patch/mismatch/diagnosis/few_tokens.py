@@ -44,17 +44,14 @@ def _times(value: float, other: float) -> float:
 
 def _edge_sentences(edge: Edge, padding: float | None) -> Sentences:
     label, band = edge.band.label, edge.band
-    told = (
-        ""
-        if padding is None
-        else f"There the sampler's log-prob is {padding:g} in most of the worst tokens, as padding is."
-    )
-    return (
+    sentences = [
         f"Mean |d| of the {_place(label)} is {number(band.d_abs_mean)}, "
         f"{_times(band.d_abs_mean, edge.rest_abs_mean):.0f} times that of the tokens at no edge "
         f"({number(edge.rest_abs_mean)}); its mean d is {number(band.d_mean)}, all to one side.",
-        *([told] if told else []),
-    )
+    ]
+    if padding is not None:
+        sentences.append(f"There the sampler's log-prob is {padding:g} in most of the worst tokens, as padding is.")
+    return tuple(sentences)
 
 
 def _place(label: str) -> str:

@@ -372,6 +372,9 @@ def test_a_record_is_written_for_the_report(file: Path, tmp_path: Path) -> None:
     again = CliRunner().invoke(main, ["analyze", str(file), "--out", str(tmp_path / "run")])
     assert again.exit_code == 1
     assert "holds a record already (plan.json, mismatch.jsonl). Give another directory" in again.output
+    # Before any work: what is to be read is not even there.
+    early = CliRunner().invoke(main, ["analyze", str(tmp_path / "nope"), "--out", str(tmp_path / "run")])
+    assert early.output == again.output
 
 
 def test_the_command_says_what_is_wrong(file: Path) -> None:

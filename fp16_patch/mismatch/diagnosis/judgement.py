@@ -48,8 +48,9 @@ class Thresholds:
     @classmethod
     def of_plan(cls, plan: Mapping[str, Any]) -> Thresholds:
         """Return those of a plan's settings, `alert_k1` and so on; the default where the plan says nothing."""
-        named: dict[str, Any] = {field.name: plan.get(SETTING + field.name) for field in fields(cls)}
-        return cls(**{name: value for name, value in named.items() if isinstance(value, int | float)})
+        settings = {field.name: plan.get(SETTING + field.name) for field in fields(cls)}
+        numbers: dict[str, Any] = {name: value for name, value in settings.items() if isinstance(value, int | float)}
+        return cls(**numbers)
 
 
 @dataclass(frozen=True)

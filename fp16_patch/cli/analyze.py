@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -43,15 +44,16 @@ def command(
 ) -> None:
     """Compare sampler and learner from log-probs in JSON lines.
 
-    FILE holds the log-probs of each token, as any trainer may have written them, one line a sequence:
+    FILE holds the log-probs of each token, as any trainer may have written them, one line a sequence or, with lists of
+    lists, a batch:
 
     \b
     {"step": 0, "sampler_log_probs": [-0.1, …], "learner_log_probs": [-0.2, …],
      "mask": [1, …], "token_ids": [17, …]}
 
     step, mask and token_ids may be left out; null and NaN are non-finite. The names of verl, OpenRLHF, slime, TRL,
-    NeMo-RL and prime-rl are known as well. FILE may be a .jsonl, a .jsonl.gz, or a directory of them. Several are set
-    side by side.
+    ms-swift, NeMo-RL, prime-rl, AReaL, SkyRL and open-instruct are known as well. FILE may be a .jsonl, a .jsonl.gz, or
+    a directory of them. Several are set side by side.
 
     \b
     Examples:
@@ -60,18 +62,27 @@ def command(
       fp16-patch analyze outputs/token_exports --output runs/before
     """
     from fp16_patch.mismatch.report import offline
-    from fp16_patch.mismatch.report.dump import DumpError
+    from fp16_patch.mismatch.report.dump_lines import DumpError
     from fp16_patch.mismatch.report.labels import labelled
 
     require_for_page(html, tokenizer)
+    paths = labelled(files)
+    folders = {} if output is None else _folders(output, [*paths])
     try:
-        records = {label: offline.analyze(path, sampler_key, learner_key) for label, path in labelled(files).items()}
-        if output is not None:
-            for label, record in records.items():
-                folder = output / label.strip("/").replace("/", "_") if len(records) > 1 else output
-                offline.write_record(record, folder)
+        for folder in folders.values():
+            offline.require_no_record(folder)
+        records = {label: offline.analyze(path, sampler_key, learner_key) for label, path in paths.items()}
+        for label, folder in folders.items():
+            offline.write_record(records[label], folder)
     except (DumpError, FileNotFoundError, FileExistsError) as problem:
         raise Failure(problem) from problem
     if as_json:
         click.echo(json.dumps({label: offline.figures(record) for label, record in records.items()}, indent=1))
     show(records, html, tokenizer, quiet=as_json)
+
+
+def _folders(output: Path, labels: Sequence[str]) -> dict[str, Path]:
+    """Return where each file's record goes: of several, into a folder of its own."""
+    if len(labels) == 1:
+        return {labels[0]: output}
+    return {label: output / label.strip("/").replace("/", "_") for label in labels}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from fp16_patch.mismatch.collection.monitor import Monitor
-from fp16_patch.mismatch.diagnosis.alerts import Alert, Alerts, Thresholds
+from fp16_patch.mismatch.diagnosis.alerts import Alert, Alerts
+from fp16_patch.mismatch.diagnosis.judgement import Thresholds
 from fp16_patch.plan.errors import MismatchAlert
 from fp16_patch.plan.plan import Plan
 
@@ -27,7 +29,7 @@ class RunMonitor:
 
     def __init__(self, plan: Plan, out_dir: Path, run: str | None = None) -> None:
         self._plan = plan
-        self._alerts = Alerts(thresholds_of(plan))
+        self._alerts = Alerts(Thresholds.of_plan(asdict(plan)))
         self._monitor = Monitor(out_dir, run, plan.monitor_timeout_s, SINKS, self._judge)
         self._fired: list[Alert] = []
         self._tokens = 0
@@ -76,15 +78,3 @@ class RunMonitor:
         standing = self._alerts.update(step, dict(metrics))
         self._fired = list(self._alerts.new)
         return {"alerts": [alert.as_dict() for alert in standing]}
-
-
-def thresholds_of(plan: Plan) -> Thresholds:
-    return Thresholds(
-        k1=plan.alert_k1,
-        ess=plan.alert_ess,
-        chi2=plan.alert_chi2,
-        token_mult_prob_error=plan.alert_token_mult_prob_error,
-        prob_diff=plan.alert_prob_diff,
-        doubling_steps=plan.alert_doubling_steps,
-        after=plan.alert_after,
-    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,23 @@ def test_on_alert_stop_ends_the_run_after_the_record_is_safe() -> None:
         monitor.end_step(3, dict(WIDE))
     assert monitor._monitor.flushed == 1
     assert stopped.value.step == 3
+
+
+@pytest.mark.parametrize(
+    ("missing", "certain", "stops"), [(19, 19, False), (19, 18, True), (1, 0, True), (0, 0, False)]
+)
+def test_certain_tokens_without_a_log_prob_do_not_end_a_run(missing: int, certain: int, stops: bool) -> None:
+    monitor = RunMonitor(Plan(on_alert="stop"), Path("unused"))
+    metrics = {"mismatch/nonfinite_tokens": float(missing), "mismatch/nonfinite_certain": float(certain)}
+    with pytest.raises(MismatchAlert, match="nonfinite") if stops else nullcontext():
+        monitor.end_step(1, dict(metrics))
+
+
+@pytest.mark.parametrize("side", ["sampler", "learner"])
+def test_what_is_no_log_prob_ends_a_run(side: str) -> None:
+    monitor = RunMonitor(Plan(on_alert="stop"), Path("unused"))
+    with pytest.raises(MismatchAlert, match=f"positive_{side}: mismatch/positive_{side} is 7, and may only be 0"):
+        monitor.end_step(1, {f"mismatch/positive_{side}": 7.0})
 
 
 def test_a_threshold_of_the_plan_is_the_threshold() -> None:

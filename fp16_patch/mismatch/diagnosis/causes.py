@@ -8,23 +8,13 @@ from __future__ import annotations
 
 import math
 
-from fp16_patch.mismatch.diagnosis.evidence import BAND_TOKENS, EARLY_STEPS, Edge, Evidence, Moments, Side
+from fp16_patch.mismatch.diagnosis.evidence import BAND_TOKENS, EARLY_STEPS, Burst, Evidence, Moments, Side
+from fp16_patch.mismatch.diagnosis.few_tokens import is_of_few, is_padded, rare_spikes
+from fp16_patch.mismatch.diagnosis.rounding import MIN_TOKENS, SIZES, SURE, coarsest, largest_rounding, least_offset
+from fp16_patch.mismatch.diagnosis.sentences import Sentences, number
 from fp16_patch.mismatch.statistics.summary import Band
 
-Sentences = tuple[str, ...]
-
-SIZES = {"float32": (0.0, 1e-4), "float16": (3e-5, 4e-3), "bfloat16": (3e-4, 3e-2)}
-"""Mean |d| where both sides compute in the dtype, nats: of small models with peaked distributions and of large ones."""
-
-MIN_TOKENS = 100
-
-SURE = 5.0
-"""Standard errors beyond which a figure is not chance: tokens of repeated contexts count as fewer than they are."""
-
 LIKELY = 2.0
-
-MIN_OFFSET, MIN_OFFSET_SHARE = 1e-4, 0.15
-"""A mean of d or of r − 1 below these, the second a share of mean |d|, may be rounding of the normalization."""
 
 LARGE_RATIOS_SHARE = 0.1
 """Where large ratios are this much of what mean r falls short of 1, it may be for want of still larger ones."""
@@ -41,74 +31,26 @@ MIN_EXPONENT, ROUNDED_MEAN_ABS = -0.9, 0.1
 MAX_TOLD_EXPONENT = 0.6
 MIN_GROWTH, NOTED_GROWTH = 2.5, 1.5
 
-EDGE_TOKENS, EDGE_FACTOR, EDGE_ONE_SIDED = 5, 10.0, 0.6
-EDGE_MEAN_ABS, PADDED_EDGE_MEAN_ABS = 1.0, 0.05
-"""A first token may be much less sure than the others, so it takes a large gap, unless the values are padding."""
 
-SHIFTED_CORRELATION, SHIFTED_MEAN_ABS, SHIFTED_MEAN_SHARE = 0.6, 0.3, 0.3
-
-
-def nonfinite_sampler(evidence: Evidence) -> Sentences:
-    stats = evidence.stats
-    return _nonfinite("sampler", stats.nonfinite_sampler, "learner", stats.nonfinite_learner, stats.tokens)
-
-
-def nonfinite_learner(evidence: Evidence) -> Sentences:
-    stats = evidence.stats
-    return _nonfinite("learner", stats.nonfinite_learner, "sampler", stats.nonfinite_sampler, stats.tokens)
-
-
-def _nonfinite(side: str, count: int, other: str, other_count: int, tokens: int) -> Sentences:
-    if not count:
-        return ()
+def after_start(burst: Burst) -> Sentences:
+    """Say at which steps after a start of the trainer the gap was larger."""
+    steps, means = list(burst.means), ", ".join(map(number, burst.means.values()))
+    listed = f"step {steps[0]}" if len(steps) == 1 else f"steps {steps[0]} to {steps[-1]}"
     return (
-        f"The {side}'s log-prob is NaN or infinite for {count} of {tokens} tokens ({count / tokens:.2%}), "
-        f"the {other}'s for {other_count}.",
-        "All other figures are of the tokens where both are finite.",
-    )
-
-
-def mask_shifted(evidence: Evidence) -> Sentences:
-    padded = [edge for edge in evidence.edges if _is_padded(edge)]
-    return tuple(sentence for edge in padded for sentence in _edge_sentences(edge)) or _shift_sentences(evidence.total)
-
-
-def _is_padded(edge: Edge) -> bool:
-    """Return whether the edge's d is far beyond the other tokens', and all to one side."""
-    least = EDGE_MEAN_ABS if edge.padding is None else PADDED_EDGE_MEAN_ABS
-    far = edge.band.tokens >= EDGE_TOKENS and edge.band.d_abs_mean >= least
-    return far and edge.factor >= EDGE_FACTOR and edge.one_sided >= EDGE_ONE_SIDED
-
-
-def _edge_sentences(edge: Edge) -> Sentences:
-    label, band = edge.band.label, edge.band
-    padding = (f"There the sampler's log-prob is {edge.padding:g} in most of the worst tokens, as padding is.",)
-    return (
-        f"Mean |d| of the {label} token of a sequence is {_n(band.d_abs_mean)}, {edge.factor:.0f} times that of the "
-        f"tokens between first and last ({_n(edge.rest_abs_mean)}); its mean d is {_n(band.d_mean)}, all to one side.",
-        *(padding if edge.padding is not None else ()),
-    )
-
-
-def _shift_sentences(total: Moments) -> Sentences:
-    unrelated = total.correlation < SHIFTED_CORRELATION and total.mean_abs > SHIFTED_MEAN_ABS
-    if not unrelated or abs(total.mean) > SHIFTED_MEAN_SHARE * total.mean_abs:
-        return ()
-    return (
-        f"The two sides' log-probs are hardly related: their correlation is {total.correlation:.2f}, mean |d| is "
-        f"{_n(total.mean_abs)}.",
-        f"Yet on average they are alike: mean d is {_n(total.mean)}. So they are those of different tokens.",
+        f"Mean |d| is {means} at {listed}, the first after a start, and {number(burst.settled)} from step "
+        f"{burst.next_step} on.",
+        "What else is said is of the steps without these.",
     )
 
 
 def truncated_sampling(evidence: Evidence) -> Sentences:
     total = evidence.total
-    if mask_shifted(evidence) or not _is_truncated(total):
+    if is_of_few(evidence) or not _is_truncated(total):
         return ()
     low = evidence.stats.quantile(0.01)
     kept = (
-        f"99 % of d are above {_n(low)}, the log of {math.exp(low):.3g}: of roughly top_p under top-p, of the least "
-        "probability that is kept under top-k.",
+        f"99 % of d are above {number(low)}, the log of {math.exp(low):.3g}: of roughly top_p under top-p, of the "
+        "least probability that is kept under top-k.",
     )
     return (
         f"Mean r is {_ratio(total)}, {-total.ratio_z:.0f} standard errors below 1: the sampler gives its tokens more "
@@ -123,22 +65,18 @@ def _is_truncated(total: Moments) -> bool:
     """Return whether mean r is below 1, and not for want of large ratios, which few samples miss."""
     deficit = -total.ratio_excess
     are_seen = total.large_ratios > LARGE_RATIOS_SHARE * deficit
-    return total.ratio_z < -SURE and deficit > _least_offset(total) and not are_seen
-
-
-def _least_offset(total: Moments) -> float:
-    return max(MIN_OFFSET, MIN_OFFSET_SHARE * total.mean_abs)
+    return total.ratio_z < -SURE and deficit > least_offset(total.mean_abs) and not are_seen
 
 
 def raw_log_probs(evidence: Evidence) -> Sentences:
     total = evidence.total
     scaled = is_scaled(evidence)
-    if mask_shifted(evidence) or not (_is_sampled_elsewhere(total) or (scaled and total.lean > 0)):
+    if is_of_few(evidence) or not (_is_sampled_elsewhere(total) or (scaled and total.lean > 0)):
         return ()
     reported = "The learner's logits are about {:.2f} times those behind the log-probs that the sampler reports."
     return (
-        f"Mean r is {_ratio(total)}, and mean tanh(d/2) is {_n(total.lean)}, {total.lean_z:.1f} standard errors above "
-        "0. For log-probs of the distribution that was sampled from they are 1, and below 0.",
+        f"Mean r is {_ratio(total)}, and mean tanh(d/2) is {number(total.lean)}, {total.lean_z:.1f} standard errors "
+        "above 0. For log-probs of the distribution that was sampled from they are 1, and below 0.",
         *(_scaling_sentences(evidence, reported) if scaled else ()),
         *_undecided(total, "unequal temperatures"),
     )
@@ -147,12 +85,12 @@ def raw_log_probs(evidence: Evidence) -> Sentences:
 def _is_sampled_elsewhere(total: Moments) -> bool:
     """Return whether mean d is above 0. For samples of μ it estimates −KL(μ‖π), which never is."""
     sure = total.lean_z > SURE and total.ratio_z > SURE
-    return sure and min(total.mean, total.ratio_excess) > _least_offset(total)
+    return sure and min(total.mean, total.ratio_excess) > least_offset(total.mean_abs)
 
 
 def temperature(evidence: Evidence) -> Sentences:
     total = evidence.total
-    if mask_shifted(evidence) or not is_scaled(evidence) or total.lean > 0:
+    if is_of_few(evidence) or not is_scaled(evidence) or total.lean > 0:
         return ()
     honest = f"Mean r is {_ratio(total)}: the sampler's log-probs are those it sampled by."
     return (
@@ -177,7 +115,7 @@ def is_scaled(evidence: Evidence) -> bool:
 def _is_positive(band: Band, total: Moments) -> bool:
     """Return whether the band's d is above 0. Under a truncation alone it is below, at every probability."""
     error = math.sqrt(band.d_square_mean / band.tokens)
-    return band.tokens >= BAND_TOKENS and band.d_mean > max(SURE * error, _least_offset(total))
+    return band.tokens >= BAND_TOKENS and band.d_mean > max(SURE * error, least_offset(total.mean_abs))
 
 
 def _scaling_sentences(evidence: Evidence, estimate: str) -> Sentences:
@@ -201,7 +139,7 @@ def _band_sentences(evidence: Evidence) -> Sentences:
     rarest, surest = bands[0], bands[-1]
     farthest = max(bands[1:], key=lambda band: abs(band.d_mean - rarest.d_mean))
     shown = (rarest, farthest) if farthest is surest else (rarest, farthest, surest)
-    return (f"Mean d by probability: {', '.join(f'{_n(band.d_mean)} at {band.label}' for band in shown)}.",)
+    return (f"Mean d by probability: {', '.join(f'{number(band.d_mean)} at {band.label}' for band in shown)}.",)
 
 
 def _undecided(total: Moments, other: str) -> Sentences:
@@ -212,21 +150,34 @@ def _undecided(total: Moments, other: str) -> Sentences:
 
 def stale_weights(evidence: Evidence) -> Sentences:
     growth = evidence.growth
-    if growth is None or not _has_grown(evidence):
+    if growth is None or rare_spikes(evidence) or not _has_grown(evidence):
         return ()
     return (
-        f"Mean |d| is {_n(growth.first)} at step {growth.first_step}, when both sides hold the same weights, "
-        f"{_n(growth.second)} after the first update and {_n(growth.later)} by step {growth.last_step}.",
-        f"By the first step {_n(growth.expected)} is expected at these probabilities: it is {growth.factor:.1f} times "
-        f"that, {growth.z:.0f} standard errors more.",
+        f"Mean |d| is {number(growth.first)} at step {growth.first_step}, when both sides hold the same weights, "
+        f"{number(growth.second)} after the first update and {number(growth.later)} by step {growth.last_step}.",
+        f"By the first step {number(growth.expected)} is expected at these probabilities: it is {growth.factor:.1f} "
+        f"times that, {growth.z:.0f} standard errors more.",
         "It grows from update to update where syncs are dropped; it jumps and stays where they come late.",
         *(_normalization(evidence.total) if _is_normalized(evidence.total) else ()),
     )
 
 
+def rounded_adapters(evidence: Evidence) -> Sentences:
+    """Say the second reading of a gap that grows, where it is no larger than rounding of merged weights makes it."""
+    growth, largest = evidence.growth, SIZES["bfloat16"][1]
+    if growth is None or not stale_weights(evidence) or growth.later > largest:
+        return ()
+    return (
+        "If the run trains adapters, this is the second reading: merged into base weights of a coarse dtype on one "
+        "side, a small update is lost to rounding, and the gap grows from update to update just so.",
+        f"By step {growth.last_step} mean |d| is {number(growth.later)}, no more than bfloat16's rounding makes "
+        f"({number(largest)}): the figures do not tell the two apart.",
+    )
+
+
 def _has_grown(evidence: Evidence) -> bool:
     growth = evidence.growth
-    if growth is None or any(_is_padded(edge) for edge in evidence.edges):
+    if growth is None or any(is_padded(edge, evidence.padding) for edge in evidence.edges):
         return False
     return growth.factor >= MIN_GROWTH and growth.z >= SURE
 
@@ -258,12 +209,12 @@ def precision(evidence: Evidence) -> Sentences:
     total = evidence.total
     if total.mean_abs == 0:
         return (f"Sampler and learner agree exactly on all {total.tokens} tokens.",)
-    if not (_is_normalized(total) and _fits_size(evidence)):
+    if evidence.too_large or not (_is_normalized(total) and _fits_size(evidence)):
         return ()
     low, high = evidence.stats.quantile(0.01), evidence.stats.quantile(0.99)
     return (
-        _size_sentence(total, _coarsest(evidence)),
-        f"Both tails are alike: 1 % of d are below {_n(low)} and 1 % above {_n(high)}.",
+        _size_sentence(total, coarsest(evidence)),
+        f"Both tails are alike: 1 % of d are below {number(low)} and 1 % above {number(high)}.",
         *_normalization(total),
         *_steadiness(evidence),
         *_floor_sentence(evidence),
@@ -274,7 +225,7 @@ def precision(evidence: Evidence) -> Sentences:
 def precision_advice(evidence: Evidence) -> str:
     """Say what would make the gap smaller, by the coarsest dtype of the run."""
     smaller = "float16 on both sides (FP16_PATCH=1) makes the gap about 8 times smaller"
-    dtype = _coarsest(evidence)
+    dtype = coarsest(evidence)
     if evidence.total.mean_abs == 0 or dtype == "float32":
         return "Nothing to repair."
     if dtype == "bfloat16":
@@ -286,29 +237,18 @@ def precision_advice(evidence: Evidence) -> str:
 
 def _is_normalized(total: Moments) -> bool:
     """Return whether mean r is 1; true, too, where the state is too old to tell."""
-    return not (abs(total.ratio_z) > SURE and abs(total.ratio_excess) > _least_offset(total))
+    return not (abs(total.ratio_z) > SURE and abs(total.ratio_excess) > least_offset(total.mean_abs))
 
 
 def _fits_size(evidence: Evidence) -> bool:
-    return evidence.total.mean_abs <= _largest(_coarsest(evidence))
-
-
-def _coarsest(evidence: Evidence) -> str | None:
-    """Return the coarser side's dtype, by the ledger, else by the plan."""
-    sides = [side for side in (evidence.learner, evidence.sampler) if side is not None]
-    return min(sides, key=lambda side: side.bits).dtype if sides else evidence.planned
-
-
-def _largest(dtype: str | None) -> float:
-    """Return the largest mean |d| of the dtype's rounding; bfloat16's for quantized dtypes and unknown ones."""
-    return SIZES.get(dtype or "", SIZES["bfloat16"])[1]
+    return evidence.total.mean_abs <= largest_rounding(coarsest(evidence))
 
 
 def _size_sentence(total: Moments, dtype: str | None) -> str:
-    size = f"Mean |d| is {_n(total.mean_abs)} over {total.tokens} tokens"
+    size = f"Mean |d| is {number(total.mean_abs)} over {total.tokens} tokens"
     if dtype in SIZES:
         low, high = SIZES[dtype]
-        usual = f"{_n(low)} … {_n(high)}" if low else f"below {_n(high)}"
+        usual = f"{number(low)} … {number(high)}" if low else f"below {number(high)}"
         return f"{size}; where {dtype} is the coarsest dtype it is {usual}, more for larger models and longer contexts."
     fitting = [name for name, (low, high) in SIZES.items() if low <= total.mean_abs <= high]
     return f"{size}; no dtype is on record, and it would fit {' or '.join(fitting) or 'none'}."
@@ -325,7 +265,7 @@ def _steadiness(evidence: Evidence) -> Sentences:
     if growth is not None:
         noted = "" if growth.factor < NOTED_GROWTH else ", which is less than stale weights make of it, but watch it"
         sentences.append(
-            f"Mean |d| is {_n(growth.first)} at step {growth.first_step} and {_n(growth.later)} by step "
+            f"Mean |d| is {number(growth.first)} at step {growth.first_step} and {number(growth.later)} by step "
             f"{growth.last_step}{noted}."
         )
     if evidence.long_growth is not None and evidence.long_growth >= NOTED_GROWTH:
@@ -357,9 +297,10 @@ def unknown(evidence: Evidence) -> Sentences:
     """Say what does not fit rounding, what was ruled out, what remains."""
     total = evidence.total
     return (
-        _size_sentence(total, _coarsest(evidence)),
+        _size_sentence(total, coarsest(evidence)),
         *_normalization(total),
         *_floor_sentence(evidence),
+        *(f"{reason}." for reason in evidence.too_large),
         f"Ruled out: {', '.join(_ruled_out(evidence))}.",
         _what_remains(evidence),
     )
@@ -371,7 +312,7 @@ def _ruled_out(evidence: Evidence) -> list[str]:
     if _is_normalized(total):
         ruled_out += ["raw log-probs and truncated sampling (mean r is 1)"]
     if evidence.edges:
-        ruled_out += ["a shifted mask (neither first nor last tokens stand out)"]
+        ruled_out += ["a shifted mask (neither first nor last tokens stand out, nor those beside a gap)"]
     if growth is not None:
         ruled_out += [f"missed updates (by step {growth.last_step} it is {growth.factor:.1f} times the first step's)"]
     return ruled_out
@@ -400,11 +341,3 @@ def _ratio(total: Moments) -> str:
     error = total.ratio_excess / total.ratio_z if total.ratio_z else 0.0
     digits = min(7, max(2, 1 - math.floor(math.log10(error)))) if error > 0 else 4
     return f"{1 + total.ratio_excess:.{digits}f} ± {error:.{digits}f}"
-
-
-def _n(value: float) -> str:
-    """Write two significant digits."""
-    if value == 0 or 0.01 <= abs(value) < 1000:
-        return f"{value:.2g}" if abs(value) < 100 else f"{value:.0f}"
-    mantissa, exponent = f"{value:.1e}".split("e")
-    return f"{mantissa}e{int(exponent)}"

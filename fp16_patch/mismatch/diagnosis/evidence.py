@@ -16,14 +16,17 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fp16_patch.mismatch.statistics.summary import Band, MismatchStats, bin_values
+from fp16_patch.mismatch.diagnosis.alerts import Alerts
+from fp16_patch.mismatch.diagnosis.judgement import RULE, Thresholds, too_large
+from fp16_patch.mismatch.record.reading import worst_of
+from fp16_patch.mismatch.statistics.summary import Band, Edge, MismatchStats, WorstToken, bin_values
 
 Roles = Mapping[str, Mapping[str, list[str]]]
 
@@ -35,6 +38,16 @@ EARLY_STEPS = 10
 
 LATER_STEPS = 3
 BAND_TOKENS = 20
+
+SPIKES_SHARE, SPIKES_FACTOR = 0.01, 10.0
+"""Spikes are at most this share of the tokens, each so many times beyond the 99 % quantile of |d|, and ``LARGE_D``."""
+
+BURST_FACTOR, BURST_SURE = 3.0, 5.0
+"""A step of a burst has so many times the gap that the later steps' tokens have at its probabilities, surely."""
+
+SETTLED_STEPS = 3
+SPAN_STEPS = 3 * EARLY_STEPS
+"""A gap that changes over a whole training says nothing of its start: so many steps are compared."""
 STEP_TOKENS = 50
 """A step with fewer finite tokens says nothing by itself."""
 
@@ -138,21 +151,72 @@ class Growth:
 
 
 @dataclass(frozen=True)
-class Edge:
-    """The first or last token of the sequences against the other tokens; ``padding`` is the sampler's value there if
-    the worst tokens share one."""
+class Spikes:
+    """Few tokens that are far off, and what the figures are without them.
 
-    band: Band
-    rest_abs_mean: float
-    padding: float | None
+    Attributes:
+        tokens: how many have |d| above ``limit``, nats; at most ``SPIKES_SHARE`` of all.
+        gap_share: their share of Σ|d|.
+        rest_mean_abs: mean |d| of the others; ``rest``: the others' metrics, by the names of ``MismatchStats.metrics``,
+            from the histogram; of max |Δp| its bound.
+        worst: (step, token), largest |d| first.
+    """
 
-    @property
-    def factor(self) -> float:
-        return _quotient(self.band.d_abs_mean, self.rest_abs_mean)
+    tokens: int
+    limit: float
+    gap_share: float
+    rest_mean_abs: float
+    rest: Mapping[str, float]
+    worst: tuple[tuple[int, WorstToken], ...]
 
-    @property
-    def one_sided(self) -> float:
-        return abs(_quotient(self.band.d_mean, self.band.d_abs_mean))
+    @classmethod
+    def of(cls, steps: Mapping[int, MismatchStats], stats: MismatchStats) -> Spikes | None:
+        limit = max(LARGE_D, SPIKES_FACTOR * stats.abs_quantile(0.99)) if stats.finite_tokens else math.inf
+        counts, values = stats.histogram.double(), bin_values()
+        far = values.abs() > limit
+        tokens = int(counts[far].sum())
+        if not 0 < tokens <= SPIKES_SHARE * stats.finite_tokens:
+            return None
+        gap = counts * values.abs()
+        others = counts.where(~far, 0.0)
+        worst = worst_of((step, token) for step, of_step in steps.items() for token in of_step.worst_tokens())
+        return cls(
+            tokens=tokens,
+            limit=limit,
+            gap_share=_quotient(float(gap[far].sum()), float(gap.sum())),
+            rest_mean_abs=_quotient(float(gap[~far].sum()), float(others.sum())),
+            rest=_metrics_of(others, values, limit),
+            worst=tuple(pair for pair in worst if abs(pair[1].d) > limit),
+        )
+
+
+def _metrics_of(counts: Tensor, values: Tensor, limit: float) -> dict[str, float]:
+    """Return the figures that are judged, of so many tokens with each d, none beyond ``limit``."""
+    n = float(counts.sum())
+    ratios = values.clamp(-20.0, 20.0).exp()
+    ratio_sum, square_sum = float(counts @ ratios), float(counts @ ratios.square())
+    return {
+        "mismatch/k1": -float(counts @ values) / n,
+        "mismatch/is_mean": ratio_sum / n,
+        "mismatch/ess": ratio_sum**2 / (n * square_sum),
+        "mismatch/chi2_token": square_sum / n - 1,
+        "mismatch/token_mult_prob_error": float(counts @ values.abs().clamp(max=20.0).exp()) / n,
+        "mismatch/prob_max_abs": 1 - math.exp(-limit),
+    }
+
+
+@dataclass(frozen=True)
+class Burst:
+    """Steps after a start of the trainer at which the gap was larger than it has been since.
+
+    Attributes:
+        means: step → mean |d|.
+        settled: mean |d| of the steps that followed, from ``next_step`` on.
+    """
+
+    means: Mapping[int, float]
+    next_step: int
+    settled: float
 
 
 @dataclass(frozen=True)
@@ -176,6 +240,9 @@ class Evidence:
         total: over all steps. ``start``: over the first step, if the record has the first step of training.
         growth: None without the first step of training, or without a step after it.
         long_growth: mean |d| of the last steps over that of the first, in a record of many steps; else None.
+        padding: the sampler's log-prob that most of the tokens far off share, if they do.
+        spikes: few tokens that are far off; None if there are none, or more than few.
+        thresholds: what is too large in this run. ``too_large``: which figures are, over all tokens or at some steps.
         floor_multiple: mean |d| over that of the learner against itself; None where that was not measured.
     """
 
@@ -186,6 +253,10 @@ class Evidence:
     growth: Growth | None
     long_growth: float | None
     edges: tuple[Edge, ...]
+    padding: float | None
+    spikes: Spikes | None
+    thresholds: Thresholds
+    too_large: tuple[str, ...]
     bands: tuple[Band, ...]
     learner: Side | None
     sampler: Side | None
@@ -200,10 +271,11 @@ class Evidence:
         plan: Mapping[str, Any] | None,
         noise_floor: MismatchStats | None,
     ) -> Evidence:
-        measured = {step: steps[step] for step in sorted(steps) if steps[step].finite_tokens >= STEP_TOKENS}
+        measured = measured_steps(steps)
         stats = MismatchStats.merge_all(steps.values())
         total = Moments.of(stats)
         starts = bool(measured) and min(measured) <= 1
+        thresholds = Thresholds.of_plan(plan or {})
         floor = _quotient(noise_floor.d_abs_sum, noise_floor.finite_tokens) if noise_floor is not None else math.nan
         return cls(
             stats=stats,
@@ -212,7 +284,11 @@ class Evidence:
             steps=tuple(sorted(steps)),
             growth=_growth(measured) if starts else None,
             long_growth=_long_growth(measured),
-            edges=_edges(stats),
+            edges=tuple(stats.edges()),
+            padding=_shared_padding(stats),
+            spikes=Spikes.of(steps, stats),
+            thresholds=thresholds,
+            too_large=_too_large(steps, stats, thresholds),
             bands=tuple(stats.probability_bands()),
             learner=_side(ledger or {}, "actor", LEARNER_QUANTITIES),
             sampler=_side(ledger or {}, "rollout", SAMPLER_QUANTITIES),
@@ -226,6 +302,50 @@ def mantissa_bits(dtype: str) -> int | None:
     if dtype.startswith(("float8", "fp8", "int", "uint", "float4")):
         return _QUANTIZED_BITS
     return _MANTISSA_BITS.get(dtype)
+
+
+def measured_steps(steps: Mapping[int, MismatchStats]) -> dict[int, MismatchStats]:
+    """Return the steps that say something by themselves, in their order."""
+    return {step: steps[step] for step in sorted(steps) if steps[step].finite_tokens >= STEP_TOKENS}
+
+
+def bursts_of(steps: Mapping[int, MismatchStats], starts: Iterable[int]) -> list[Burst]:
+    """Find the bursts after these starts of the trainer, each the first step that it wrote."""
+    measured = measured_steps(steps)
+    firsts = sorted({min(measured, default=0), *starts})
+    spans = zip(firsts, [*firsts[1:], math.inf], strict=True)
+    bursts = (_burst({step: measured[step] for step in measured if low <= step < high}) for low, high in spans)
+    return [burst for burst in bursts if burst is not None]
+
+
+def _burst(measured: Mapping[int, MismatchStats]) -> Burst | None:
+    """Return the first steps of a trainer if the gap is far larger there than afterwards, and stays small then."""
+    steps = list(measured)[:SPAN_STEPS]
+    settled = MismatchStats.merge_all(measured[step] for step in steps[len(steps) // 2 :])
+    large = [step for step in steps if _is_far_larger(measured[step], settled)]
+    count = len(large)
+    if not 0 < count <= min(EARLY_STEPS, len(steps) - max(count, SETTLED_STEPS)) or large != steps[:count]:
+        return None
+    following = MismatchStats.merge_all(measured[step] for step in steps[count:])
+    means = {step: _mean_abs_with_error(measured[step])[0] for step in large}
+    return Burst(means, steps[count], _mean_abs_with_error(following)[0])
+
+
+def _is_far_larger(stats: MismatchStats, settled: MismatchStats) -> bool:
+    (mean, error), (later, later_error) = map(_mean_abs_with_error, (stats, settled))
+    expected = max(later, _mean_abs_at_probabilities_of(stats, settled))
+    return mean > BURST_FACTOR * expected and mean - expected > BURST_SURE * math.hypot(error, later_error)
+
+
+def _too_large(steps: Mapping[int, MismatchStats], stats: MismatchStats, thresholds: Thresholds) -> tuple[str, ...]:
+    """Say what is too large over all tokens, else what an alert fired for on the way."""
+    found = too_large(stats.metrics(), thresholds) if stats.finite_tokens else []
+    alerts = Alerts(thresholds)
+    fired: dict[str, str] = {}
+    for step in sorted(steps):
+        alerts.update(step, steps[step].metrics())
+        fired |= {alert.name: alert.message for alert in alerts.new if RULE[alert.name].of_size}
+    return tuple(found or fired.values())
 
 
 def _growth(measured: Mapping[int, MismatchStats]) -> Growth | None:
@@ -265,16 +385,6 @@ def _long_growth(measured: Mapping[int, MismatchStats]) -> float | None:
     if len(means) < 2 * EARLY_STEPS:
         return None
     return _quotient(statistics.median(means[-EARLY_STEPS:]), statistics.median(means[:EARLY_STEPS]))
-
-
-def _edges(stats: MismatchStats) -> tuple[Edge, ...]:
-    """Return first and last tokens of sequences, as far as there are others to compare with."""
-    bands = {band.label: band for band in stats.position_bands()}
-    inner = [band for label, band in bands.items() if label not in ("first", "last")]
-    tokens = sum(band.tokens for band in inner)
-    rest = _quotient(sum(band.d_abs_mean * band.tokens for band in inner), tokens)
-    padding = _shared_padding(stats)
-    return tuple(Edge(bands[label], rest, padding) for label in ("first", "last") if label in bands and tokens)
 
 
 def _shared_padding(stats: MismatchStats) -> float | None:

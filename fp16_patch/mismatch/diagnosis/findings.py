@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from fp16_patch.mismatch.diagnosis import causes
-from fp16_patch.mismatch.diagnosis.causes import MIN_TOKENS, Sentences
-from fp16_patch.mismatch.diagnosis.evidence import Evidence, Roles
+from fp16_patch.mismatch.diagnosis import causes, few_tokens, recorded
+from fp16_patch.mismatch.diagnosis.evidence import Evidence, Roles, bursts_of
+from fp16_patch.mismatch.diagnosis.rounding import MIN_TOKENS
+from fp16_patch.mismatch.diagnosis.sentences import Sentences
 from fp16_patch.mismatch.record.reading import RunRecord
 from fp16_patch.mismatch.statistics.summary import MismatchStats
 
@@ -34,23 +35,55 @@ class _Cause:
 
 
 # In order of importance.
+_NO_FIGURES = {
+    "not_log_probs": _Cause(
+        recorded.not_log_probs,
+        "Look at how that side computes what it calls log-probs: they have to be normalized over the vocabulary "
+        "(log_softmax), with their minus sign, and logarithms.",
+    ),
+}
 _BROKEN = {
     "nonfinite_sampler": _Cause(
-        causes.nonfinite_sampler,
+        recorded.nonfinite_sampler,
         "Look for overflow in the engine that samples: compare with its bfloat16 or an fp32 head, and with another "
         "attention kernel. Until then leave those tokens out of the loss.",
     ),
     "nonfinite_learner": _Cause(
-        causes.nonfinite_learner,
+        recorded.nonfinite_learner,
         "Look for overflow in the learner's forward pass; if the model needs a wider range than FP16 has, run with "
         "FP16_PATCH=bf16.",
     ),
+    "certain_tokens": _Cause(
+        recorded.certain_tokens,
+        "Nothing to repair: read them as 0, or leave those tokens out of the loss.",
+    ),
 }
+_AFTER_START = (
+    "Nothing to repair in what came later. Look at what the sampler held at the start: that the loaded weights, "
+    "adapters included, reach it before the first draw, and that no samples of an earlier policy are still in a queue. "
+    "Leave those steps out of comparisons."
+)
 _FAULTS = {
+    "coarse_record": _Cause(
+        recorded.coarse_record,
+        "Compute log-probs in float32 (log_softmax of float32 logits), and keep them so until they are compared: the "
+        "record is coarse, which says nothing of the engine.",
+    ),
     "mask_shifted": _Cause(
-        causes.mask_shifted,
+        few_tokens.mask_shifted,
         "Check that the response mask, the sampler's log-probs and the learner's are of the same tokens: the padding, "
         "the end-of-sequence token, and the shift by one between logits and tokens.",
+    ),
+    "one_position": _Cause(
+        few_tokens.one_position,
+        "Look at what differs there. First token: the prompt's last position, chunked prefill, a prefix cache, the "
+        "chat template. After or before a gap: how a tool's answer or a turn is tokenized again, and where its mask "
+        "begins. Last token: end-of-sequence and stop tokens.",
+    ),
+    "rare_spikes": _Cause(
+        few_tokens.rare_spikes,
+        "Find what those tokens share: a token id, a position, a request that was preempted or came from a cache, a "
+        "router's near tie. Until then bound their weights (verl: algorithm.rollout_correction.rollout_is=token).",
     ),
     "truncated_sampling": _Cause(
         causes.truncated_sampling,
@@ -74,6 +107,11 @@ _FAULTS = {
         "adapters, and that the engine drops its prefix cache. If it samples ahead by design, the importance ratio "
         "has to correct for it.",
     ),
+    "rounded_adapters": _Cause(
+        causes.rounded_adapters,
+        "Merge adapters into float32 weights and round once, or send them unmerged (verl: "
+        "actor_rollout_ref.model.lora.merge); if the gap stays, it is stale weights.",
+    ),
     "one_side_lower_precision": _Cause(
         causes.one_side_lower_precision,
         "Compute in one dtype on both sides, weights in transit included: FP16_PATCH=1 sets float16 everywhere "
@@ -90,7 +128,8 @@ _NO_FAULT = {
 }
 _TOO_FEW = _Cause(causes.too_few, "Record more steps, or more sequences a step.")
 
-CAUSES = (*_BROKEN, *_FAULTS, *_NO_FAULT)
+AFTER_START = "after_start"
+CAUSES = (*_NO_FIGURES, *_BROKEN, AFTER_START, *_FAULTS, *_NO_FAULT)
 
 
 def diagnose(
@@ -98,6 +137,7 @@ def diagnose(
     ledger: Roles | None = None,
     plan: Mapping[str, Any] | None = None,
     noise_floor: MismatchStats | None = None,
+    starts: Iterable[int] = (),
 ) -> list[Diagnosis]:
     """Say what the gap comes from, most important first; never empty.
 
@@ -105,27 +145,38 @@ def diagnose(
         steps: step → the mismatch of its tokens. Step 0 or 1 is taken for the first of training, at which both sides
             hold the same weights.
         ledger: role → quantity → dtypes seen, as ``RunRecord.ledger``.
-        plan: the content of ``plan.json``.
+        plan: the content of ``plan.json``; its thresholds of alerts are those of the diagnosis.
         noise_floor: the learner against itself.
+        starts: the first step that each start of the trainer wrote.
     """
     evidence = Evidence.of(steps, ledger, plan, noise_floor)
+    if no_figures := _found(_NO_FIGURES, evidence):
+        return no_figures
     broken = _found(_BROKEN, evidence)
     if evidence.total.tokens < MIN_TOKENS:
         return [*broken, *_found({"unknown": _TOO_FEW}, evidence)]
-    faults, (rest, *_) = _found(_FAULTS, evidence), _found(_NO_FAULT, evidence)
-    if not faults or _explains_too_little(faults, rest):
-        faults.append(rest)
-    return broken + faults
+    if bursts := bursts_of(steps, starts):
+        apart = {step for burst in bursts for step in burst.means}
+        rest = {step: stats for step, stats in steps.items() if step not in apart}
+        evidence = Evidence.of(rest, ledger, plan, noise_floor)
+    early = [Diagnosis(AFTER_START, causes.after_start(burst), _AFTER_START) for burst in bursts]
+    faults, (last, *_) = _found(_FAULTS, evidence), _found(_NO_FAULT, evidence)
+    if not faults or _explains_too_little(faults, last, evidence):
+        faults.append(last)
+    return broken + early + faults
 
 
-def _explains_too_little(faults: list[Diagnosis], rest: Diagnosis) -> bool:
-    """Return whether unequal dtypes are all that was found, and too little for a gap of this size."""
-    return [fault.cause for fault in faults] == ["one_side_lower_precision"] and rest.cause == "unknown"
+def _explains_too_little(faults: list[Diagnosis], last: Diagnosis, evidence: Evidence) -> bool:
+    """Return whether unequal dtypes, or a coarse record, are all that was found, and too little for such a gap."""
+    found = [fault.cause for fault in faults]
+    if found == ["coarse_record"]:
+        return not recorded.record_explains(evidence)
+    return found == ["one_side_lower_precision"] and last.cause == "unknown"
 
 
 def diagnose_run(run: RunRecord) -> list[Diagnosis]:
     """Diagnose a recorded run."""
-    return diagnose(run.step_stats, run.ledger or None, run.plan or None, run.noise_floor)
+    return diagnose(run.step_stats, run.ledger or None, run.plan or None, run.noise_floor, run.starts)
 
 
 def _found(table: Mapping[str, _Cause], evidence: Evidence) -> list[Diagnosis]:

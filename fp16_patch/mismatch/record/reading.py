@@ -61,7 +61,7 @@ class RunRecord:
         step_stats: the mismatch of each step, of at most ``KEPT_STEPS`` steps.
         worst: (step, token) of the largest finite |d|, largest first.
         noise_floor: the learner against itself, merged; None where it was not measured.
-        attempts: the starts of the trainer that wrote the record.
+        attempts: the starts of the trainer that wrote the record. ``starts``: the first step that each of them wrote.
     """
 
     path: Path
@@ -79,6 +79,7 @@ class RunRecord:
     coverage: dict[int, Coverage] = field(default_factory=dict)
     alerts: dict[int, tuple[StandingAlert, ...]] = field(default_factory=dict)
     attempts: list[str] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
 
     def total(self) -> MismatchStats:
         """Return the mismatch of all steps, merged."""
@@ -197,6 +198,7 @@ def load_run(path: str | Path) -> RunRecord:
         coverage=coverage,
         alerts={step: alerts for step, line in mismatch.items() if (alerts := alerts_of(line))},
         attempts=_attempts([*mismatch.values(), *steps.values()]),
+        starts=_starts([*mismatch.values(), *steps.values()]),
     )
 
 
@@ -284,6 +286,15 @@ def _lines_at(path: Path) -> Iterator[tuple[int, bytes]]:
 def _attempts(lines: Iterable[Line]) -> list[str]:
     """Return the starts of the trainer, in the order of the steps they wrote."""
     return list(dict.fromkeys(str(line["attempt"]) for line in lines if line.get("attempt")))
+
+
+def _starts(lines: Iterable[Line]) -> list[int]:
+    """Return the first step that is left of each start of the trainer."""
+    firsts: dict[str, int] = {}
+    for line in lines:
+        if attempt := line.get("attempt"):
+            firsts[str(attempt)] = min(line["step"], firsts.get(str(attempt), line["step"]))
+    return sorted(set(firsts.values()))
 
 
 def _coverage_notes(coverage: Mapping[int, Coverage]) -> list[str]:

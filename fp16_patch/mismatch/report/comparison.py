@@ -9,8 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fp16_patch.mismatch.diagnosis.causes import MIN_TOKENS
 from fp16_patch.mismatch.diagnosis.findings import Diagnosis, diagnose_run
+from fp16_patch.mismatch.diagnosis.rounding import MIN_TOKENS
 from fp16_patch.mismatch.record.reading import RunRecord, Runs
 
 # What a finding says, before its evidence.
@@ -24,6 +24,13 @@ CAUSES = {
     "one_side_lower_precision": "one side computes in lower precision than the other",
     "nonfinite_sampler": "the sampler's log-probs are not all finite",
     "nonfinite_learner": "the learner's log-probs are not all finite",
+    "not_log_probs": "what is recorded are no log-probs",
+    "certain_tokens": "the sampler has no log-prob for some tokens that are certain, a known artefact",
+    "after_start": "the gap is large in the first steps after a start",
+    "coarse_record": "the log-probs on record are rounded to a coarse dtype",
+    "one_position": "the gap lies on one place of the sequences",
+    "rare_spikes": "a few tokens are far off, the others are not",
+    "rounded_adapters": "or: adapters are rounded into the base weights on one side",
     "unknown": "no known cause explains the gap",
 }
 OFFLINE = "analyze"

@@ -83,9 +83,8 @@ class Cluster:
         try:
             ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, ValueError) as problem:
-            raise SourceLost(
-                f"no way to the Ray cluster at {address}: {_first_line(problem)}. {TOKEN_HINT}"
-            ) from problem
+            reason = _first_line(problem).rstrip(".")
+            raise SourceLost(f"no way to the Ray cluster at {address}: {reason}. {TOKEN_HINT}") from problem
 
     def poll(self) -> dict[str, list[Line]]:
         """Return the last lines of every run that answers; one that is over does not."""

@@ -170,8 +170,14 @@ def _age(view: View) -> str:
     return "" if view.written is None else f"   {duration_text(max(0, round(time.time() - view.written)))} ago"
 
 
+_LESSER_UNIT = {86400: 3600, 3600: 60, 0: 1}
+"""Seconds from which on a time is written down to which unit."""
+
+
 def duration_text(seconds: int) -> str:
-    """Write a time in its two largest units: 42 s, 3 min 5 s, 1 h 9 min, 2 d 4 h."""
+    """Write a time in its two largest units, rounded to the lesser one: 42 s, 3 min 5 s, 1 h 9 min, 2 d 4 h."""
+    least = next(lesser for size, lesser in _LESSER_UNIT.items() if seconds >= size)
+    seconds = round(seconds / least) * least
     minutes, seconds = divmod(seconds, 60)
     hours, minutes = divmod(minutes, 60)
     days, hours = divmod(hours, 24)
@@ -207,7 +213,9 @@ def _range(values: Sequence[float]) -> str:
 
 def _nonfinite(view: View) -> str:
     sides = {side: view.last(f"mismatch/nonfinite_{side}") for side in ("sampler", "learner")}
-    return ", ".join(f"{number_text(count)} tokens of the {side}" for side, count in sides.items() if count)
+    listed = ", ".join(f"{number_text(count)} tokens of the {side}" for side, count in sides.items() if count)
+    certain = view.last("mismatch/nonfinite_certain")
+    return f"{listed}, {number_text(certain)} of them certain, which is harmless" if certain else listed
 
 
 def _loss_scale(view: View) -> str:

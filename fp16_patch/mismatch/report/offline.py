@@ -32,15 +32,20 @@ def analyze(path: Path, sampler_key: str | None = None, learner_key: str | None 
     )
 
 
+def require_no_record(folder: Path) -> None:
+    """Raise ``FileExistsError`` if the directory holds a record."""
+    present = [name for name in RECORD_FILES if (folder / name).exists()]
+    if present:
+        raise FileExistsError(f"{folder} holds a record already ({', '.join(present)}). Give another directory")
+
+
 def write_record(record: RunRecord, folder: Path) -> None:
     """Write the record where `fp16-patch report` reads it.
 
     Raises:
         FileExistsError: the directory holds a record already.
     """
-    present = [name for name in RECORD_FILES if (folder / name).exists()]
-    if present:
-        raise FileExistsError(f"{folder} holds a record already ({', '.join(present)}). Give another directory")
+    require_no_record(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / PLAN).write_text(json.dumps(record.plan), encoding="utf-8")
     with (folder / MISMATCH).open("w", encoding="utf-8") as lines:

@@ -12,6 +12,9 @@ from fp16_patch.mismatch.statistics import bins
 from fp16_patch.mismatch.statistics.layout import NO_TOKEN, WORST_PART, WORST_TOKENS, table
 from fp16_patch.mismatch.statistics.moments import mean, population_std
 
+MATCHED_TOKENS = 5
+"""So many tokens of a bin of probabilities say what mean |d| is in it."""
+
 
 @dataclass(frozen=True)
 class Band:
@@ -25,6 +28,21 @@ class Band:
     d_abs_mean: float
     d_square_mean: float
     d_abs_max: float
+
+
+@dataclass(frozen=True)
+class Edge:
+    """One place of the sequences, such as their first tokens, against the tokens that lie at no edge.
+
+    Attributes:
+        rest_abs_mean: mean |d| of the tokens at no edge.
+        expected_abs_mean: what it were at the probabilities of this edge's tokens; NaN where too few of them have a
+            match. A token that is less sure has more of a gap, wherever it lies.
+    """
+
+    band: Band
+    rest_abs_mean: float
+    expected_abs_mean: float
 
 
 @dataclass(frozen=True)
@@ -75,10 +93,29 @@ def position_bands(vector: Tensor) -> list[Band]:
     limits: list[tuple[str, float, float]] = [
         ("first", 0, 1),
         *((_whole_range(low, high), low, high) for low, high in between),
-        ("last", math.nan, math.nan),
+        *((name, math.nan, math.nan) for name in ("last", "after a gap", "before a gap")),
     ]
     bands = (_band(vector, "position", counts, slice(at, at + 1), limit) for at, limit in enumerate(limits))
     return [band for band in bands if band.tokens]
+
+
+def edges(vector: Tensor) -> list[Edge]:
+    """Set each edge of the sequences against the tokens at none; see ``MismatchStats.edges``."""
+    tokens, magnitudes = (table(vector, f"edge_{name}").view(-1, len(bins.EDGES)) for name in ("tokens", "d_abs"))
+    rest_tokens = table(vector, "joint").view(bins.PROBABILITY_BIN_COUNT, -1).sum(1) - tokens.sum(1)
+    rest_magnitudes = table(vector, "probability_d_abs") - magnitudes.sum(1)
+    matched = rest_tokens >= MATCHED_TOKENS
+    rest_means = torch.where(matched, rest_magnitudes / rest_tokens.clamp(min=1), 0.0)
+    rest = mean(float(rest_magnitudes.sum()), int(rest_tokens.sum()))
+    bands = {band.label: band for band in position_bands(vector)}
+    found = []
+    for column, name in enumerate(bins.EDGES):
+        if name in bands:
+            counted = torch.where(matched, tokens[:, column], 0)
+            enough = 2 * int(counted.sum()) >= bands[name].tokens
+            expected = mean(float(counted.double() @ rest_means), int(counted.sum())) if enough else math.nan
+            found.append(Edge(bands[name], rest, expected))
+    return found
 
 
 def length_bands(vector: Tensor) -> list[LengthBand]:

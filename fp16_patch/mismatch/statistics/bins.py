@@ -36,10 +36,14 @@ PROBABILITY_BINS_BELOW_HALF = len(_STEPS) + 1
 PROBABILITY_BIN_COUNT = 2 * PROBABILITY_BINS_BELOW_HALF
 PROBABILITY_BAND_EDGES = (0.0, 1e-4, 1e-3, 1e-2, 0.1, 0.5, 0.9, 0.99, 0.999, 1.0)
 
-# Positions: the first token, powers of two up to 2^20, the last token. Lengths: powers of two up to 2^20.
+# Positions: the first token, powers of two up to 2^20, the last token, those after and before a gap in the mask, as a
+# tool's answer makes one. Lengths: powers of two up to 2^20.
 POWERS_OF_TWO = 21
-LAST_POSITION = POWERS_OF_TWO + 1
-POSITION_BAND_COUNT = POWERS_OF_TWO + 2
+FIRST_POSITION, LAST_POSITION, AFTER_GAP, BEFORE_GAP = 0, POWERS_OF_TWO + 1, POWERS_OF_TWO + 2, POWERS_OF_TWO + 3
+POSITION_BAND_COUNT = POWERS_OF_TWO + 4
+EDGES = {"first": FIRST_POSITION, "last": LAST_POSITION, "after a gap": AFTER_GAP, "before a gap": BEFORE_GAP}
+"""The bands that are one place of a sequence."""
+
 LENGTH_BAND_COUNT = POWERS_OF_TWO
 
 

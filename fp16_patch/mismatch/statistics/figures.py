@@ -61,6 +61,16 @@ class Figures(ABC):
     ratio_above_2_count = _count(Part.TOKEN_COUNTS)
     ratio_below_half_count = _count(Part.TOKEN_COUNTS)
     ratio_above_5_count = _count(Part.TOKEN_COUNTS)
+    # Log-probs above 0 by more than rounding makes of them; those that are not 0, and of these, those that a coarser
+    # dtype holds exactly.
+    sampler_positive_count = _count(Part.TOKEN_COUNTS)
+    learner_positive_count = _count(Part.TOKEN_COUNTS)
+    sampler_nonzero_count = _count(Part.TOKEN_COUNTS)
+    learner_nonzero_count = _count(Part.TOKEN_COUNTS)
+    sampler_bfloat16_count = _count(Part.TOKEN_COUNTS)
+    learner_bfloat16_count = _count(Part.TOKEN_COUNTS)
+    sampler_float16_count = _count(Part.TOKEN_COUNTS)
+    learner_float16_count = _count(Part.TOKEN_COUNTS)
 
     # Of d; of exp(d) − 1 − d and exp(−d) − 1 + d (k3); of log cosh(d/2).
     d_sum = _number(Part.TOKEN_SUMS)
@@ -94,6 +104,8 @@ class Figures(ABC):
     nonfinite_sampler = _count(Part.TOKENS_OF_SEQUENCES)
     nonfinite_learner = _count(Part.TOKENS_OF_SEQUENCES)
     nonfinite_tokens = _count(Part.TOKENS_OF_SEQUENCES)
+    # The sampler's is NaN, and the learner is certain of the token.
+    nonfinite_certain = _count(Part.TOKENS_OF_SEQUENCES)
     weighed_tokens = _count(Part.TOKENS_OF_SEQUENCES)
 
     # Of D; of exp(D) − 1; of a sequence's mean of w, less 1; of verl's perplexities.

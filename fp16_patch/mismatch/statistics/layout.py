@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fp16_patch.mismatch.statistics.bins import (
     BIN_COUNT,
+    EDGES,
     LENGTH_BAND_COUNT,
     POSITION_BAND_COUNT,
     PROBABILITY_BIN_COUNT,
@@ -37,6 +38,7 @@ COUNT_TABLES = {
     "density": LENGTH_BAND_COUNT * SUM_BIN_COUNT,
     "position_tokens": POSITION_BAND_COUNT,
     "length_sequences": LENGTH_BAND_COUNT,
+    "edge_tokens": PROBABILITY_BIN_COUNT * len(EDGES),
 }
 SUM_TABLES = {
     "probability_d": PROBABILITY_BIN_COUNT,
@@ -48,6 +50,7 @@ SUM_TABLES = {
     "length_sum": LENGTH_BAND_COUNT,
     "length_abs_sum": LENGTH_BAND_COUNT,
     "length_square_sum": LENGTH_BAND_COUNT,
+    "edge_d_abs": PROBABILITY_BIN_COUNT * len(EDGES),
 }
 MAGNITUDE_TABLES = {
     "probability_d_abs_max": PROBABILITY_BIN_COUNT,

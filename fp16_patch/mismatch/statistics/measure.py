@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 
 from fp16_patch.mismatch.statistics.bins import (
     BIN_COUNT,
+    EDGES,
     POSITION_BAND_COUNT,
     PROBABILITY_BIN_COUNT,
     difference_bin,
@@ -29,7 +30,7 @@ from fp16_patch.mismatch.statistics.layout import (
 )
 from fp16_patch.mismatch.statistics.ratios import EXPONENT_CAP, ICEPOP_HIGH, RATIO_BOUND, TRUNCATION, Ratios, ratios_of
 from fp16_patch.mismatch.statistics.sequences import SequenceFigures
-from fp16_patch.mismatch.statistics.tokens import Tokens, packed, packed_by_id, padded
+from fp16_patch.mismatch.statistics.tokens import POSITIVE_FROM, Tokens, packed, packed_by_id, padded
 from fp16_patch.mismatch.statistics.worst import largest, worst_rows
 
 TAILS = {"tail_1e_2_count": 1e-2, "tail_1e_1_count": 1e-1, "tail_1_count": 1.0}
@@ -42,8 +43,11 @@ REUSED_BYTES = 1 << 24
 
 _CELL_SHAPE = (PROBABILITY_BIN_COUNT, POSITION_BAND_COUNT)
 _CELLS = math.prod(_CELL_SHAPE)
-_TOKENS = 3
-"""The row of the tokens in the sums over cells; before it are those of d, |d| and d²."""
+_MAGNITUDES, _TOKENS = 1, 3
+"""The rows of |d| and of the tokens in the sums over cells, which are of d, |d|, d² and 1."""
+
+_LOST_BITS = {"bfloat16": 0xFFFF, "float16": 0x1FFF}
+"""The bits of a float32's significand that are 0 in what the dtype holds, as far as its range goes."""
 
 _EXTREMES = ("d_min", "d_max", "prob_abs_max")
 
@@ -121,6 +125,8 @@ class Tally:
             | _difference_sums(tokens.d, magnitude)
             | _threshold_counts(tokens.d, magnitude, reach)
             | _log_prob_sums(tokens)
+            | _value_counts("sampler", tokens.sampler)
+            | _value_counts("learner", tokens.learner)
             | ratios.sums()
             | _probability_figures(probabilities, change)
         )
@@ -138,6 +144,7 @@ class Tally:
         # Cells are (probability, position). The tokens of each probability are in the joint histogram.
         cells = self._cells[:, :-1].unflatten(1, _CELL_SHAPE)
         by_probability, by_position = cells.sum(2), cells.sum(1)
+        at_edges = cells[:, :, list(EDGES.values())]
         cells_abs_max = self._greatest[:-1].view(_CELL_SHAPE)
         return torch.cat(
             [
@@ -149,10 +156,12 @@ class Tally:
                 sequences.density(),
                 by_position[_TOKENS],
                 by_length[0],
+                at_edges[_TOKENS].flatten(),
                 # SUM_TABLES
                 by_probability[:_TOKENS].flatten(),
                 by_position[:_TOKENS].flatten(),
                 by_length[1:].flatten(),
+                at_edges[_MAGNITUDES].flatten(),
                 # LEAST, GREATEST, MAGNITUDES
                 d_min,
                 least,
@@ -237,6 +246,20 @@ def _log_prob_sums(tokens: Tokens) -> dict[str, Tensor]:
         "learner_log_prob_square_sum": torch.dot(tokens.learner, tokens.learner),
         "log_prob_product_sum": torch.dot(tokens.sampler, tokens.learner),
     }
+
+
+def _value_counts(side: str, log_probs: Tensor) -> dict[str, Tensor]:
+    """Count log-probs that are none, and those that a coarser dtype holds exactly; 0, which any holds, says nothing."""
+    values = log_probs.float()
+    bits = values.view(torch.int32)
+    nonzero = values.count_nonzero()
+    some = _known(log_probs.amax(), math.inf) > POSITIVE_FROM
+    counts = {
+        "nonzero": nonzero,
+        "positive": log_probs.gt(POSITIVE_FROM).count_nonzero() if some else torch.zeros_like(nonzero),
+        **{name: nonzero - bits.bitwise_and(lost).count_nonzero() for name, lost in _LOST_BITS.items()},
+    }
+    return {f"{side}_{name}_count": count.double() for name, count in counts.items()}
 
 
 def _probabilities(tokens: Tokens, ratios: Ratios, reach: float) -> tuple[Tensor, Tensor]:

@@ -17,13 +17,13 @@ class SequenceFigures:
     """Figures of S sequences. All but the counts are of *usable* ones: they have tokens, none of them non-finite.
 
     Args:
-        rows: float64 (8, S), of ``rows``.
+        rows: float64 (9, S), of ``rows``.
     """
 
     def __init__(self, rows: Tensor) -> None:
-        self._length, *self._nonfinite = rows[:4].unbind()
+        self._length, *self._nonfinite = rows[:5].unbind()
         self._usable = (self._length > 0) & (self._nonfinite[2] == 0)
-        sums = torch.where(self._usable, rows[4:], 0.0)
+        sums = torch.where(self._usable, rows[5:], 0.0)
         self._sum = sums[0]
         self._magnitude = self._sum.abs()
         self._ones = self._usable.double()
@@ -35,7 +35,7 @@ class SequenceFigures:
 
     @staticmethod
     def rows(tokens: Tokens, ratios: Ratios) -> Tensor:
-        """Sum up each sequence: length, non-finite tokens by side and of either, sums of d, log μ, r − 1, w − 1."""
+        """Sum up each sequence: length, the four counts of non-finite tokens, sums of d, log μ, r − 1, w − 1."""
         sums = [tokens.by_sequence(value) for value in (tokens.d, tokens.sampler, ratios.excess)]
         same = ratios.truncated is ratios.excess
         sums.append(sums[-1] if same else tokens.by_sequence(ratios.truncated))
@@ -76,12 +76,13 @@ class SequenceFigures:
         return self._sum.new_zeros(LENGTH_BAND_COUNT * SUM_BIN_COUNT).scatter_add_(0, cell, self._ones)
 
     def _tokens(self) -> dict[str, Tensor]:
-        nonfinite_sampler, nonfinite_learner, nonfinite = self._nonfinite
+        nonfinite_sampler, nonfinite_learner, nonfinite, certain = self._nonfinite
         return {
             "tokens": self._length,
             "nonfinite_sampler": nonfinite_sampler,
             "nonfinite_learner": nonfinite_learner,
             "nonfinite_tokens": nonfinite,
+            "nonfinite_certain": certain,
             "weighed_tokens": self._length - nonfinite,
         }
 

@@ -24,8 +24,8 @@ from fp16_patch.mismatch.statistics.layout import (
     table,
 )
 
-STATE_VERSION = 2
-READABLE_VERSIONS = (1, 2)
+STATE_VERSION = 3
+READABLE_VERSIONS = (1, 2, 3)
 MAGIC = b"fp16mm"
 
 
@@ -46,14 +46,14 @@ def as_dict(vector: Tensor) -> dict[str, Any]:
 
 
 def of_dict(state: dict[str, Any]) -> Tensor:
-    """Read the vector of ``as_dict``. Version 1 is read too: what it lacks is empty.
+    """Read the vector of ``as_dict``. Versions 1 and 2 are read too: what they lack is empty.
 
     Raises:
         ValueError: a version not in ``READABLE_VERSIONS``, a field that this version does not have, a table with cells
             that it does not have.
     """
     if state.get("version") not in READABLE_VERSIONS:
-        readable = " and ".join(map(str, READABLE_VERSIONS))
+        readable = f"{', '.join(map(str, READABLE_VERSIONS[:-1]))} and {READABLE_VERSIONS[-1]}"
         raise ValueError(f"mismatch state has version {state.get('version')!r}; this release reads {readable}")
     unknown = sorted(state.keys() - {"version", "worst", *SCALARS, *TABLES})
     if unknown:

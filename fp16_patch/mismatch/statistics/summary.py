@@ -26,7 +26,7 @@ from torch import Tensor
 
 from fp16_patch.mismatch.statistics import bands, bins, serial
 from fp16_patch.mismatch.statistics.aliases import framework_names
-from fp16_patch.mismatch.statistics.bands import Band, LengthBand, WorstToken
+from fp16_patch.mismatch.statistics.bands import Band, Edge, LengthBand, WorstToken
 from fp16_patch.mismatch.statistics.bins import (
     BIN_COUNT,
     BINS_PER_DECADE,
@@ -66,6 +66,7 @@ __all__ = [
     "STATE_VERSION",
     "ZERO_BIN",
     "Band",
+    "Edge",
     "LengthBand",
     "MismatchStats",
     "WorstToken",
@@ -223,12 +224,20 @@ class MismatchStats(Figures):
         return bands.probability_bands(self._host)
 
     def position_bands(self) -> list[Band]:
-        """``d`` by the token's position in its sequence, with bands of their own for the first and the last token.
+        """``d`` by the token's position in its sequence, with bands of their own for its edges, see ``edges``.
 
         Between them by powers of two; places are counted as in ``WorstToken``. The one token of a sequence is its
-        first. Bands without a finite token are left out; the last token has NaN for its edges.
+        first. Bands without a finite token are left out; the edges but the first have NaN for their limits.
         """
         return bands.position_bands(self._host)
+
+    def edges(self) -> list[Edge]:
+        """The edges of the sequences against all other tokens: first and last, and those beside a gap in the mask.
+
+        A gap is places of the sequence that were not sampled, such as a tool's answer. Empty edges are left out, and
+        states of versions 1 and 2 have no ``expected_abs_mean``.
+        """
+        return bands.edges(self._host)
 
     def by_length(self) -> list[LengthBand]:
         """``D`` by the number of sampled tokens; bands without a finite sequence are left out."""
@@ -314,6 +323,9 @@ class MismatchStats(Figures):
         nonfinite_sampler       tokens where the sampler's log-prob is NaN or ±inf
         nonfinite_learner       tokens where the learner's is
         nonfinite_tokens        tokens where either is
+        nonfinite_certain       of these, where the sampler's is NaN and the learner's at least log 0.999
+        positive_sampler        tokens where the sampler's is above 0.5: no log-prob
+        positive_learner        tokens where the learner's is
         ======================  ====================================================  =================================
 
         Exponents are clamped to ±``RATIO_BOUND`` in r and R of the ``is_``, ``ess``, ``chi2_`` and ``seq_`` metrics, as
@@ -326,6 +338,9 @@ class MismatchStats(Figures):
             "nonfinite_sampler": float(self.nonfinite_sampler),
             "nonfinite_learner": float(self.nonfinite_learner),
             "nonfinite_tokens": float(self.nonfinite_tokens),
+            "nonfinite_certain": float(self.nonfinite_certain),
+            "positive_sampler": float(self.sampler_positive_count),
+            "positive_learner": float(self.learner_positive_count),
             **self._token_metrics(),
             **self._weight_metrics(),
             **self._sequence_metrics(),
@@ -392,7 +407,7 @@ class MismatchStats(Figures):
 
     @classmethod
     def from_dict(cls, state: dict[str, Any]) -> MismatchStats:
-        """Read what ``to_dict`` wrote; of version 1 too, whose missing parts are empty.
+        """Read what ``to_dict`` wrote; of versions 1 and 2 too, whose missing parts are empty.
 
         Raises:
             ValueError: a version that is not read, a field that this version does not have, a table with

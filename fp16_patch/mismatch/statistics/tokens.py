@@ -9,7 +9,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fp16_patch.mismatch.statistics.bins import LAST_POSITION, bands_of_positions, position_band
+from fp16_patch.mismatch.statistics.bins import AFTER_GAP, BEFORE_GAP, LAST_POSITION, bands_of_positions, position_band
+
+POSITIVE_FROM = 0.5
+"""A log-prob may come out above 0 by the rounding of its logits, which is below this even in bfloat16."""
+
+CERTAIN_FROM = math.log(0.999)
+"""The log-prob from which on a side is certain of a token."""
 
 
 @dataclass(frozen=True)
@@ -20,12 +26,14 @@ class Tokens(ABC):
         sampler, learner: log μ and log π, float64 (n,).
         d: learner − sampler, float64 (n,).
         present: bool (n,), or None where every place holds a finite token.
-        band: int32 (n,), see ``bins.position_band``; the last of several tokens has a band of its own.
+        band: int32 (n,), see ``bins.position_band``; the last of several tokens has a band of its own, and so have
+            those beside a gap, that is, beside places of the sequence that were not sampled.
         token_ids: integers, of each place of the batch, flat; None where they are not known.
         numbers: int64 (S,), what the sequences are called.
         first: int64 (S,), where in the batch the first sampled token of a sequence is, as an index of its places.
         lengths: int64 (S,), sampled tokens.
-        nonfinite: int64 (3, S), sampled tokens whose sampler's, learner's, or either's log-prob is not finite.
+        nonfinite: int64 (4, S), sampled tokens whose sampler's, learner's, or either's log-prob is not finite, and
+            those whose sampler's is NaN where the learner is certain.
     """
 
     sampler: Tensor
@@ -90,14 +98,19 @@ def padded(sampler: Tensor, learner: Tensor, mask: Tensor, token_ids: Tensor | N
     """Lay out all places of a batch of shape (S, tokens), a sequence a row."""
     rows, width = mask.shape
     sampler, learner = sampler.double(), learner.double()
-    unusable = [mask & ~torch.isfinite(values) for values in (sampler, learner, learner - sampler)]
+    unusable = [mask & found for found in _unusable(sampler, learner)]
     present = mask & ~unusable[2]
     sampler, learner = (torch.where(present, side, 0.0).flatten() for side in (sampler, learner))
     columns = torch.arange(width, device=mask.device)
     first = torch.where(mask, columns, width).amin(1)
     last = torch.where(mask, columns, -1).amax(1)
     is_last = (columns == last[:, None]) & (last > first)[:, None]
-    band = torch.where(is_last, LAST_POSITION, position_band((columns - first[:, None]).clamp(min=0)))
+    inside = (columns > first[:, None]) & mask & ~is_last
+    # Sampled, inside of the sequence, and the neighbour to this side is not sampled.
+    before, after = (inside & ~mask.roll(shift, 1) for shift in (-1, 1))
+    band = position_band((columns - first[:, None]).clamp(min=0))
+    for places, name in ((before, BEFORE_GAP), (after, AFTER_GAP), (is_last, LAST_POSITION)):
+        band = torch.where(places, name, band)
     return PaddedTokens(
         sampler=sampler,
         learner=learner,
@@ -110,6 +123,12 @@ def padded(sampler: Tensor, learner: Tensor, mask: Tensor, token_ids: Tensor | N
         lengths=mask.sum(1),
         nonfinite=torch.stack([found.sum(1) for found in unusable]),
     )
+
+
+def _unusable(sampler: Tensor, learner: Tensor) -> list[Tensor]:
+    """Return, as bool, what ``Tokens.nonfinite`` counts."""
+    nonfinite = [~torch.isfinite(values) for values in (sampler, learner, learner - sampler)]
+    return [*nonfinite, torch.isnan(sampler) & (learner >= CERTAIN_FROM)]
 
 
 def packed(sampler: Tensor, learner: Tensor, mask: Tensor, token_ids: Tensor | None, numbers: Tensor) -> PackedTokens:
@@ -161,7 +180,7 @@ def _pack(
         numbers=numbers,
         first=first,
         lengths=lengths,
-        nonfinite=lengths.new_zeros(3, len(lengths)),
+        nonfinite=lengths.new_zeros(4, len(lengths)),
         kept=lengths,
         places=at,
     )
@@ -178,13 +197,27 @@ def _positions(places: Tensor, lengths: Tensor, longest: int) -> tuple[Tensor, T
     # As many bands as there are places at most: looking them up is cheaper than a logarithm each.
     bands = bands_of_positions(longest, places.device)
     band = bands.index_select(0, places - first.repeat_interleave(lengths))
+    _mark_gaps(band, places, ends[ends > 0] - 1)
     band[ends[lengths > 1] - 1] = LAST_POSITION
     return first, band
 
 
+def _mark_gaps(band: Tensor, places: Tensor, last: Tensor) -> None:
+    """Give the tokens beside a gap their bands; a first token keeps its own, and so does one after a gap.
+
+    Args:
+        last: which of the tokens are the last ones of their sequences.
+    """
+    before = (places[1:] - places[:-1]).ne(1)
+    before[last[last < len(before)]] = False
+    index = before.nonzero().squeeze(1)
+    band[index[band[index] != 0]] = BEFORE_GAP
+    band[index + 1] = AFTER_GAP
+
+
 def _without_nonfinite(tokens: PackedTokens) -> PackedTokens:
     """Return the finite ones; if there are none, one place that holds no token: nothing at all has no extremes."""
-    unusable = [~torch.isfinite(values) for values in (tokens.sampler, tokens.learner, tokens.d)]
+    unusable = _unusable(tokens.sampler, tokens.learner)
     nonfinite = torch.stack([tokens.by_sequence(found.double()) for found in unusable]).long()
     index = (~unusable[2]).nonzero().squeeze(1)
     kept = tokens.lengths - nonfinite[2]

@@ -7,7 +7,8 @@ import math
 
 import pytest
 
-from fp16_patch.mismatch.diagnosis.alerts import Alert, Alerts, Thresholds
+from fp16_patch.mismatch.diagnosis.alerts import Alert, Alerts
+from fp16_patch.mismatch.diagnosis.judgement import Thresholds
 
 BEYOND = {
     "k1": ("k1", -0.2),
@@ -125,7 +126,7 @@ def test_the_sentences_of_the_other_alerts() -> None:
     values = {f"mismatch/{name}": value for name, value in {"ess": 0.1, "nonfinite_tokens": 3.0}.items()}
 
     assert [alert.message for alert in alerts.update(4, values)] == [
-        "nonfinite: mismatch/nonfinite_tokens is 3, and may only be 0, since step 4",
+        "nonfinite: mismatch/nonfinite_tokens is 3 apart from certain tokens, and may only be 0, since step 4",
         "ess: mismatch/ess, a share of the tokens, is 0.1, below 0.3, since step 4",
     ]
 

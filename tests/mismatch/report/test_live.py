@@ -182,7 +182,9 @@ def test_sparkline(values: list[float], bars: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0, "0 s"), (59, "59 s"), (185, "3 min 5 s"), (4123, "1 h 8 min"), (187200, "2 d 4 h")]
+    ("seconds", "text"),
+    [(0, "0 s"), (59, "59 s"), (185, "3 min 5 s"), (4123, "1 h 9 min"), (187200, "2 d 4 h")]
+    + [(3599, "59 min 59 s"), (3600, "1 h"), (7199, "2 h"), (86399, "1 d"), (93599, "1 d 2 h"), (604799, "7 d")],
 )
 def test_a_time_is_in_its_two_largest_units(seconds: int, text: str) -> None:
     assert duration_text(seconds) == text
@@ -328,6 +330,23 @@ def test_without_ray_a_directory_is_asked_for(monkeypatch: pytest.MonkeyPatch) -
 
     with pytest.raises(SourceLost, match="ray is not installed here: give the directory of a run instead"):
         Cluster("auto")
+
+
+def test_the_command_without_ray_ends_with_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    shown = CliRunner().invoke(main, ["watch"])
+
+    assert (shown.exit_code, shown.output) == (
+        1,
+        "Error: ray is not installed here: give the directory of a run instead\n",
+    )
+
+
+def test_certain_tokens_without_a_log_prob_are_said_to_be_harmless() -> None:
+    line = mismatch_line(3)
+    line["metrics"] |= {"mismatch/nonfinite_sampler": 12.0, "mismatch/nonfinite_certain": 12.0}
+
+    assert "12 tokens of the sampler, 12 of them certain, which is harmless" in frame({"run": [line]})
 
 
 def test_the_command_prints_one_frame(run: Path) -> None:

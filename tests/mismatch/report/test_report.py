@@ -592,6 +592,7 @@ def test_starts_of_the_trainer_are_counted(record: Path, tmp_path: Path) -> None
         rewrite(record, step, attempt=attempt)
 
     assert "2 starts of the trainer" in page_of({"run": load_run(record)}, tmp_path)
+    assert load_run(record).starts == [1, 3]
 
 
 def test_no_run_is_an_error(tmp_path: Path) -> None:

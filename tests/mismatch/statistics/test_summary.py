@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import pickle
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -90,6 +91,13 @@ def of_differences(rows: list[list[float]]) -> MismatchStats:
     return MismatchStats.from_log_probs(torch.zeros_like(d), d, torch.ones_like(d))
 
 
+def edge(mask: list[bool], place: int, sampled: list[int]) -> str | None:
+    """Which edge of its sequence the place is."""
+    if place in (sampled[0], sampled[-1]):
+        return "first" if place == sampled[0] else "last"
+    return "after a gap" if not mask[place - 1] else "before a gap" if not mask[place + 1] else None
+
+
 def tokens_of(batch: Batch) -> list[dict[str, float]]:
     """Every finite token by itself, in plain Python."""
     found = []
@@ -104,7 +112,7 @@ def tokens_of(batch: Batch) -> list[dict[str, float]]:
                         "learner": learner[place],
                         "sequence": sequence,
                         "position": place - sampled[0],
-                        "last": place == sampled[-1],
+                        "edge": edge(mask, place, sampled),
                     }
                 )
     return found
@@ -227,7 +235,7 @@ def test_version_1_is_read() -> None:
     }
     assert all(math.isnan(old[name]) or old[name] == pytest.approx(new[name], rel=1e-12) for name in old)
     assert stats.worst_tokens() == stats.probability_bands() == stats.position_bands() == stats.by_length() == []
-    assert MismatchStats.from_dict(stats.to_dict()).to_dict() == {**VERSION_1, "version": 2, "worst": []}
+    assert MismatchStats.from_dict(stats.to_dict()).to_dict() == {**VERSION_1, "version": 3, "worst": []}
 
 
 def test_what_version_1_lacks_is_of_the_other_tokens() -> None:
@@ -248,16 +256,16 @@ def test_merge_leaves_its_operands_alone() -> None:
     assert a.to_dict() == before
 
 
-@pytest.mark.parametrize("version", [0, 3, None])
+@pytest.mark.parametrize("version", [0, 4, None])
 def test_unknown_version_is_named(version: int | None) -> None:
-    with pytest.raises(ValueError, match=f"version {version}; this release reads 1 and 2"):
+    with pytest.raises(ValueError, match=f"version {version}; this release reads 1, 2 and 3"):
         MismatchStats.from_dict({"version": version})
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"surprise": 1}, "version 2 has unknown fields: surprise"),
+        ({"surprise": 1}, "version 3 has unknown fields: surprise"),
         ({"histogram": {"bins": [9999], "counts": [1]}}, "outside ±1440 bins"),
         ({"histogram": {"bins": [1, 2], "counts": [1]}}, "not one count a bin"),
         ({"joint": {"cells": [-1], "values": [1]}}, "joint outside 2116 cells"),
@@ -274,7 +282,7 @@ def test_damaged_state_is_refused(change: dict[str, Any], message: str) -> None:
     ("damaged", "message"),
     [
         (lambda whole: b"", "it begins with b''"),
-        (lambda whole: whole[:6] + b"\x01" + whole[7:], "not a mismatch state of version 2"),
+        (lambda whole: whole[:6] + b"\x01" + whole[7:], "not a mismatch state of version 3"),
         (lambda whole: whole[:-20], "damaged"),
         (lambda whole: whole[:30] + b"\xff\xff" + whole[32:], "damaged"),
     ],
@@ -316,7 +324,7 @@ def test_worst_tokens_are_those_of_a_sort(batch: Batch) -> None:
     worst = [vars(token) | {"token_id": 0} for token in summary(batch).worst_tokens()]
 
     assert worst == [
-        {name: value for name, value in token.items() if name != "last"} | {"token_id": 0}
+        {name: value for name, value in token.items() if name != "edge"} | {"token_id": 0}
         for token in everything[:WORST_TOKENS]
     ]
 
@@ -346,10 +354,10 @@ def test_worst_tokens_are_named() -> None:
 @settings(deadline=None)
 def test_position_bands_hold_each_token_once(batch: Batch) -> None:
     def label(token: dict[str, float]) -> str:
-        if token["position"] == 0:
-            return "first"
+        if token["edge"]:
+            return token["edge"]
         low = 2 ** int(math.log2(token["position"]))
-        return "last" if token["last"] else "1" if low == 1 else f"{low}–{2 * low - 1}"
+        return "1" if low == 1 else f"{low}–{2 * low - 1}"
 
     everything = tokens_of(batch)
     bands = {band.label: band for band in summary(batch).position_bands()}
@@ -362,6 +370,68 @@ def test_position_bands_hold_each_token_once(batch: Batch) -> None:
         assert band.d_mean == pytest.approx(sum(differences) / band.tokens, abs=1e-12)
         assert band.d_abs_mean == pytest.approx(sum(map(abs, differences)) / band.tokens)
         assert band.d_square_mean == pytest.approx(sum(d * d for d in differences) / band.tokens)
+
+
+@given(batches(columns=12))
+@settings(deadline=None)
+def test_edges_are_set_against_tokens_as_likely(batch: Batch) -> None:
+    everything, stats = tokens_of(batch), summary(batch)
+    rest = [token for token in everything if token["edge"] is None]
+
+    assert {edge.band.label: edge.band.tokens for edge in stats.edges()} == Counter(
+        token["edge"] for token in everything if token["edge"] is not None
+    )
+    for found in stats.edges():
+        if rest:
+            assert found.rest_abs_mean == pytest.approx(sum(abs(token["d"]) for token in rest) / len(rest), abs=1e-9)
+
+
+def test_an_edge_is_expected_to_have_the_gap_of_tokens_as_likely() -> None:
+    """First tokens are unsure and the others mostly sure: both have the gap of their probability."""
+    unsure, sure = math.log(0.3), math.log(0.99)
+    sampler = torch.tensor([[unsure, sure, sure, sure, unsure, sure]] * 8, dtype=torch.float64)
+    gap = torch.where(sampler == unsure, 0.1, 0.001)
+    first, last = MismatchStats.from_log_probs(sampler, sampler + gap, torch.ones_like(sampler)).edges()
+
+    assert first.band.d_abs_mean == pytest.approx(first.expected_abs_mean) == pytest.approx(0.1)
+    assert last.band.d_abs_mean == pytest.approx(last.expected_abs_mean) == pytest.approx(0.001)
+    assert first.rest_abs_mean == pytest.approx((3 * 0.001 + 0.1) / 4)
+    alone = MismatchStats.from_log_probs(sampler[:, :4], (sampler + gap)[:, :4], torch.ones(8, 4)).edges()[0]
+    assert math.isnan(alone.expected_abs_mean), "no other token is as unsure"
+
+
+def test_nan_of_the_sampler_where_the_learner_is_certain_is_counted() -> None:
+    sampler = [math.nan, math.nan, math.nan, -math.inf, -0.1, math.nan]
+    learner = [-1e-4, -0.5, -2e-4, -1e-4, math.nan, math.nan]
+    batch = torch.tensor([sampler]), torch.tensor([learner]), torch.ones(1, 6)
+    stats = summary(batch)
+
+    assert (stats.nonfinite_tokens, stats.nonfinite_certain) == (6, 2)
+    assert stats.metrics()["mismatch/nonfinite_certain"] == 2
+    swapped = MismatchStats.from_log_probs(batch[1], batch[0], batch[2])
+    assert swapped.nonfinite_certain == 0, "the learner's NaN is no artefact of the sampler"
+
+
+def test_what_is_no_log_prob_is_counted_by_side() -> None:
+    values = torch.tensor([[0.0, 1e-3, 0.1, 0.6, 12.0, -3.0]])
+    stats = MismatchStats.from_log_probs(values, -values.abs(), torch.tensor([[1, 1, 1, 1, 0, 1]]))
+
+    assert (stats.sampler_positive_count, stats.learner_positive_count) == (1, 0)
+    assert stats.metrics()["mismatch/positive_sampler"] == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_values_on_a_coarser_grid_are_counted(dtype: torch.dtype) -> None:
+    sampler, learner, mask = realistic()
+    stats = MismatchStats.from_log_probs(sampler.to(dtype), learner, mask)
+    name = str(dtype).removeprefix("torch.")
+
+    assert getattr(stats, f"sampler_{name}_count") == stats.sampler_nonzero_count == stats.tokens
+    assert getattr(stats, f"learner_{name}_count") < 0.1 * stats.tokens
+    # As JSON writes them, they are read in float64.
+    written = torch.tensor(json.loads(json.dumps(sampler.to(dtype).tolist())), dtype=torch.float64)
+    read = MismatchStats.from_log_probs(written, learner, mask)
+    assert getattr(read, f"sampler_{name}_count") == stats.tokens
 
 
 def test_probability_bands_are_of_the_sampler() -> None:
@@ -479,6 +549,7 @@ def test_no_sampled_token_gives_counts_and_nan(shape: tuple[int, int], ids: bool
     stats = MismatchStats.from_log_probs(zeros, zeros, zeros, zeros.long() if ids else None)
     metrics, aliases = stats.metrics(prefix=""), stats.aliases()
     counts = {"tokens", "sequences", "nonfinite_sampler", "nonfinite_learner", "nonfinite_tokens"}
+    counts |= {"nonfinite_certain", "positive_sampler", "positive_learner"}
 
     assert all(metrics[name] == 0.0 for name in counts)
     assert all(math.isnan(metrics[name]) for name in metrics.keys() - counts)

@@ -48,6 +48,11 @@ def samplers(config: Any) -> list[Sampler]:
     return [policy, *_reward_models(config), *_teachers(config)]
 
 
+def samples_with_vllm(config: Any) -> bool:
+    """Return whether one of the run's servers is vLLM's."""
+    return any(sampler.setting(config, "name")[1] == "vllm" for sampler in samplers(config))
+
+
 def has_reward_worker(config: Any) -> bool:
     """Return whether a reward model is scored by a learner's worker, as up to 0.7.0, and not served."""
     enabled, served = (_select(config, f"{_FORMER_REWARD}.{name}") for name in ("enable", "use_reward_loop"))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fp16_patch.patching.sources import Installed, Sources
+from fp16_patch.plan.dtypes import torch_name
 from fp16_patch.plan.errors import Conflict
 from fp16_patch.plan.plan import MODE_ENV, Plan
 
@@ -47,6 +48,12 @@ def stored_config(model: object) -> dict[str, Any]:
     if stored and quantization_of(stored) is None and (exported := _json(folder / _EXPORTED).get("quantization")):
         return {**stored, QUANTIZATIONS[0]: exported}
     return stored
+
+
+def stored_dtype(model: object) -> str | None:
+    """Return the dtype, by torch's name, that a model's configuration says it is stored in; None if it does not say."""
+    parts = _parts(stored_config(model))
+    return next((torch_name(part[name]) for part in parts for name in ("dtype", "torch_dtype") if part.get(name)), None)
 
 
 def quantization_of(stored: Mapping[str, Any]) -> str | None:

@@ -141,13 +141,24 @@ def apply_to(args: Any, plan: Plan) -> list[str]:
 
 def effective_dtypes(args: Any, plan: Plan) -> dict[str, str]:
     """Map each role to the dtype it computes in, with the plan or (mode `observe`) without it."""
-    learner = torch_name(get(args, _DTYPE) or BFLOAT16.torch)
     roles = ["actor", *(["ref"] if float(get(args, "algo.kl.init_coef") or 0.01) > 0 else [])]
     if (get(args, "algo.advantage.estimator") or "gae") == "gae":
         roles.append("critic")
     if not get(args, "reward.remote_url") and not get(args, "train.agent_func_path"):
         roles.append("reward")
-    return {**{role: str(plan.dtype or learner) for role in roles}, "rollout": str(plan.dtype or BFLOAT16.torch)}
+    learners = {role: str(plan.dtype or _stock_dtype(args, role)) for role in roles}
+    return {**learners, "rollout": str(plan.dtype or BFLOAT16.torch)}
+
+
+def _stock_dtype(args: Any, role: str) -> str:
+    """Return what OpenRLHF alone loads and trains a role in."""
+    if not hasattr(args, _HALF):
+        return torch_name(get(args, _DTYPE) or BFLOAT16.torch)
+    if args.bf16:
+        return BFLOAT16.torch
+    # Without the switch, models are loaded with torch_dtype="auto".
+    model = get(args, f"{role}.model_name_or_path") or get(args, _MODELS[0])
+    return stored_models.stored_dtype(model) or "as stored"
 
 
 def spelled(args: Any, key: str) -> str | None:

@@ -188,3 +188,25 @@ def test_roles_with_and_without_the_plan() -> None:
     stock = {"actor": "float16", "ref": "float16", "critic": "float16", "rollout": "bfloat16"}
     assert effective_dtypes(args, Plan(mode="observe")) == stock
     assert set(effective_dtypes(args, Plan()).values()) == {"float16"}
+
+
+@pytest.mark.parametrize(
+    ("stored", "computed"),
+    [
+        ({"torch_dtype": "float32"}, "float32"),
+        ({"text_config": {"dtype": "half"}}, "float16"),
+        ({"model_type": "qwen2"}, "as stored"),
+    ],
+)
+def test_without_its_bf16_switch_openrlhf_trains_in_what_each_model_is_stored_in(
+    stored: dict[str, Any], computed: str, tmp_path: Path
+) -> None:
+    from fp16_patch.openrlhf.config.arguments import effective_dtypes
+
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    args = parsed("--pretrain", "of-a-hub", "--critic_pretrain", str(tmp_path), "--advantage_estimator", "gae")
+    args.bf16 = False
+    roles = effective_dtypes(args, Plan(mode="observe"))
+    assert (roles["actor"], roles["critic"], roles["rollout"]) == ("as stored", computed, "bfloat16")
+    args.bf16 = True
+    assert set(effective_dtypes(args, Plan(mode="observe")).values()) == {"bfloat16"}

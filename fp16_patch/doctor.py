@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -13,11 +13,13 @@ from typing import Any
 from fp16_patch.patching.declarations import declared_patches, installed_release
 from fp16_patch.plan.errors import Conflict, Fp16PatchError, PlanError
 from fp16_patch.plan.plan import ENVIRONMENT, MODE_ENV, PLAN_ENV, Plan
+from fp16_patch.vllm import interface
 
 PACKAGES = ("torch", "transformers", "ray", "verl", "vllm", "openrlhf", "deepspeed", "wrapt")
 _MAIN_PPO = "verl.trainer.main_ppo"
 _OPENRLHF = "openrlhf.cli."
 _FRAMEWORKS = ("verl", "openrlhf")
+_NEEDS = {"verl": ("torch", "transformers", "ray"), "openrlhf": ("torch", "transformers", "ray", "deepspeed")}
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Examination:
         roles: role → dtype it will compute in, for the examined command line.
         stock_roles: the same without fp16_patch.
         overridden: keys of the command line's configuration that say something else than the plan.
+        caveats: what does not keep the run from training, and should be known before it is started.
     """
 
     mode: str
@@ -43,6 +46,7 @@ class Examination:
     roles: dict[str, str] = field(default_factory=dict)
     stock_roles: dict[str, str] = field(default_factory=dict)
     overridden: list[str] = field(default_factory=list)
+    caveats: list[str] = field(default_factory=list)
 
     @property
     def fit(self) -> bool:
@@ -63,7 +67,7 @@ def examine(plan: Plan, command: Sequence[str] = ()) -> Examination:
     versions = {name: _release(name) for name in PACKAGES}
     if not any(versions[name] for name in _FRAMEWORKS):
         fix = " or ".join(map(_extra, _FRAMEWORKS))
-        problems.append(f"neither verl nor OpenRLHF is installed here. Fix: pip install {fix}")
+        problems.insert(0, f"neither verl nor OpenRLHF is installed here. Fix: pip install {fix}")
     concerned = [verdict for verdict in verdicts if versions.get(verdict.patch.framework)]
     patches = {verdict.patch.name: str(verdict) for verdict in concerned}
     examination = Examination(plan.mode, problems, versions, list(_devices()), patches)
@@ -128,11 +132,30 @@ def _examine_command(examination: Examination, command: list[str], plan: Plan) -
     try:
         with _only_asked():
             (_examine_openrlhf if framework == "openrlhf" else _examine_verl)(examination, command, plan)
+        if framework is not None:
+            examination.problems[:0] = _absent(framework, examination.versions)
     except ModuleNotFoundError as missing:
         if str(missing.name).startswith("fp16_patch"):
             raise
         fix = f"Fix: pip install {_extra(framework or 'verl')}"
         examination.problems.insert(0, f"{missing.name} is not installed here, which the command needs. {fix}")
+
+
+def _absent(framework: str, versions: Mapping[str, str | None]) -> list[str]:
+    return [
+        f"{name} is not installed here, which {framework} runs on. Fix: pip install {name}, in a release that it takes"
+        for name in _NEEDS[framework]
+        if versions[name] is None
+    ]
+
+
+def _examine_sampler(examination: Examination, plan: Plan) -> None:
+    """Say first if the command's vLLM is missing or cannot be asked, and at the end if it is one that was not run."""
+    found = interface.finding(examination.versions["vllm"]) if plan.active else None
+    if found is not None and found.fatal and (plan.overrides_dtype or examination.versions["vllm"] is None):
+        examination.problems.insert(0, found.text)
+    elif found is not None:
+        examination.caveats.append(found.text)
 
 
 def _framework_of(command: Sequence[str]) -> str | None:
@@ -171,10 +194,13 @@ def _examine_openrlhf(examination: Examination, command: list[str], plan: Plan) 
     if plan.overrides_dtype:
         examination.problems.extend(str(conflict) for conflict in arguments.conflicts_of(args, plan))
         examination.overridden.extend(arguments.apply_to(args, plan))
+    if "rollout" in examination.roles:
+        _examine_sampler(examination, plan)
 
 
 def _examine_verl(examination: Examination, command: list[str], plan: Plan) -> None:
     from fp16_patch.verl.config import settings
+    from fp16_patch.verl.config.samplers import samples_with_vllm
 
     try:
         config = compose_verl(command)
@@ -187,6 +213,8 @@ def _examine_verl(examination: Examination, command: list[str], plan: Plan) -> N
     if refined.overrides_dtype:
         examination.problems.extend(str(conflict) for conflict in settings.conflicts_of(config, refined))
         examination.overridden.extend(settings.apply_to(config, refined))
+    if samples_with_vllm(config):
+        _examine_sampler(examination, refined)
 
 
 def _split_hydra_options(arguments: list[str]) -> tuple[dict[str, str], list[str]]:

@@ -51,6 +51,13 @@ def fingerprints(session: nox.Session) -> None:
 
 
 @nox.session
+def samplers(session: nox.Session) -> None:
+    """Every release of vLLM against what the sampler's side uses of it; downloads a gigabyte."""
+    session.chdir(ROOT)
+    session.run(sys.executable, "-m", "integration.matrix.samplers", external=True)
+
+
+@nox.session
 @nox.parametrize("release", releases_at("worker"))
 def worker(session: nox.Session, release: Tested) -> None:
     """The learner of a release."""

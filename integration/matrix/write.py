@@ -90,7 +90,7 @@ def _test_workflow() -> dict[str, Any]:
                 [{"run": "make session NAME='${{ matrix.session }}'"}],
                 [*environments.values()],
             ),
-            "strategy": {"fail-fast": False, "matrix": {"session": ["fingerprints", *sessions]}},
+            "strategy": {"fail-fast": False, "matrix": {"session": ["fingerprints", "samplers", *sessions]}},
         },
     }
     return {"name": "test", "on": {"push": {"branches": ["main"]}, "pull_request": None}, "jobs": jobs}

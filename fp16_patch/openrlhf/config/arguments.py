@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from fp16_patch.plan import probe_settings
 from fp16_patch.plan.dtypes import BFLOAT16, FLOAT32, is_half, spelling_of, torch_name
 from fp16_patch.plan.errors import Conflict, PlanError
 from fp16_patch.plan.plan import MODE_ENV, Plan
+from fp16_patch.vllm import stored_models
 
 _GRADIENT_DTYPE = FLOAT32.short
-# vLLM's own list where it is installed; this is vLLM 0.29's, for a driver without vLLM.
-_NOT_IN_FLOAT16 = ("gemma2", "gemma3", "gemma3_text", "glm4")
 _MODELS = tuple(f"{role}.model_name_or_path" for role in ("actor", "critic", "reward", "model", "ref"))
 _DTYPE, _ACCUMULATION = "ds.param_dtype", "ds.grad_accum_dtype"
 # What these are called on the command lines up to 0.10.1, which have no sections.
@@ -103,30 +100,8 @@ def _scaled_gradient_conflicts(args: Any, stage: int) -> Iterator[Conflict]:
 
 
 def _model_conflicts(args: Any, key: str, plan: Plan) -> Iterator[Conflict]:
-    name = get(args, key)
-    stored = _stored_config(name)
-    if method := (stored.get("quantization_config") or {}).get("quant_method"):
-        reason = f"the model is stored quantized ({method}), and would be trained so"
-        yield Conflict(flag(args, key), name, reason, f"use its {plan.dtype} or bfloat16 weights")
-    sampled = key.startswith("actor.") and (_has_sections(args) or get(args, "vllm.num_engines"))
-    if sampled and plan.scales_loss and stored.get("model_type") in _refused_in_float16():
-        reason = f"vLLM refuses models of type {stored['model_type']} in float16: their activations leave its range"
-        yield Conflict(flag(args, key), name, reason, f"use another model, or {MODE_ENV}=bf16")
-
-
-def _stored_config(name: Any) -> dict[str, Any]:
-    path = Path(str(name)).expanduser() / "config.json"
-    if name is None or not path.is_file():
-        return {}  # on a hub: read by OpenRLHF later, and refused by vLLM itself
-    return dict(json.loads(path.read_text(encoding="utf-8")))
-
-
-def _refused_in_float16() -> tuple[str, ...]:
-    try:
-        from vllm.config import model as vllm_model
-    except ImportError:
-        return _NOT_IN_FLOAT16
-    return tuple(getattr(vllm_model, "_FLOAT16_NOT_SUPPORTED_MODELS", _NOT_IN_FLOAT16))
+    sampled = key.startswith("actor.") and bool(_has_sections(args) or get(args, "vllm.num_engines"))
+    return stored_models.model_conflicts(flag(args, key), get(args, key), plan, sampled=sampled)
 
 
 def _scaler_conflicts(plan: Plan) -> Iterator[Conflict]:
@@ -166,13 +141,24 @@ def apply_to(args: Any, plan: Plan) -> list[str]:
 
 def effective_dtypes(args: Any, plan: Plan) -> dict[str, str]:
     """Map each role to the dtype it computes in, with the plan or (mode `observe`) without it."""
-    learner = torch_name(get(args, _DTYPE) or BFLOAT16.torch)
     roles = ["actor", *(["ref"] if float(get(args, "algo.kl.init_coef") or 0.01) > 0 else [])]
     if (get(args, "algo.advantage.estimator") or "gae") == "gae":
         roles.append("critic")
     if not get(args, "reward.remote_url") and not get(args, "train.agent_func_path"):
         roles.append("reward")
-    return {**{role: str(plan.dtype or learner) for role in roles}, "rollout": str(plan.dtype or BFLOAT16.torch)}
+    learners = {role: str(plan.dtype or _stock_dtype(args, role)) for role in roles}
+    return {**learners, "rollout": str(plan.dtype or BFLOAT16.torch)}
+
+
+def _stock_dtype(args: Any, role: str) -> str:
+    """Return what OpenRLHF alone loads and trains a role in."""
+    if not hasattr(args, _HALF):
+        return torch_name(get(args, _DTYPE) or BFLOAT16.torch)
+    if args.bf16:
+        return BFLOAT16.torch
+    # Without the switch, models are loaded with torch_dtype="auto".
+    model = get(args, f"{role}.model_name_or_path") or get(args, _MODELS[0])
+    return stored_models.stored_dtype(model) or "as stored"
 
 
 def spelled(args: Any, key: str) -> str | None:

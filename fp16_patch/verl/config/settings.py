@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from fp16_patch.plan import probe_settings
-from fp16_patch.plan.dtypes import is_half, spelling_of, torch_name
+from fp16_patch.plan.dtypes import is_half, torch_name
 from fp16_patch.plan.errors import Conflict, PlanError
 from fp16_patch.plan.plan import Plan
 from fp16_patch.runtime.activation import current_plan
+from fp16_patch.verl.config.fused_kernels import fused_kernel_conflict
+from fp16_patch.verl.config.samplers import has_reward_worker, sampler_conflicts, samplers, stock_dtype
+from fp16_patch.verl.config.stock_dtypes import learner_dtype
 from fp16_patch.verl.config.supported_engines import MEGATRON, engine_conflict, megatron_conflicts
+from fp16_patch.verl.config.weight_sync import weight_sync_conflicts
+from fp16_patch.vllm.stored_models import model_conflicts
 
 logger = logging.getLogger(__name__)
 
 SECTION = "fp16_patch"
-SAMPLERS = ("vllm",)
 
 ACTOR, REF, CRITIC = "actor_rollout_ref.actor", "actor_rollout_ref.ref", "critic"
-ROLLOUT, REWARD = "actor_rollout_ref.rollout", "reward.reward_model.rollout"
+# A reward model that is a learner's worker, before 0.8.0.
+_REWARD_WORKER = "reward_model"
 _ENGINE_CONFIG = {ACTOR: f"{ACTOR}.fsdp_config", REF: f"{REF}.fsdp_config", CRITIC: f"{CRITIC}.fsdp"}
 # Where it is before 0.8.0.
 _LEGACY_CRITIC_CONFIG = f"{CRITIC}.model.fsdp_config"
 
-# verl's wire for weight differences stores bf16 and its vLLM receiver accepts nothing else.
-BF16_ONLY_WIRES = ("delta_sharded",)
 ENGINE_CONFLICT = Conflict(
     "trainer.use_legacy_worker_impl",
     "disable",
@@ -105,18 +106,16 @@ def check(config: Any, plan: Plan) -> None:
 
 def conflicts_of(config: Any, plan: Plan) -> Iterator[Conflict]:
     """Yield the settings of a composed verl configuration that cannot be had under the plan."""
+    select = partial(_select, config)
     yield from _engine_conflicts(config, plan)
-    yield from _sampler_conflicts(config, plan)
+    for sampler in samplers(config):
+        yield from sampler_conflicts(config, sampler, plan)
+    yield from weight_sync_conflicts(select, plan)
     yield from _model_conflicts(config, plan)
-    if _select(config, "trainer.use_legacy_worker_impl") == "disable":
+    if select("trainer.use_legacy_worker_impl") == "disable":
         yield ENGINE_CONFLICT
-    if _select(config, "actor_rollout_ref.model.use_fused_kernels") and plan.scales_loss:
-        yield Conflict(
-            "actor_rollout_ref.model.use_fused_kernels",
-            True,
-            "verl's fused kernels divide by the temperature and return the entropy in float16",
-            "set it to false",
-        )
+    if fused := fused_kernel_conflict(select, select(f"{ACTOR}.strategy"), plan):
+        yield fused
 
 
 def _engine_conflicts(config: Any, plan: Plan) -> Iterator[Conflict]:
@@ -131,62 +130,22 @@ def _engine_conflicts(config: Any, plan: Plan) -> Iterator[Conflict]:
             if _select(config, qat):
                 reason = "quantization-aware training computes in the quantized dtype"
                 yield Conflict(qat, True, reason, "set it to false")
-
-
-def _sampler_conflicts(config: Any, plan: Plan) -> Iterator[Conflict]:
-    for section in sampler_sections(config):
-        name = _select(config, f"{section}.name")
-        if name not in SAMPLERS:
-            fix = f"use {' or '.join(SAMPLERS)}, or FP16_PATCH=observe to measure without changing"
-            yield Conflict(f"{section}.name", name, "fp16_patch cannot vouch for this sampler", fix)
-        for key in ("quantization", "quantization_config_file"):
-            if value := _select(config, f"{section}.{key}"):
-                yield Conflict(f"{section}.{key}", value, f"a quantized sampler is not {plan.dtype}", "set it to null")
-        yield from _engine_argument_conflicts(config, section, plan)
-    wire = _select(config, f"{ROLLOUT}.checkpoint_engine.backend")
-    if wire in BF16_ONLY_WIRES and plan.dtype != "bfloat16":
-        reason = "it sends weights in bfloat16 and vLLM's side accepts nothing else"
-        yield Conflict(f"{ROLLOUT}.checkpoint_engine.backend", wire, reason, "use naive or nccl")
-
-
-def _engine_argument_conflicts(config: Any, section: str, plan: Plan) -> Iterator[Conflict]:
-    # These go to vLLM's command line after everything else, past the rollout's own dtype.
-    names = spelling_of(plan.dtype).all
-    accepted = {"dtype": names, "kv_cache_dtype": ("auto", *names)}
-    for argument, values in accepted.items():
-        key = f"{section}.engine_kwargs.vllm.{argument}"
-        value = _select(config, key)
-        if value is not None and str(value) not in values:
-            yield Conflict(key, value, f"it overrides the plan's {plan.dtype}", "remove it")
-    if quantization := _select(config, f"{section}.engine_kwargs.vllm.quantization"):
-        key = f"{section}.engine_kwargs.vllm.quantization"
-        yield Conflict(key, quantization, f"a quantized sampler is not {plan.dtype}", "remove it")
-    executor = _select(config, f"{section}.engine_kwargs.vllm.distributed_executor_backend")
-    if executor not in (None, "mp"):
-        key = f"{section}.engine_kwargs.vllm.distributed_executor_backend"
-        yield Conflict(key, executor, "its workers are not processes we know how to ask", "remove it")
-
-
-def _model_conflicts(config: Any, plan: Plan) -> Iterator[Conflict]:
-    keys = {"actor_rollout_ref.model.path", *(["critic.model.path"] if uses_critic(config) else [])}
-    if REWARD in sampler_sections(config):
-        keys.add("reward.reward_model.model_path")
-    for key in sorted(keys):
-        method = _quantization_of(_select(config, key))
-        if method is not None:
-            reason = f"the model is stored quantized ({method}), and would be served so"
-            yield Conflict(key, _select(config, key), reason, f"use its {plan.dtype} or bfloat16 weights")
-    policy = "actor_rollout_ref.model.path"
-    if plan.scales_loss and (other := probe_settings.conflict_with(plan.probe, policy, _select(config, policy))):
+    if has_reward_worker(config) and (
+        other := engine_conflict(_REWARD_WORKER, _select(config, f"{_REWARD_WORKER}.strategy"))
+    ):
         yield other
 
 
-def _quantization_of(model: object) -> str | None:
-    path = Path(str(model)).expanduser() / "config.json"
-    if not path.is_file():
-        return None  # on a hub or a remote file system: verl reads it later
-    quantized = json.loads(path.read_text(encoding="utf-8")).get("quantization_config")
-    return None if quantized is None else str(quantized.get("quant_method", "unknown method"))
+def _model_conflicts(config: Any, plan: Plan) -> Iterator[Conflict]:
+    sampled = {sampler.model for sampler in samplers(config)}
+    trained = {"critic.model.path"} if uses_critic(config) else set()
+    if has_reward_worker(config):
+        trained.add(f"{_REWARD_WORKER}.model.path")
+    for key in sorted(sampled | trained):
+        yield from model_conflicts(key, _select(config, key), plan, sampled=key in sampled)
+    policy = "actor_rollout_ref.model.path"
+    if plan.scales_loss and (other := probe_settings.conflict_with(plan.probe, policy, _select(config, policy))):
+        yield other
 
 
 def apply_to(config: Any, plan: Plan) -> list[str]:
@@ -207,22 +166,23 @@ def apply_to(config: Any, plan: Plan) -> list[str]:
 
 
 def effective_dtypes(config: Any, plan: Plan) -> dict[str, str]:
-    """Map each role to the dtype it computes in on verl 0.9.1, with the plan or (mode `observe`) without it."""
-    roles = {}
-    for role, engine_config in _engine_sections(config):
-        # The FSDP engine reads mixed_precision and nothing else: its `dtype` key is accepted and ignored.
-        key = "dtype" if _on_megatron(config, role) else "mixed_precision.param_dtype"
-        stock = _select(config, f"{engine_config}.{key}") or "bfloat16"
-        roles[role.rpartition(".")[2]] = str(plan.dtype or torch_name(stock))
-    for section in sampler_sections(config):
-        role = "rollout" if section == ROLLOUT else "reward"
-        roles[role] = str(plan.dtype or torch_name(_select(config, f"{section}.dtype")))
-    return roles
+    """Map each role to the dtype it computes in, with the plan or (mode `observe`) without it."""
+    learners = _engine_sections(config)
+    if has_reward_worker(config):
+        learners.append((_REWARD_WORKER, f"{_REWARD_WORKER}.{MEGATRON}"))
+    roles = {_role_of(key): plan.dtype or _stock_dtype(config, key, section) for key, section in learners}
+    served = {sampler.role: plan.dtype or torch_name(stock_dtype(config, sampler)) for sampler in samplers(config)}
+    return {**roles, **served}
 
 
-def sampler_sections(config: Any) -> list[str]:
-    """Return the keys of the sampler configurations this run starts servers for."""
-    return [ROLLOUT, *([REWARD] if _select(config, "reward.reward_model.enable") else [])]
+def _stock_dtype(config: Any, role: str, engine_config: str) -> str:
+    strategy = _select(config, f"{role}.strategy")
+    return learner_dtype(partial(_select, config), _role_of(role), strategy, engine_config)
+
+
+def _role_of(key: str) -> str:
+    """Name a role as reports do: `actor`, of `actor_rollout_ref.actor`."""
+    return key.rpartition(".")[2].removesuffix("_model")
 
 
 def uses_critic(config: Any) -> bool:
@@ -273,8 +233,8 @@ def _forced_keys(config: Any, plan: Plan) -> dict[str, Any]:
         no_sync = f"{engine_config}.use_no_sync_for_gradient_accumulation"
         if _select(config, f"{role}.strategy") == "fsdp" and _select(config, no_sync) is not None:
             forced[no_sync] = False
-    for section in sampler_sections(config):
-        forced[f"{section}.dtype"] = plan.dtype
+    for sampler in samplers(config):
+        forced[f"{sampler.section}.dtype"] = plan.dtype
     return forced
 
 

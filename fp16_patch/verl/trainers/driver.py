@@ -12,6 +12,7 @@ from typing import Any
 from fp16_patch.runtime.activation import refine
 from fp16_patch.runtime.driver import FrameworkDriver
 from fp16_patch.verl.config import settings as verl_config
+from fp16_patch.verl.config.samplers import REWARD, TEACHER, samplers
 from fp16_patch.verl.trainers.observation import ORDER
 
 logger = logging.getLogger(__name__)
@@ -58,8 +59,11 @@ class VerlDriver(FrameworkDriver):
             required["ref"] = (*computed, "log_prob")
         if trainer.use_critic:
             required["critic"] = (*computed, "value")
-        if verl_config.REWARD in verl_config.sampler_sections(config):
+        served = {sampler.section: sampler.role for sampler in samplers(config)}
+        if REWARD in served:
             required["reward"] = ("engine_weight",)
+        if any(role.startswith(TEACHER) for role in served.values()):
+            required[TEACHER] = ("engine_weight",)
         return {role: (*seen, *(trained if role in updated else ())) for role, seen in required.items()}
 
     def end_step(self, step: int, metrics: dict[str, Any], *, observed: bool = True) -> None:

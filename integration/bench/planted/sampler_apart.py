@@ -44,7 +44,7 @@ def start_apart(settings: ModuleType) -> None:
         from omegaconf import OmegaConf
 
         changed: list[str] = applied(config, plan)
-        OmegaConf.update(config, f"{settings.ROLLOUT}.dtype", sampler_plan(plan).dtype, force_add=True)
+        OmegaConf.update(config, "actor_rollout_ref.rollout.dtype", sampler_plan(plan).dtype, force_add=True)
         return changed
 
     settings.rollout_config, settings.apply_to = rollout_config, apply_to

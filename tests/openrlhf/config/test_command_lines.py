@@ -78,16 +78,37 @@ def test_what_deepspeed_spoils_under_a_loss_scale_is_refused(flags: tuple[str, .
     assert fix in refused(*flags)
 
 
-@pytest.mark.parametrize("family", ["gemma2", "gemma3", "gemma3_text", "glm4"])
-def test_a_model_that_vllm_refuses_in_float16_is_refused_before_it_is_loaded(family: str, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+@pytest.fixture
+def hot(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A family that the installed vLLM refuses in float16."""
+    from fp16_patch.vllm import stored_models
+
+    monkeypatch.setattr(stored_models, "refused_in_float16", lambda sources: frozenset({"hot"}))
+    return "hot"
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_model_that_vllm_refuses_in_float16_is_refused_before_it_is_loaded(
+    nested: bool, hot: str, tmp_path: Path
+) -> None:
+    family = hot
+    stored = {"model_type": "seeing", "text_config": {"model_type": hot}} if nested else {"model_type": hot}
+    (tmp_path / "config.json").write_text(json.dumps(stored))
     said = refused("--actor.model_name_or_path", str(tmp_path))
     assert f"vLLM refuses models of type {family}" in said
     assert "FP16_PATCH=bf16" in said
 
 
-def test_a_model_stored_quantized_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "gptq"}}))
+@pytest.mark.parametrize(
+    "stored",
+    [
+        {"quantization_config": {"quant_method": "gptq"}},
+        {"compression_config": {"quant_method": "gptq"}},
+        {"text_config": {"quantization_config": {"quant_method": "gptq"}}},
+    ],
+)
+def test_a_model_stored_quantized_is_refused(stored: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(stored))
     assert "stored quantized (gptq)" in refused("--reward.model_name_or_path", str(tmp_path))
 
 
@@ -108,10 +129,10 @@ def test_openrlhf_has_no_fp32() -> None:
     assert "use bf16, fp16 or observe" in refused(mode="fp32")
 
 
-def test_the_bf16_arm_needs_nothing_of_a_scaler(tmp_path: Path) -> None:
+def test_the_bf16_arm_needs_nothing_of_a_scaler(hot: str, tmp_path: Path) -> None:
     from fp16_patch.openrlhf.config.arguments import check
 
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma2"}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": hot}))
     check(parsed("--actor.model_name_or_path", str(tmp_path)), Plan(mode="bf16", init_scale=60000.0))
 
 
@@ -149,10 +170,12 @@ def test_where_there_is_only_a_bf16_switch_it_is_on_and_means_the_plans_dtype(mo
 
 
 @pytest.mark.parametrize("engines", ["1", None])
-def test_a_model_that_vllm_refuses_is_refused_where_it_is_sampled_from(engines: str | None, tmp_path: Path) -> None:
+def test_a_model_that_vllm_refuses_is_refused_where_it_is_sampled_from(
+    engines: str | None, hot: str, tmp_path: Path
+) -> None:
     from fp16_patch.openrlhf.config.arguments import conflicts_of
 
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma2"}))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": hot}))
     sampled = ("--vllm_num_engines", engines) if engines else ()
     assert len(list(conflicts_of(parsed("--pretrain", str(tmp_path), *sampled), Plan()))) == bool(engines)
 
@@ -165,3 +188,25 @@ def test_roles_with_and_without_the_plan() -> None:
     stock = {"actor": "float16", "ref": "float16", "critic": "float16", "rollout": "bfloat16"}
     assert effective_dtypes(args, Plan(mode="observe")) == stock
     assert set(effective_dtypes(args, Plan()).values()) == {"float16"}
+
+
+@pytest.mark.parametrize(
+    ("stored", "computed"),
+    [
+        ({"torch_dtype": "float32"}, "float32"),
+        ({"text_config": {"dtype": "half"}}, "float16"),
+        ({"model_type": "qwen2"}, "as stored"),
+    ],
+)
+def test_without_its_bf16_switch_openrlhf_trains_in_what_each_model_is_stored_in(
+    stored: dict[str, Any], computed: str, tmp_path: Path
+) -> None:
+    from fp16_patch.openrlhf.config.arguments import effective_dtypes
+
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    args = parsed("--pretrain", "of-a-hub", "--critic_pretrain", str(tmp_path), "--advantage_estimator", "gae")
+    args.bf16 = False
+    roles = effective_dtypes(args, Plan(mode="observe"))
+    assert (roles["actor"], roles["critic"], roles["rollout"]) == ("as stored", computed, "bfloat16")
+    args.bf16 = True
+    assert set(effective_dtypes(args, Plan(mode="observe")).values()) == {"bfloat16"}

@@ -1,0 +1,40 @@
+"""Looks up what the sampler's side uses of vLLM in the wheel of each release of the table, and says what is missing.
+
+    python -m integration.matrix.samplers [VERSION …]
+
+Of the releases that are named, or of all.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from fp16_patch.releases.wheels import download
+from fp16_patch.vllm.interface import PACKAGE, lacking
+from integration.matrix.versions import Tested, tested_releases
+
+
+def checked(releases: Sequence[Tested]) -> Iterator[tuple[Tested, list[str]]]:
+    """Download each release, and yield what it lacks."""
+    for release in releases:
+        with TemporaryDirectory() as folder:
+            wheel = download(release.distribution or release.package, release.version, Path(folder))
+            yield release, lacking(wheel)
+
+
+def main(versions: Sequence[str]) -> int:
+    """Print a line for each release; 1 if one lacks something, or none of them is in the table."""
+    of_vllm = [release for release in tested_releases() if release.package == PACKAGE]
+    wanted = [release for release in of_vllm if not versions or release.version in versions]
+    failed = not wanted
+    for release, missing in checked(wanted):
+        print(release, "; ".join(missing) or "has all that is used of it", flush=True)
+        failed |= bool(missing)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fp16_patch.patching.sources import installed_file
 from fp16_patch.plan import probe_settings
 from fp16_patch.plan.dtypes import is_half, spelling_of, torch_name
 from fp16_patch.plan.errors import Conflict, PlanError
@@ -108,7 +109,7 @@ def conflicts_of(config: Any, plan: Plan) -> Iterator[Conflict]:
     yield from _engine_conflicts(config, plan)
     yield from _sampler_conflicts(config, plan)
     yield from _model_conflicts(config, plan)
-    if _select(config, "trainer.use_legacy_worker_impl") == "disable":
+    if _select(config, "trainer.use_legacy_worker_impl") == "disable" and has_legacy_workers():
         yield ENGINE_CONFLICT
     if _select(config, "actor_rollout_ref.model.use_fused_kernels") and plan.scales_loss:
         yield Conflict(
@@ -117,6 +118,11 @@ def conflicts_of(config: Any, plan: Plan) -> Iterator[Conflict]:
             "verl's fused kernels divide by the temperature and return the entropy in float16",
             "set it to false",
         )
+
+
+def has_legacy_workers() -> bool:
+    """Return whether the installed verl has workers beside its engines: from 0.8.0 on it ignores the switch."""
+    return installed_file("verl.workers.fsdp_workers") is not None
 
 
 def _engine_conflicts(config: Any, plan: Plan) -> Iterator[Conflict]:
@@ -136,7 +142,9 @@ def _engine_conflicts(config: Any, plan: Plan) -> Iterator[Conflict]:
 def _sampler_conflicts(config: Any, plan: Plan) -> Iterator[Conflict]:
     for section in sampler_sections(config):
         name = _select(config, f"{section}.name")
-        if name not in SAMPLERS:
+        if name is None:
+            yield Conflict(f"{section}.name", None, "no sampler is named", f"add {section}.name={SAMPLERS[0]}")
+        elif name not in SAMPLERS:
             fix = f"use {' or '.join(SAMPLERS)}, or FP16_PATCH=observe to measure without changing"
             yield Conflict(f"{section}.name", name, "fp16_patch cannot vouch for this sampler", fix)
         for key in ("quantization", "quantization_config_file"):

@@ -153,7 +153,7 @@ def test_strictness_cannot_come_too_late(activated: Any, compose: Callable[..., 
     ],
 )
 def test_what_is_not_about_precision_is_said(compose: Callable[..., Any], override: str, caveat: str) -> None:
-    from fp16_patch.verl.trainers.driver import caveats_of
+    from fp16_patch.verl.config.caveats import caveats_of
 
     # Off by default before 0.9.
     measured = "actor_rollout_ref.rollout.calculate_log_probs=True"

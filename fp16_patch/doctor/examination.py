@@ -125,10 +125,12 @@ def _examine_command(examination: Examination, program: Program, main: Main, pla
         problem = f"{main.framework} is not installed here, but the command runs it. {fix}"
         examination.problems.insert(0, problem)
         return
-    if (refused := main.conflict(program)) is not None:
-        said = examination.problems if plan.overrides_dtype else examination.caveats
-        said.append(str(refused))
-    if main.refused is not None or not main.trains:
+    refused = main.conflict(program)
+    if refused is not None and plan.overrides_dtype:
+        examination.problems.append(str(refused))
+    elif refused is not None and plan.active:
+        examination.caveats.append(f"nothing of this run is measured: fp16_patch does not know {program.name}")
+    if refused is not None or not main.trains:
         return
     try:
         with _only_asked():

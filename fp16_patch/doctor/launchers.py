@@ -20,12 +20,12 @@ Words = tuple[str, ...]
 
 # Run the program behind them in their own environment. Of their options nothing is known: what they run is the first
 # word that names a program of these tables.
-_TOOLS = (
+TOOLS = (
     "command env exec ionice mpiexec mpirun ncu nice nohup numactl setsid srun stdbuf sudo taskset time timeout tini"
 )
-_RUNNERS = "conda hatch mamba micromamba pdm pipenv pixi poetry rye uv"
+RUNNERS = "conda hatch mamba micromamba pdm pipenv pixi poetry rye uv"
 WRAPPERS: frozenset[Words] = frozenset(
-    [*((name,) for name in _TOOLS.split()), *((name, "run") for name in _RUNNERS.split()), ("nsys", "profile")]
+    [*((name,) for name in TOOLS.split()), *((name, "run") for name in RUNNERS.split()), ("nsys", "profile")]
 )
 # Run a Python program: a script, or, after one of these options, a module.
 STARTERS: dict[Words, Words] = {

@@ -89,7 +89,7 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     parser: argparse.ArgumentParser = get_args_parser()
 
     def refuse(message: str) -> NoReturn:
-        raise PlanError([Conflict("command", _last(arguments, message), f"hydra says: {message}", _ORDER)])
+        raise PlanError([_no_option(message)])
 
     parser.error = refuse  # type: ignore[method-assign]
     options = parser.parse_args(list(arguments))
@@ -102,13 +102,18 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-_ORDER = "put hydra's options before the overrides, which have no blanks outside of quotes"
-
-
-def _last(arguments: Sequence[str], message: str) -> str:
-    """Return the arguments that a message names, not the whole command line."""
-    named = [word for word in arguments if word in message.split()]
-    return named[0] if named else message.rpartition(": ")[2]
+def _no_option(message: str) -> Conflict:
+    """Name the one word that hydra's parser rejects."""
+    said, _, rest = message.partition("unrecognized arguments: ")
+    unknown = next((word for word in rest.split() if word.startswith("-")), None)
+    if unknown is not None:
+        return Conflict("command", unknown, "hydra has no such option", "leave it out")
+    if rest:
+        reason = "hydra reads no overrides behind an option that stands between them"
+        return Conflict("command", rest.split()[0], reason, "put --config-name, --config-path and the like first")
+    return Conflict(
+        "command", said.removeprefix("argument ").partition(":")[0], f"hydra says: {said}", "mend the option"
+    )
 
 
 def _search_path(options: argparse.Namespace, declared: Declared, file: Path) -> Any:

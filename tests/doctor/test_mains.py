@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from fp16_patch.doctor import mains
 from fp16_patch.doctor.launchers import Program
 from fp16_patch.doctor.mains import MAINS, dotted_name, main_of
 from fp16_patch.patching.sources import installed_file
@@ -78,3 +81,9 @@ def test_every_program_of_the_installed_release_is_in_the_table(framework: str) 
     for file in programs:
         name = ".".join((framework, *file.relative_to(root).with_suffix("").parts)).removesuffix(".__main__")
         assert name in MAINS, name
+
+
+def test_the_page_names_every_program() -> None:
+    page = (Path(mains.__file__).parent / "README.md").read_text(encoding="utf-8")
+    again = ("recipe.fully_async_policy.fully_async_main", "recipe.one_step_off_policy.main_ppo")  # as in experimental
+    assert [name for name in MAINS if f"`{name}`" not in page and name not in again] == []

@@ -23,7 +23,7 @@ def print_examination(examination: Examination, verbose: bool = False) -> None:
     console.print(f"installed: {found}", highlight=False, markup=False)
     for device in examination.hardware:
         console.print(f"device: {device['name']} ({device['facts']})", highlight=False, markup=False)
-    for line in _patches(examination, verbose):
+    for line in _patches(examination, verbose) if examination.mode != "off" or verbose else ():
         console.print(line, highlight=False, markup=False)
 
 
@@ -31,7 +31,7 @@ def _verdict(examination: Examination) -> list[str]:
     from rich.markup import escape
 
     if examination.mode == "off":
-        return ["[bold yellow]off[/]: nothing will change, FP16_PATCH names no mode"]
+        return ["[bold yellow]off[/]: nothing will change"]
     if examination.fit:
         return [f"[bold green]fit[/] for {examination.mode}"]
     return [f"[bold red]not fit[/]: {escape(problem)}" for problem in examination.problems]

@@ -13,6 +13,7 @@ import click
 from fp16_patch import __version__
 from fp16_patch.cli.group import Failure
 from fp16_patch.cli.plan_of_command import plan_of
+from fp16_patch.doctor.launchers import program_of
 
 _PYTHON = re.compile(r"python[\d.]*")
 _ANSWER_TIMEOUT_S = 60
@@ -39,6 +40,8 @@ def command(mode: str | None, training_command: tuple[str, ...]) -> None:
     from fp16_patch.runtime import propagation
 
     plan = plan_of(mode)
+    for problem in program_of(training_command).problems:
+        raise Failure(problem)
     program = _program(training_command[0])
     if plan.active:
         _require_fp16_patch(program)
@@ -59,9 +62,6 @@ def _program(name: str) -> str:
         raise Failure(f"{name}: not executable. Fix: chmod +x {name}, or `bash {name}`")
     if path is None:
         raise Failure(f"{name}: no such program. Fix: put the training command behind `--`")
-    if Path(name).name == "ray":
-        order = "ray job submit … -- fp16-patch run -- python …"
-        raise Failure(f"the plan would stay with the submitting client; turn it round: {order}")
     return path
 
 

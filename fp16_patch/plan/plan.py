@@ -135,7 +135,7 @@ def resolve_environment(environ: Mapping[str, str], default_mode: str) -> tuple[
         plan = Plan.from_json(environ[PLAN_ENV])
         changed = [name for name, setting in SETTINGS.items() if getattr(plan, name) != setting.default]
         return plan, dict.fromkeys(changed, PLAN_ENV)
-    return resolve(_settings_in(environ), ENVIRONMENT, Plan(mode=default_mode))
+    return resolve(settings_in(environ), ENVIRONMENT, Plan(mode=default_mode))
 
 
 def as_given(name: str, source: str) -> str:
@@ -145,7 +145,12 @@ def as_given(name: str, source: str) -> str:
     return f"--{name}" if source == COMMAND_LINE else f"{source}.{name}"
 
 
-def _settings_in(environ: Mapping[str, str]) -> dict[str, str]:
+def settings_in(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return setting → value of the variables `FP16_PATCH` and `FP16_PATCH_<SETTING>`, as they are written there.
+
+    Raises:
+        PlanError: the mode is given by another variable than `FP16_PATCH`.
+    """
     prefix = f"{MODE_ENV}_"
     names = [name for name in environ if name.startswith(prefix) and name not in OWN_VARIABLES]
     settings = {name.removeprefix(prefix).lower(): environ[name] for name in names}

@@ -77,9 +77,17 @@ def with_carried_environment(runtime_env: Mapping[str, Any] | None) -> dict[str,
 
 
 def _submitted_names() -> set[str]:
-    """Name the variables that `ray job submit` has set for the whole job; Ray refuses to be told them twice."""
-    config = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
-    return set((config.get("runtime_env") or {}).get("env_vars") or {})
+    """Name the variables that `ray job submit` has set for the whole job; Ray refuses to be told them twice.
+
+    What is not of Ray's form names none: whoever reads it next, Ray itself, says what is wrong with it.
+    """
+    try:
+        value = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    except (ValueError, RecursionError):
+        return set()
+    for key in ("runtime_env", "env_vars"):
+        value = value.get(key) if isinstance(value, dict) else None
+    return set(value) if isinstance(value, dict) else set()
 
 
 def _hook_ray() -> None:

@@ -64,6 +64,7 @@ def test_mode_off_wins_over_the_environment(started: dict[str, Any], monkeypatch
     [
         (["run", "--", "no-such-program"], "no-such-program: no such program"),
         (["run", "--", "ray", "job", "submit"], "ray job submit … -- fp16-patch run -- python …"),
+        (["run", "--", "srun", "-N1", "docker", "run", "image", "python"], "docker run … fp16-patch run -- python …"),
         (["run", "--mode", "fp8", "--", "python"], "mode=fp8: no such mode"),
         (["report", "no/such/run"], "no/such/run"),
         (["analyze", "no/such/file"], "no/such/file: no such file or directory"),

@@ -65,6 +65,29 @@ def test_a_forked_child_is_not_taken_for_its_parent() -> None:
     assert [left["pid"] for left in propagation.children()] == [child]
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        "",
+        "{",
+        "null",
+        "[]",
+        "7",
+        '"text"',
+        '{"runtime_env": "x"}',
+        '{"runtime_env": {"env_vars": [1, 2]}}',
+        "[" * 100_000,
+    ],
+    ids=range(9),
+)
+def test_a_job_configuration_that_is_not_rays_breaks_no_start(config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    propagation.carry(Plan())
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", config)
+    told: dict[str, Any] = {}
+    propagation._ray_init(lambda **kwargs: told.update(kwargs), None, (), {})
+    assert told["runtime_env"]["env_vars"][MODE_ENV] == "fp16"
+
+
 def test_what_the_submitted_job_has_set_is_not_told_to_ray_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", '{"runtime_env": {"env_vars": {"FP16_PATCH": "1"}}}')
     propagation.carry(Plan())

@@ -67,7 +67,10 @@ def test_an_unfit_command_line_exits_with_1_and_the_reason_first(doctor: Doctor)
 @pytest.mark.parametrize(
     ("arguments", "env", "reason"),
     [
-        (("--", *COMMAND, "no.such.key=1"), {}, "no.such.key"),
+        (("--", *COMMAND, "no.such.key=1"), {}, "no.such.key=1: "),
+        (("--", *COMMAND[:3]), {}, "actor_rollout_ref.rollout.name=None: no sampler is named. Fix: add actor_rollout"),
+        (("--", "ray", "job", "submit", "--", *COMMAND), {}, "ray job submit … -- fp16-patch run -- python …"),
+        (("--", "torchrun", "-m", "verl.trainer.sft_trainer"), {}, "command=verl.trainer.sft_trainer: no process"),
         (("--", "python", "train.py"), {}, "not a command line of verl or OpenRLHF"),
         (("--", *COMMAND, "+fp16_patch.init_scal=2"), {}, "did you mean 'init_scale'"),
         ((), {"VERL_USE_EXTERNAL_PLUGINS": "none"}, "VERL_USE_EXTERNAL_PLUGINS=none"),
@@ -80,6 +83,32 @@ def test_what_is_wrong_is_said(
     found = examined(*arguments, **env)
     assert not found["fit"]
     assert any(reason in problem for problem in found["problems"])
+
+
+def test_a_launcher_in_front_changes_nothing(examined: Examined) -> None:
+    plain = examined("--", *COMMAND)
+    for front in (("srun", "-N1"), ("uv", "run"), ("nohup",)):
+        assert examined("--", *front, *COMMAND) == plain
+
+
+def test_a_relative_path_starts_from_the_program(examined: Examined, tmp_path: Path) -> None:
+    for path in ("config", "./config"):
+        found = examined("--", *COMMAND[:3], f"--config-path={path}", "-cn", "ppo_trainer", *COMMAND[3:])
+        assert found["fit"], found["problems"]
+
+
+def test_what_a_run_would_warn_of_is_said_before(doctor: Doctor) -> None:
+    rollout = "actor_rollout_ref.rollout"
+    shown = doctor("--", *COMMAND, f"{rollout}.top_p=0.9", f"{rollout}.calculate_log_probs=False").stdout
+    said = [line for line in shown.splitlines() if line.startswith("note: the mismatch of this run ")]
+    assert any("includes the renormalization by top_p or top_k" in line for line in said)
+    assert any("is not measured: actor_rollout_ref.rollout.calculate_log_probs=False" in line for line in said)
+
+
+def test_a_mode_that_is_set_on_the_way_is_the_plans(examined: Examined) -> None:
+    found = examined("--", "env", "FP16_PATCH=bf16", *COMMAND)
+    assert (found["mode"], found["roles"]["actor"]) == ("bf16", "bfloat16")
+    assert examined("--", "fp16-patch", "run", "--mode", "observe", "--", *COMMAND)["mode"] == "observe"
 
 
 def test_a_wrong_setting_in_the_environment_is_named(doctor: Doctor) -> None:

@@ -34,6 +34,7 @@ _WITHOUT_SECTIONS = {
     "reward.remote_url": "remote_rm_url",
     "ckpt.path": "ckpt_path",
     "train.agent_func_path": "agent_func_path",
+    "data.dataset": "dataset",
     "train.async_enable": "async_train",
     "train.dynamic_batch_enable": "use_dynamic_batch",
     "rollout.top_p": "top_p",
@@ -74,7 +75,7 @@ def conflicts_of(args: Any, plan: Plan) -> Iterator[Conflict]:
     if (stage := int(get(args, "ds.zero_stage") or 2)) not in (2, 3):
         reason = "its optimizers do not accumulate gradients in FP32 beside half-precision weights"
         yield Conflict(stage_flag, stage, reason, "use 2 or 3")
-    if int(get(args, "ds.lora.rank") or 0) > 0 and int(get(args, "ds.zero_stage") or 2) == 3:
+    if int(get(args, "ds.lora.rank") or 0) > 0 and stage == 3 and not is_supervised(args):
         reason = "adapters are merged on the way to the sampler where a rank holds them whole"
         yield Conflict(flag(args, "ds.lora.rank"), get(args, "ds.lora.rank"), reason, f"use {stage_flag} 2")
     for key in _MODELS:
@@ -141,6 +142,8 @@ def apply_to(args: Any, plan: Plan) -> list[str]:
 
 def effective_dtypes(args: Any, plan: Plan) -> dict[str, str]:
     """Map each role to the dtype it computes in, with the plan or (mode `observe`) without it."""
+    if is_supervised(args):
+        return {role: str(plan.dtype or _stock_dtype(args, role)) for role in _supervised_roles(args)}
     roles = ["actor", *(["ref"] if float(get(args, "algo.kl.init_coef") or 0.01) > 0 else [])]
     if (get(args, "algo.advantage.estimator") or "gae") == "gae":
         roles.append("critic")
@@ -159,6 +162,18 @@ def _stock_dtype(args: Any, role: str) -> str:
     # Without the switch, models are loaded with torch_dtype="auto".
     model = get(args, f"{role}.model_name_or_path") or get(args, _MODELS[0])
     return stored_models.stored_dtype(model) or "as stored"
+
+
+def is_supervised(args: Any) -> bool:
+    """Return whether the command trains on a data set, without a sampler: SFT, DPO, a reward model."""
+    *sections, name = str(spelled(args, "data.dataset")).split(".")
+    return hasattr(_at(args, sections), name)
+
+
+def _supervised_roles(args: Any) -> list[str]:
+    # DPO alone compares with a reference: a release without sections names it by the flag that moves it off the GPU.
+    compares = hasattr(_at(args, ["ref"]), "offload") or hasattr(args, "ref_offload")
+    return ["model", *(["ref"] if compares else [])]
 
 
 def spelled(args: Any, key: str) -> str | None:

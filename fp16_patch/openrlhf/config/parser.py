@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import ast
+import difflib
+import re
 import sys
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -25,7 +27,7 @@ def parsed(module: str, flags: Sequence[str]) -> Any:
     parser = parser_of(module)
 
     def refuse(message: str) -> NoReturn:
-        raise PlanError([Conflict("command", f"{module} {' '.join(flags)}", message, "mend the flag")])
+        raise PlanError([_rejected(parser, message)])
 
     parser.error = refuse  # type: ignore[method-assign]
     return _nested(vars(parser.parse_args(list(flags))))
@@ -48,6 +50,29 @@ def parser_of(module: str) -> argparse.ArgumentParser:
     except (StopIteration, NameError, KeyError) as problem:
         reason = f"its parser is not where OpenRLHF's are ({problem!r})"
         raise PlanError([Conflict("command", module, reason, "install a release of the support table")]) from problem
+
+
+def _rejected(parser: argparse.ArgumentParser, message: str) -> Conflict:
+    """Name the one flag that argparse rejects, with argparse's reason."""
+    if switch := re.fullmatch(r"argument (\S+): ignored explicit argument '(.*)'", message):
+        reason = f"argparse rejects it: {switch[1]} is a switch, which takes no value"
+        return Conflict(switch[1], switch[2], reason, "leave it out, or give it alone to switch it on")
+    if unknown := re.fullmatch(r"unrecognized arguments: (.*)", message, re.DOTALL):
+        words = unknown[1].split()
+        flag = next((word.partition("=")[0] for word in words if word.startswith("--")), words[0])
+        return Conflict("command", flag, f"argparse rejects it: {message}", _nearest(parser, flag))
+    named = re.match(r"(?:argument|ambiguous option:|the following arguments are required:) ([^\s:,]+)", message)
+    return Conflict("command", named[1] if named else "flags", f"argparse rejects it: {message}", "mend the flag")
+
+
+def _nearest(parser: argparse.ArgumentParser, flag: str) -> str:
+    known = sorted(set(re.findall(r"--[\w.]+", parser.format_help())))
+    # Up to 0.10.1 flags have no sections, then they do: the last part says more than the whole.
+    last = {name.rpartition(".")[2].lstrip("-"): name for name in known}
+    near = difflib.get_close_matches(flag, known, n=1, cutoff=0.8) or [
+        last[name] for name in difflib.get_close_matches(flag.rpartition(".")[2].lstrip("-"), last, n=1, cutoff=0.8)
+    ]
+    return f"did you mean {near[0]}? Else leave it out" if near else "leave it out, or install the release that has it"
 
 
 def _built(tree: ast.Module, module: str) -> argparse.ArgumentParser:

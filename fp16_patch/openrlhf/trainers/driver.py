@@ -8,7 +8,7 @@ from typing import Any
 
 from fp16_patch.mismatch.collection import actors
 from fp16_patch.openrlhf.config.arguments import get
-from fp16_patch.openrlhf.trainers.observation import samples_hold_log_probs
+from fp16_patch.openrlhf.config.caveats import caveats_of
 from fp16_patch.runtime.driver import FrameworkDriver
 from fp16_patch.vllm import server
 
@@ -75,24 +75,3 @@ class OpenRLHFDriver(FrameworkDriver):
 
 def _trained_roles(status: Collection[str]) -> list[str]:
     return [role for role in ("actor", "critic") if f"{role}_lr" in status]
-
-
-def caveats_of(args: Any) -> list[str]:
-    """Say what, besides precision, sampler and learner differ in, or why nothing is measured."""
-    return [caveat for holds, caveat in _CAVEATS if holds(args)]
-
-
-_CAVEATS: tuple[tuple[Callable[[Any], bool], str], ...] = (
-    (
-        lambda args: get(args, "train.async_enable"),
-        "includes the age of the sampler's weights: training is asynchronous",
-    ),
-    (
-        lambda args: get(args, "rollout.top_p") < 1,
-        "includes the renormalization by top_p, which the learner does not do",
-    ),
-    (
-        lambda args: not samples_hold_log_probs(),
-        "is not measured: up to 0.8.8, OpenRLHF's samples do not hold the sampler's log-probs",
-    ),
-)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from types import SimpleNamespace
 from typing import Any
 
@@ -42,13 +41,6 @@ def _observe(trainer: Any, number: int) -> None:
 def has_sampler_log_probs(experience: Any) -> bool:
     """Return whether an experience, or an item of the replay buffer, has the sampler's log-probs."""
     return getattr(experience, "rollout_log_probs", None) is not None
-
-
-def samples_hold_log_probs() -> bool:
-    """Return whether experiences can have them, in the installed release."""
-    from openrlhf.trainer.ppo_utils.experience_maker import Experience
-
-    return "rollout_log_probs" in inspect.signature(Experience).parameters
 
 
 def compare(items: list[Any], other: str, first_sequence: int = 0) -> MismatchStats:

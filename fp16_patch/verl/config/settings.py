@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
+from fp16_patch.patching.sources import installed_file
 from fp16_patch.plan import probe_settings
 from fp16_patch.plan.dtypes import is_half, torch_name
 from fp16_patch.plan.errors import Conflict, PlanError
@@ -112,10 +113,15 @@ def conflicts_of(config: Any, plan: Plan) -> Iterator[Conflict]:
         yield from sampler_conflicts(config, sampler, plan)
     yield from weight_sync_conflicts(select, plan)
     yield from _model_conflicts(config, plan)
-    if select("trainer.use_legacy_worker_impl") == "disable":
+    if select("trainer.use_legacy_worker_impl") == "disable" and has_legacy_workers():
         yield ENGINE_CONFLICT
     if fused := fused_kernel_conflict(select, select(f"{ACTOR}.strategy"), plan):
         yield fused
+
+
+def has_legacy_workers() -> bool:
+    """Return whether the installed verl has workers beside its engines: from 0.8.0 on it ignores the switch."""
+    return installed_file("verl.workers.fsdp_workers") is not None
 
 
 def _engine_conflicts(config: Any, plan: Plan) -> Iterator[Conflict]:

@@ -12,6 +12,7 @@ from typing import Any
 from fp16_patch.runtime.activation import refine
 from fp16_patch.runtime.driver import FrameworkDriver
 from fp16_patch.verl.config import settings as verl_config
+from fp16_patch.verl.config.caveats import caveats_of
 from fp16_patch.verl.config.samplers import REWARD, TEACHER, samplers
 from fp16_patch.verl.trainers.observation import ORDER
 
@@ -104,11 +105,6 @@ def prepare(config: Any) -> None:
         logger.warning("every role computes in %s; the configuration said otherwise:\n  %s", plan.dtype, keys)
 
 
-def caveats_of(config: Any) -> list[str]:
-    """Say what, besides precision, sampler and learner differ in, or why nothing is measured."""
-    return [caveat for holds, caveat in _CAVEATS if holds(config)]
-
-
 def rename_outcomes(metrics: dict[str, Any]) -> None:
     """Rename `actor/fp16/loss_scale/min` to `fp16/loss_scale`, and the critic's to `fp16/critic/…`.
 
@@ -143,35 +139,3 @@ def _servers_of(manager: Any) -> list[Any]:
     get = getattr(manager, "get_replicas", None)
     replicas = get() if get is not None else getattr(manager, "rollout_replicas", ())
     return [server for replica in replicas for server in replica.servers]
-
-
-def _samples_from_a_part(config: Any) -> bool:
-    rollout = config.actor_rollout_ref.rollout
-    return bool(rollout.top_p < 1 or rollout.top_k > 0)
-
-
-def _samples_ahead(config: Any) -> bool:
-    # The V0 trainer has the section too, and does not read it.
-    v1 = config.trainer.get("v1") if config.trainer.get("use_v1") else None
-    return v1 is not None and v1.trainer_mode != "sync"
-
-
-_CAVEATS: tuple[tuple[Callable[[Any], bool], str], ...] = (
-    (
-        verl_config.bypasses_old_log_probs,
-        "is not measured: algorithm.rollout_correction.bypass_mode takes the sampler's log-probs for the learner's",
-    ),
-    (
-        lambda config: not config.actor_rollout_ref.rollout.get("calculate_log_probs"),
-        "is not measured: actor_rollout_ref.rollout.calculate_log_probs=False keeps none of the sampler's log-probs",
-    ),
-    (
-        _samples_ahead,
-        "includes the age of the sampler's weights: trainer.v1.trainer_mode is not sync",
-    ),
-    (
-        lambda config: config.actor_rollout_ref.rollout.get("logprobs_mode") != "processed_logprobs",
-        "includes the temperature: actor_rollout_ref.rollout.logprobs_mode is not processed_logprobs",
-    ),
-    (_samples_from_a_part, "includes the renormalization by top_p or top_k, which the learner does not do"),
-)

@@ -9,7 +9,8 @@ from fp16_patch.runtime import propagation
 from fp16_patch.runtime.activation import attestation, ledger
 from fp16_patch.runtime.driver import log_caveats
 from fp16_patch.runtime.preflight import inside_ray_actor
-from fp16_patch.verl.trainers.driver import VerlDriver, caveats_of, prepare
+from fp16_patch.verl.config.caveats import caveats_of
+from fp16_patch.verl.trainers.driver import VerlDriver, prepare
 
 
 def validate_config(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:

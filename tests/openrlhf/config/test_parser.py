@@ -53,16 +53,48 @@ def test_values_have_openrlhfs_types_and_defaults(parser: Any) -> None:
     assert (get(args, "ds.zero_stage"), get(args, "rollout.top_p")) == (3, 0.5)
 
 
-def test_an_unknown_flag_is_refused(parser: Any) -> None:
-    with pytest.raises(PlanError, match="unrecognized arguments: --no_such_flag"):
-        parser.parsed(PPO, ["--no_such_flag"])
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--no_such_flag",), "command=--no_such_flag: argparse rejects it: unrecognized arguments: --no_such_flag"),
+        (("--no_such_flag=3", "and", "more"), "command=--no_such_flag: argparse rejects it: unrecognized arguments"),
+        (("4bit=False", "stray"), "command=4bit=False: argparse rejects it: unrecognized arguments: 4bit=False stray"),
+    ],
+)
+def test_an_unknown_flag_is_named_alone(flags: tuple[str, ...], said: str, parser: Any) -> None:
+    with pytest.raises(PlanError) as refusal:
+        parser.parsed(PPO, flags)
+    assert str(refusal.value).startswith(said)
+    assert "train_ppo_ray" not in str(refusal.value)
 
 
 def test_a_flag_without_its_value_is_refused(parser: Any) -> None:
     from fp16_patch.openrlhf.config.arguments import flag
 
-    with pytest.raises(PlanError, match="expected one argument"):
-        parser.parsed(PPO, [flag(parser.parsed(PPO, []), "ds.zero_stage")])
+    stage = flag(parser.parsed(PPO, []), "ds.zero_stage")
+    with pytest.raises(PlanError, match=f"^command={stage}: argparse rejects it: .*expected one argument"):
+        parser.parsed(PPO, [stage])
+
+
+def test_a_switch_with_a_value_is_said_to_be_a_switch(parser: Any) -> None:
+    from fp16_patch.openrlhf.config.arguments import flag
+
+    switch = flag(parser.parsed(PPO, []), "ds.load_in_4bit")
+    with pytest.raises(PlanError) as refusal:
+        parser.parsed(PPO, [f"{switch}=False"])
+    assert str(refusal.value) == (
+        f"{switch}=False: argparse rejects it: {switch} is a switch, which takes no value. "
+        "Fix: leave it out, or give it alone to switch it on"
+    )
+
+
+def test_a_flag_of_a_release_with_other_sections_is_told_its_name_here(parser: Any) -> None:
+    from fp16_patch.openrlhf.config.arguments import flag
+
+    stage = flag(parser.parsed(PPO, []), "ds.zero_stage")
+    other = "--zero_stage" if "." in stage else "--ds.zero_stage"
+    with pytest.raises(PlanError, match=f"^command={other}: .*did you mean {stage}"):
+        parser.parsed(PPO, [other, "3"])
 
 
 def test_a_module_that_is_not_there_is_named(parser: Any) -> None:
@@ -92,3 +124,23 @@ print([name for name in ("torch", "ray", "vllm", "openrlhf") if name in sys.modu
         cwd=tmp_path,
     )
     assert said.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("trainer", "roles"), [("train_sft", ["model"]), ("train_dpo", ["model", "ref"]), ("train_rm", ["model"])]
+)
+def test_training_on_a_data_set_is_judged_as_what_it_is(trainer: str, roles: list[str], parser: Any) -> None:
+    from fp16_patch import Plan
+    from fp16_patch.openrlhf.config import arguments, caveats
+
+    empty = parser.parsed(f"openrlhf.cli.{trainer}", [])
+    lora, stage = arguments.flag(empty, "ds.lora.rank"), arguments.flag(empty, "ds.zero_stage")
+    args = parser.parsed(f"openrlhf.cli.{trainer}", [lora, "8", stage, "3"])
+    assert arguments.is_supervised(args)
+    assert arguments.effective_dtypes(args, Plan()) == dict.fromkeys(roles, "float16")
+    assert list(arguments.conflicts_of(args, Plan())) == []
+    assert caveats.caveats_of(args) == []
+    sampling = parser.parsed(PPO, [lora, "8", stage, "3"])
+    assert not arguments.is_supervised(sampling)
+    (conflict,) = arguments.conflicts_of(sampling, Plan())
+    assert conflict.key == lora

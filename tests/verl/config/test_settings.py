@@ -81,6 +81,26 @@ def test_what_cannot_be_float16_is_refused_with_key_value_and_fix(
     assert f"Fix: {fix}" in message
 
 
+def test_a_sampler_that_is_not_named_is_asked_for(activated: Any, compose: Callable[..., Any]) -> None:
+    activated()
+    (message,) = conflicts(compose("~actor_rollout_ref.rollout.name"))
+    assert message == (
+        "actor_rollout_ref.rollout.name=None: no sampler is named. Fix: add actor_rollout_ref.rollout.name=vllm"
+    )
+
+
+def test_a_switch_of_legacy_workers_is_a_conflict_only_where_there_are_some(
+    activated: Any, compose: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fp16_patch.verl.config import settings
+
+    activated()
+    config = compose("++trainer.use_legacy_worker_impl=disable")
+    for legacy in (True, False):
+        monkeypatch.setattr(settings, "has_legacy_workers", lambda legacy=legacy: legacy)
+        assert len(conflicts(config)) == legacy
+
+
 def test_all_refusals_come_at_once_and_before_anything_starts(activated: Any, compose: Callable[..., Any]) -> None:
     from verl.utils import config as verl_config
 
@@ -153,7 +173,7 @@ def test_strictness_cannot_come_too_late(activated: Any, compose: Callable[..., 
     ],
 )
 def test_what_is_not_about_precision_is_said(compose: Callable[..., Any], override: str, caveat: str) -> None:
-    from fp16_patch.verl.trainers.driver import caveats_of
+    from fp16_patch.verl.config.caveats import caveats_of
 
     # Off by default before 0.9.
     measured = "actor_rollout_ref.rollout.calculate_log_probs=True"

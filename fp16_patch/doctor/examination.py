@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -10,16 +11,18 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from fp16_patch.doctor.devices import devices
+from fp16_patch.doctor.launchers import Program, program_of
+from fp16_patch.doctor.mains import Main, dotted_name, main_of
 from fp16_patch.patching.declarations import declared_patches, installed_release
-from fp16_patch.plan.errors import Conflict, Fp16PatchError, PlanError
-from fp16_patch.plan.plan import ENVIRONMENT, MODE_ENV, PLAN_ENV, Plan
+from fp16_patch.plan.errors import Conflict, PlanError
+from fp16_patch.plan.plan import ENVIRONMENT, MODE_ENV, PLAN_ENV, Plan, settings_in
 from fp16_patch.vllm import interface
 
 PACKAGES = ("torch", "transformers", "ray", "verl", "vllm", "openrlhf", "deepspeed", "wrapt")
-_MAIN_PPO = "verl.trainer.main_ppo"
-_OPENRLHF = "openrlhf.cli."
 _FRAMEWORKS = ("verl", "openrlhf")
 _NEEDS = {"verl": ("torch", "transformers", "ray"), "openrlhf": ("torch", "transformers", "ray", "deepspeed")}
+_SHOWN_WORDS = 4
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,27 @@ def examine(plan: Plan, command: Sequence[str] = ()) -> Examination:
     Args:
         command: as for a shell, e.g. `python -m verl.trainer.main_ppo actor_rollout_ref.actor.strategy=fsdp2`.
     """
+    program = program_of(command)
+    plan = _plan_of(program, plan)
+    examination = _examine_machine(plan, {**os.environ, **program.environment})
+    examination.problems.extend(map(str, program.problems))
+    main = main_of(program)
+    if main is not None:
+        _examine_command(examination, program, main, plan)
+    elif command:
+        examination.problems.append(str(_unknown_program(command)))
+    return examination
+
+
+def _plan_of(program: Program, plan: Plan) -> Plan:
+    """Put over the plan what the command line sets on the way, as `env FP16_PATCH=bf16` does."""
+    settings = settings_in(program.environment)
+    if program.mode is not None:
+        settings["mode"] = program.mode
+    return Plan.from_settings(settings, ENVIRONMENT, base=plan) if settings else plan
+
+
+def _examine_machine(plan: Plan, environ: Mapping[str, str]) -> Examination:
     verdicts = [patch.verify() for patch in declared_patches()]
     problems = [str(verdict) for verdict in verdicts if verdict.unknown]
     versions = {name: _release(name) for name in PACKAGES}
@@ -70,40 +94,10 @@ def examine(plan: Plan, command: Sequence[str] = ()) -> Examination:
         problems.insert(0, f"neither verl nor OpenRLHF is installed here. Fix: pip install {fix}")
     concerned = [verdict for verdict in verdicts if versions.get(verdict.patch.framework)]
     patches = {verdict.patch.name: str(verdict) for verdict in concerned}
-    examination = Examination(plan.mode, problems, versions, list(_devices()), patches)
+    examination = Examination(plan.mode, problems, versions, devices(), patches)
     problems += [str(conflict) for conflict in _hardware_conflicts(examination.hardware, plan)]
-    problems += [str(conflict) for conflict in _loading_conflicts()]
-    if command:
-        _examine_command(examination, list(command), plan)
+    problems += [str(conflict) for conflict in _loading_conflicts(environ)]
     return examination
-
-
-def compose_verl(command: list[str]) -> Any:
-    """Compose the configuration of a `main_ppo` command line, without starting Ray.
-
-    Raises:
-        PlanError: this is not a verl command line, or hydra rejects it.
-    """
-    if _MAIN_PPO not in command:
-        fix = f"give it as you run it: python -m {_MAIN_PPO} key=value …, or python -m {_OPENRLHF}train_ppo_ray …"
-        raise PlanError([Conflict("command", " ".join(command), "not a command line of verl or OpenRLHF", fix)])
-    arguments = command[command.index(_MAIN_PPO) + 1 :]
-    options, overrides = _split_hydra_options(arguments)
-    from hydra import compose, initialize_config_dir, initialize_config_module
-    from hydra.errors import HydraException
-
-    name = options.get("--config-name", "ppo_trainer")
-    path = options.get("--config-path")
-    where = (
-        initialize_config_dir(str(Path(path).resolve()), version_base=None)
-        if path
-        else initialize_config_module("verl.trainer.config", version_base=None)
-    )
-    try:
-        with where:
-            return compose(config_name=name, overrides=overrides)
-    except HydraException as problem:
-        raise PlanError([Conflict("command", " ".join(arguments), str(problem), "mend the override")]) from problem
 
 
 def configured_settings(command: Sequence[str]) -> tuple[dict[str, Any], str]:
@@ -114,31 +108,52 @@ def configured_settings(command: Sequence[str]) -> tuple[dict[str, Any], str]:
     Raises:
         PlanError: this is not a command line of verl or OpenRLHF, or hydra rejects it.
     """
-    if _framework_of(command) == "openrlhf":
+    program = program_of(command)
+    main = main_of(program)
+    if main is None:
+        raise PlanError([_unknown_program(command)])
+    if main.framework != "verl":
         return {}, ENVIRONMENT
     with _only_asked():
-        config = compose_verl(list(command))
+        config = _composed(program)
         from fp16_patch.verl.config import settings
 
         return settings.plan_settings(config), settings.SECTION
 
 
-def _examine_command(examination: Examination, command: list[str], plan: Plan) -> None:
-    framework = _framework_of(command)
-    if framework is not None and examination.versions[framework] is None:
-        fix = f"Fix: pip install {_extra(framework)}"
-        examination.problems.insert(0, f"{framework} is not installed here, but the command runs it. {fix}")
+def _examine_command(examination: Examination, program: Program, main: Main, plan: Plan) -> None:
+    if examination.versions[main.framework] is None:
+        fix = f"Fix: pip install {_extra(main.framework)}"
+        problem = f"{main.framework} is not installed here, but the command runs it. {fix}"
+        examination.problems.insert(0, problem)
+        return
+    refused = main.conflict(program)
+    if refused is not None and plan.overrides_dtype:
+        examination.problems.append(str(refused))
+    elif refused is not None and plan.active:
+        examination.caveats.append(f"nothing of this run is measured: fp16_patch does not know {program.name}")
+    if refused is not None or not main.trains:
         return
     try:
         with _only_asked():
-            (_examine_openrlhf if framework == "openrlhf" else _examine_verl)(examination, command, plan)
-        if framework is not None:
-            examination.problems[:0] = _absent(framework, examination.versions)
+            (_examine_openrlhf if main.framework == "openrlhf" else _examine_verl)(examination, program, plan)
+        examination.problems[:0] = _absent(main.framework, examination.versions)
+    except PlanError as refusal:
+        examination.problems.extend(map(str, refusal.conflicts))
     except ModuleNotFoundError as missing:
         if str(missing.name).startswith("fp16_patch"):
             raise
-        fix = f"Fix: pip install {_extra(framework or 'verl')}"
+        fix = f"Fix: pip install {_extra(main.framework)}"
         examination.problems.insert(0, f"{missing.name} is not installed here, which the command needs. {fix}")
+
+
+def _unknown_program(command: Sequence[str]) -> Conflict:
+    shown = shlex.join([*command[:_SHOWN_WORDS]]) + (" …" if len(command) > _SHOWN_WORDS else "")
+    fix = (
+        "give a training command as you run it, python -m verl.trainer.main_ppo key=value … or "
+        "python -m openrlhf.cli.train_ppo_ray …; what does not train needs no `fp16-patch run`"
+    )
+    return Conflict("command", shown, "not a command line of verl or OpenRLHF", fix)
 
 
 def _absent(framework: str, versions: Mapping[str, str | None]) -> list[str]:
@@ -158,12 +173,6 @@ def _examine_sampler(examination: Examination, plan: Plan) -> None:
         examination.caveats.append(found.text)
 
 
-def _framework_of(command: Sequence[str]) -> str | None:
-    if _MAIN_PPO in command:
-        return "verl"
-    return "openrlhf" if any(word.startswith(_OPENRLHF) for word in command) else None
-
-
 def _extra(name: str) -> str:
     return f"'fp16-patch[{name}]'"
 
@@ -180,17 +189,13 @@ def _only_asked() -> Iterator[None]:
         os.environ.update({name: value for name, value in kept.items() if value is not None})
 
 
-def _examine_openrlhf(examination: Examination, command: list[str], plan: Plan) -> None:
-    from fp16_patch.openrlhf.config import arguments, parser
+def _examine_openrlhf(examination: Examination, program: Program, plan: Plan) -> None:
+    from fp16_patch.openrlhf.config import arguments, caveats, parser
 
-    main = next(index for index, word in enumerate(command) if word.startswith(_OPENRLHF))
-    try:
-        args = parser.parsed(command[main], command[main + 1 :])
-    except Fp16PatchError as problem:
-        examination.problems.append(str(problem))
-        return
+    args = parser.parsed(dotted_name(program), program.arguments)
     examination.stock_roles.update(arguments.effective_dtypes(args, Plan(mode="observe")))
     examination.roles.update(arguments.effective_dtypes(args, plan))
+    examination.caveats.extend(map(_of_mismatch, caveats.caveats_of(args)))
     if plan.overrides_dtype:
         examination.problems.extend(str(conflict) for conflict in arguments.conflicts_of(args, plan))
         examination.overridden.extend(arguments.apply_to(args, plan))
@@ -198,18 +203,15 @@ def _examine_openrlhf(examination: Examination, command: list[str], plan: Plan) 
         _examine_sampler(examination, plan)
 
 
-def _examine_verl(examination: Examination, command: list[str], plan: Plan) -> None:
-    from fp16_patch.verl.config import settings
+def _examine_verl(examination: Examination, program: Program, plan: Plan) -> None:
+    from fp16_patch.verl.config import caveats, settings
     from fp16_patch.verl.config.samplers import samples_with_vllm
 
-    try:
-        config = compose_verl(command)
-        refined = Plan.from_settings(settings.plan_settings(config), settings.SECTION, base=plan)
-    except Fp16PatchError as problem:
-        examination.problems.append(str(problem))
-        return
+    config = _composed(program)
+    refined = Plan.from_settings(settings.plan_settings(config), settings.SECTION, base=plan)
     examination.stock_roles.update(settings.effective_dtypes(config, Plan(mode="observe")))
     examination.roles.update(settings.effective_dtypes(config, refined))
+    examination.caveats.extend(map(_of_mismatch, caveats.caveats_of(config)))
     if refined.overrides_dtype:
         examination.problems.extend(str(conflict) for conflict in settings.conflicts_of(config, refined))
         examination.overridden.extend(settings.apply_to(config, refined))
@@ -217,17 +219,16 @@ def _examine_verl(examination: Examination, command: list[str], plan: Plan) -> N
         _examine_sampler(examination, refined)
 
 
-def _split_hydra_options(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
-    options: dict[str, str] = {}
-    overrides = []
-    rest = iter(arguments)
-    for argument in rest:
-        if argument.startswith("--config"):
-            name, _, value = argument.partition("=")
-            options[name] = value or next(rest, "")
-        else:
-            overrides.append(argument)
-    return options, overrides
+def _of_mismatch(caveat: str) -> str:
+    return f"the mismatch of this run {caveat}"
+
+
+def _composed(program: Program) -> Any:
+    """Compose the configuration of a command line of verl, without starting Ray."""
+    from fp16_patch.verl.config.command_line import composed
+
+    script = None if program.is_module else Path(str(program.name))
+    return composed(dotted_name(program), program.arguments, script)
 
 
 def _release(package: str) -> str | None:
@@ -237,20 +238,6 @@ def _release(package: str) -> str | None:
         return None
 
 
-def _devices() -> Iterator[dict[str, Any]]:
-    try:
-        import torch
-    except ImportError:
-        return
-    for index in range(torch.cuda.device_count()):
-        major, minor = torch.cuda.get_device_capability(index)
-        # FP16 matrix units came with compute capability 7.0; bfloat16 with 8.0.
-        facts = f"compute capability {major}.{minor}"
-        yield {"name": torch.cuda.get_device_name(index), "fp16": major >= 7, "facts": facts}
-    if not torch.cuda.is_available():
-        yield {"name": "CPU", "fp16": True, "facts": "no accelerator: FP16 is correct here, and slow"}
-
-
 def _hardware_conflicts(devices: list[dict[str, Any]], plan: Plan) -> Iterator[Conflict]:
     for device in devices:
         if plan.mode == "fp16" and not device["fp16"]:
@@ -258,9 +245,9 @@ def _hardware_conflicts(devices: list[dict[str, Any]], plan: Plan) -> Iterator[C
             yield Conflict("device", device["name"], reason, "use a GPU of compute capability 7.0 or later")
 
 
-def _loading_conflicts() -> Iterator[Conflict]:
+def _loading_conflicts(environ: Mapping[str, str]) -> Iterator[Conflict]:
     for variable, name in (("VERL_USE_EXTERNAL_PLUGINS", "fp16_patch"), ("VLLM_PLUGINS", "fp16_patch")):
-        value = os.environ.get(variable)
+        value = environ.get(variable)
         listed = value is None or value.strip().lower() == "auto" or name in value.split(",")
         if not listed:
             started = ", or start with `fp16-patch run --`" if variable.startswith("VERL") else ""

@@ -1,0 +1,45 @@
+"""Tells what, besides precision, the mismatch of a run of verl holds, or why nothing of it is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from fp16_patch.verl.config.settings import bypasses_old_log_probs
+
+
+def caveats_of(config: Any) -> list[str]:
+    """Say what, besides precision, sampler and learner differ in, or why nothing is measured."""
+    return [caveat for holds, caveat in _CAVEATS if holds(config)]
+
+
+def _samples_from_a_part(config: Any) -> bool:
+    rollout = config.actor_rollout_ref.rollout
+    return bool(rollout.top_p < 1 or rollout.top_k > 0)
+
+
+def _samples_ahead(config: Any) -> bool:
+    # The V0 trainer has the section too, and does not read it.
+    v1 = config.trainer.get("v1") if config.trainer.get("use_v1") else None
+    return v1 is not None and v1.trainer_mode != "sync"
+
+
+_CAVEATS: tuple[tuple[Callable[[Any], bool], str], ...] = (
+    (
+        bypasses_old_log_probs,
+        "is not measured: algorithm.rollout_correction.bypass_mode takes the sampler's log-probs for the learner's",
+    ),
+    (
+        lambda config: not config.actor_rollout_ref.rollout.get("calculate_log_probs"),
+        "is not measured: actor_rollout_ref.rollout.calculate_log_probs=False keeps none of the sampler's log-probs",
+    ),
+    (
+        _samples_ahead,
+        "includes the age of the sampler's weights: trainer.v1.trainer_mode is not sync",
+    ),
+    (
+        lambda config: config.actor_rollout_ref.rollout.get("logprobs_mode") != "processed_logprobs",
+        "includes the temperature: actor_rollout_ref.rollout.logprobs_mode is not processed_logprobs",
+    ),
+    (_samples_from_a_part, "includes the renormalization by top_p or top_k, which the learner does not do"),
+)

@@ -83,7 +83,9 @@ def _teachers(config: Any) -> Iterator[Sampler]:
 def sampler_conflicts(config: Any, sampler: Sampler, plan: Plan) -> Iterator[Conflict]:
     """Yield the settings of a server that cannot be had under the plan; those of its model apart."""
     key, name = sampler.setting(config, "name")
-    if name not in SUPPORTED:
+    if name is None:
+        yield Conflict(key, None, "no sampler is named", f"add {key}={SUPPORTED[0]}")
+    elif name not in SUPPORTED:
         fix = f"use {' or '.join(SUPPORTED)}, or FP16_PATCH=observe to measure without changing"
         yield Conflict(key, name, "fp16_patch cannot vouch for this sampler", fix)
     for setting in ("quantization", "quantization_config_file"):

@@ -89,6 +89,13 @@ def test_a_teacher_is_refused_for_what_a_sampler_is_refused_for(
     assert said.startswith(refused)
 
 
+def test_a_teacher_without_a_sampler_is_told_which_to_name(distilling: Composed, activated: Any) -> None:
+    activated()
+    key = f"{GSM8K}.inference.name"
+    (said,) = conflicts(distilling(f"+{GSM8K}.key=k"))
+    assert said == f"{key}=None: no sampler is named. Fix: add {key}=vllm"
+
+
 def test_a_teacher_is_refused_for_its_model(several: Composed, activated: Any, tmp_path: Path) -> None:
     activated()
     (tmp_path / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": "awq"}}))

@@ -33,6 +33,7 @@ class Examination:
         roles: role → dtype it will compute in, for the examined command line.
         stock_roles: the same without fp16_patch.
         overridden: keys of the command line's configuration that say something else than the plan.
+        caveats: what the run would warn of.
     """
 
     mode: str
@@ -43,6 +44,7 @@ class Examination:
     roles: dict[str, str] = field(default_factory=dict)
     stock_roles: dict[str, str] = field(default_factory=dict)
     overridden: list[str] = field(default_factory=list)
+    caveats: list[str] = field(default_factory=list)
 
     @property
     def fit(self) -> bool:
@@ -168,6 +170,7 @@ def _examine_openrlhf(examination: Examination, command: list[str], plan: Plan) 
         return
     examination.stock_roles.update(arguments.effective_dtypes(args, Plan(mode="observe")))
     examination.roles.update(arguments.effective_dtypes(args, plan))
+    examination.caveats.extend(arguments.slow_paths_of(args, plan))
     if plan.overrides_dtype:
         examination.problems.extend(str(conflict) for conflict in arguments.conflicts_of(args, plan))
         examination.overridden.extend(arguments.apply_to(args, plan))
@@ -184,6 +187,7 @@ def _examine_verl(examination: Examination, command: list[str], plan: Plan) -> N
         return
     examination.stock_roles.update(settings.effective_dtypes(config, Plan(mode="observe")))
     examination.roles.update(settings.effective_dtypes(config, refined))
+    examination.caveats.extend(settings.slow_paths_of(config, refined))
     if refined.overrides_dtype:
         examination.problems.extend(str(conflict) for conflict in settings.conflicts_of(config, refined))
         examination.overridden.extend(settings.apply_to(config, refined))

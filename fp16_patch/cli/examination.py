@@ -17,6 +17,8 @@ def print_examination(examination: Examination, verbose: bool = False) -> None:
         console.print(_roles(examination))
     for line in examination.overridden:
         console.print(f"overrides {line}", highlight=False, markup=False)
+    for caveat in examination.caveats:
+        console.print(f"note: {caveat}", highlight=False, markup=False)
     found = ", ".join(f"{name} {release}" for name, release in examination.versions.items() if release)
     console.print(f"installed: {found}", highlight=False, markup=False)
     for device in examination.hardware:

@@ -14,7 +14,9 @@ from fp16_patch.plan.dtypes import is_half, spelling_of, torch_name
 from fp16_patch.plan.errors import Conflict, PlanError
 from fp16_patch.plan.plan import Plan
 from fp16_patch.runtime.activation import current_plan
-from fp16_patch.verl.config.supported_engines import MEGATRON, engine_conflict, megatron_conflicts
+from fp16_patch.runtime.slow_experts import slow_experts
+from fp16_patch.verl.config.kernel_limits import attention_conflicts, expert_conflicts
+from fp16_patch.verl.config.supported_engines import FSDP, MEGATRON, engine_conflict, megatron_conflicts
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +110,7 @@ def conflicts_of(config: Any, plan: Plan) -> Iterator[Conflict]:
     yield from _engine_conflicts(config, plan)
     yield from _sampler_conflicts(config, plan)
     yield from _model_conflicts(config, plan)
+    yield from _kernel_conflicts(config, plan)
     if _select(config, "trainer.use_legacy_worker_impl") == "disable":
         yield ENGINE_CONFLICT
     if _select(config, "actor_rollout_ref.model.use_fused_kernels") and plan.scales_loss:
@@ -117,6 +120,20 @@ def conflicts_of(config: Any, plan: Plan) -> Iterator[Conflict]:
             "verl's fused kernels divide by the temperature and return the entropy in float16",
             "set it to false",
         )
+
+
+def slow_paths_of(config: Any, plan: Plan) -> list[str]:
+    """Say what of a composed verl configuration will be slow under the plan."""
+    on_fsdp = [role for role, _ in _engine_sections(config) if _select(config, f"{role}.strategy") in FSDP]
+    keys = dict.fromkeys("critic.model.path" if role == CRITIC else "actor_rollout_ref.model.path" for role in on_fsdp)
+    return list(slow_experts([(key, _select(config, key)) for key in keys], plan))
+
+
+def _kernel_conflicts(config: Any, plan: Plan) -> Iterator[Conflict]:
+    select = partial(_select, config)
+    on_fsdp = [role for role, _ in _engine_sections(config) if select(f"{role}.strategy") in FSDP]
+    yield from attention_conflicts(select, on_fsdp, plan)
+    yield from expert_conflicts(select, sampler_sections(config), plan)
 
 
 def _engine_conflicts(config: Any, plan: Plan) -> Iterator[Conflict]:

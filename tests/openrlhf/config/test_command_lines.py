@@ -70,6 +70,8 @@ def test_deepspeeds_tensor_parallelism_is_refused() -> None:
         (("--optim", "muon"), "use adam"),
         (("--ds.adam_offload",), "use --ds.zero_stage 3"),
         (("--ds.zero_stage", "1"), "use 2 or 3"),
+        (("--ds.deepcompile",), "not in FP32. Fix: leave it out"),
+        (("--pretrain", "model", "--deepcompile"), "--deepcompile=True: "),
         (("--ds.lora.rank", "8", "--ds.zero_stage", "3"), "use --ds.zero_stage 2"),
     ],
     ids=str,
@@ -97,11 +99,15 @@ def test_a_model_stored_quantized_is_refused(tmp_path: Path) -> None:
         ({"init_scale": 60000.0}, "power of two"),
         ({"min_scale": 0.5}, "whole number"),
         ({"growth_factor": 3.0}, "doubles"),
+        ({"backoff_factor": 0.25}, "halves"),
     ],
     ids=str,
 )
-def test_scaler_settings_that_deepspeed_lacks_are_refused(setting: dict[str, float], fix: str) -> None:
-    assert fix in refused(**setting)
+def test_scaler_settings_that_deepspeed_lacks_are_refused_as_they_are_set(setting: dict[str, float], fix: str) -> None:
+    said = refused(**setting)
+    assert fix in said
+    ((name, value),) = setting.items()
+    assert said.startswith(f"FP16_PATCH_{name.upper()}={value}: ")
 
 
 def test_openrlhf_has_no_fp32() -> None:
@@ -165,3 +171,12 @@ def test_roles_with_and_without_the_plan() -> None:
     stock = {"actor": "float16", "ref": "float16", "critic": "float16", "rollout": "bfloat16"}
     assert effective_dtypes(args, Plan(mode="observe")) == stock
     assert set(effective_dtypes(args, Plan()).values()) == {"float16"}
+
+
+def test_experts_that_will_be_slow_are_named_with_their_flag(tmp_path: Path) -> None:
+    pytest.importorskip("transformers", minversion="5.0")
+    from fp16_patch.openrlhf.config.arguments import slow_paths_of
+
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_moe"}))
+    (said,) = slow_paths_of(parsed("--actor.model_name_or_path", str(tmp_path)), Plan())
+    assert said.startswith("--actor.model_name_or_path: the learner computes the experts of qwen3_moe")

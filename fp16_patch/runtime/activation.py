@@ -179,8 +179,9 @@ def _reinstall(plan: Plan) -> None:
 def _note_sums(noted: Ledger) -> None:
     """Note what every role's products may be added up in, as torch is set by now."""
     for role, row in noted.roles.items():
-        operands = row.get("activation") or row.get("engine_weight") or ()
-        noted.note(role, gemm_sums.QUANTITY, *gemm_sums.sums_of(operands, of_sampler="engine_weight" in row))
+        # Not its weights: what a sampler keeps in FP32 meets no attention.
+        operands = row.get("activation") or row.get("kv_cache") or ()
+        noted.note(role, gemm_sums.QUANTITY, *gemm_sums.sums_of(operands, of_sampler="kv_cache" in row))
 
 
 def _refuse_to_train(refusal: Exception) -> None:

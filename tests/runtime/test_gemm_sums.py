@@ -80,7 +80,7 @@ def test_the_order_of_imports_does_not_matter(first: str) -> None:
 def gemm_sums(mode: str, **seen: str) -> list[str]:
     activate(Plan(mode=mode))
     for quantity, dtype in seen.items():
-        ledger().note("rollout" if "engine_weight" in seen else "actor", quantity, dtype)
+        ledger().note("rollout" if "kv_cache" in seen else "actor", quantity, dtype)
     (row,) = attestation()["roles"].values()
     return list(row["gemm_sum"])
 
@@ -95,8 +95,16 @@ def test_without_one_as_what_torch_allows(dtype: str) -> None:
     assert gemm_sums("observe", activation=dtype) == [dtype]
 
 
-def test_a_sampler_that_has_not_computed_attests_by_its_weights() -> None:
-    assert gemm_sums("observe", engine_weight="float16") == ["float16"]
+def test_a_sampler_that_has_not_computed_attests_by_its_cache() -> None:
+    assert gemm_sums("observe", kv_cache="float16") == ["float16"]
+
+
+def test_what_a_sampler_keeps_in_float32_is_no_attention_in_tf32() -> None:
+    activate(Plan())
+    ledger().note("reward", "engine_weight", "float16", "float32")
+    ledger().note("reward", "kv_cache", "float16")
+    assert attestation()["roles"]["reward"]["gemm_sum"] == ["float32"]
+    assert judge([attestation()], Plan(), {}) == []
 
 
 def test_who_turns_a_switch_back_on_is_found() -> None:
@@ -119,7 +127,7 @@ def test_tf32_is_not_float32() -> None:
 
 
 def test_a_sampler_in_float32_keeps_triton_from_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert gemm_sums("fp32", engine_weight="float32", activation="float32") == ["float32"]
+    assert gemm_sums("fp32", kv_cache="float32", activation="float32") == ["float32"]
     monkeypatch.delenv("TRITON_F32_DEFAULT")
     assert attestation()["roles"]["rollout"]["gemm_sum"] == ["float32", "tfloat32"]
 

@@ -196,6 +196,7 @@ def _examine_openrlhf(examination: Examination, program: Program, plan: Plan) ->
     examination.stock_roles.update(arguments.effective_dtypes(args, Plan(mode="observe")))
     examination.roles.update(arguments.effective_dtypes(args, plan))
     examination.caveats.extend(map(_of_mismatch, caveats.caveats_of(args)))
+    examination.caveats.extend(arguments.slow_paths_of(args, plan))
     if plan.overrides_dtype:
         examination.problems.extend(str(conflict) for conflict in arguments.conflicts_of(args, plan))
         examination.overridden.extend(arguments.apply_to(args, plan))
@@ -212,6 +213,7 @@ def _examine_verl(examination: Examination, program: Program, plan: Plan) -> Non
     examination.stock_roles.update(settings.effective_dtypes(config, Plan(mode="observe")))
     examination.roles.update(settings.effective_dtypes(config, refined))
     examination.caveats.extend(map(_of_mismatch, caveats.caveats_of(config)))
+    examination.caveats.extend(settings.slow_paths_of(config, refined))
     if refined.overrides_dtype:
         examination.problems.extend(str(conflict) for conflict in settings.conflicts_of(config, refined))
         examination.overridden.extend(settings.apply_to(config, refined))

@@ -23,7 +23,7 @@ BFLOAT16 = Spelling("bfloat16", "bf16", "bfloat16")
 FLOAT32 = Spelling("float32", "fp32", "float")
 DTYPES = (FLOAT16, BFLOAT16, FLOAT32)
 
-STAYS_FP32 = ("master", "gradient", "log_prob", "entropy", "rope")
+STAYS_FP32 = ("master", "gradient", "log_prob", "entropy", "rope", "gemm_sum")
 """Quantities of the ledger that are float32 under every plan."""
 # Casting fp32 masters in the sampler rounds once, as sending them in the compute dtype does.
 COMPUTE_OR_FP32 = ("wire", "engine_weight", "value")

@@ -134,6 +134,26 @@ class MismatchAlert(Fp16PatchError):
         return type(self), (self.step, self.alerts)
 
 
+class RankLeftAlone(Fp16PatchError):
+    """Scoring for the noise floor failed on this rank, and another rank is held up in the same forward pass.
+
+    Args:
+        failure: what happened here.
+        waited: seconds that this rank has waited for the others.
+    """
+
+    def __init__(self, failure: Exception, waited: float) -> None:
+        self.failure, self.waited = failure, waited
+        super().__init__(
+            f"{type(failure).__name__} in the noise floor's forward pass on this rank: {failure}. After {waited:g} s "
+            "another rank still waits for this one in it, so the run ends instead of hanging. "
+            "Fix: mend that, or set noise_floor_every=0"
+        )
+
+    def __reduce__(self) -> tuple[type[RankLeftAlone], tuple[Exception, float]]:
+        return type(self), (self.failure, self.waited)
+
+
 # Tracebacks show the name that users import and catch.
 for _public in (Fp16PatchError, PlanError, PatchError, PrecisionError, LossScaleCollapse, MismatchAlert):
     _public.__module__ = "fp16_patch"

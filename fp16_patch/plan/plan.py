@@ -125,7 +125,9 @@ def resolve(settings: Mapping[str, Any], source: str, base: Plan | None = None) 
     applied_before = base is not None and base.scales_loss and "probe" not in parsed
     if plan.probe is None or not plan.scales_loss or applied_before:
         return plan, origins
-    measured = {name: value for name, value in probe_settings.settings_of(plan.probe).items() if name not in parsed}
+    key = origins.get("probe", as_given("probe", ENVIRONMENT))
+    advised = probe_settings.settings_of(plan.probe, key)
+    measured = {name: value for name, value in advised.items() if name not in parsed}
     return replace(plan, **measured), {**origins, **dict.fromkeys(measured, plan.probe)}
 
 

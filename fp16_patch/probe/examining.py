@@ -23,7 +23,7 @@ from fp16_patch.probe.extremes import Range
 from fp16_patch.probe.families import known_risk
 from fp16_patch.probe.judging import Evidence, recommend
 from fp16_patch.probe.learning import policy_gradient, score
-from fp16_patch.probe.loading import batch_tokens, by_its_parts, load_model, stop_ids
+from fp16_patch.probe.loading import batch_tokens, by_its_parts, load_model, refusing_to_overflow, stop_ids
 from fp16_patch.probe.memory import give_memory_back, giving_memory_back, peak_memory
 from fp16_patch.probe.precision import DTYPES, in_dtype
 from fp16_patch.probe.progress import Phases, silent
@@ -33,6 +33,7 @@ from fp16_patch.probe.result import ProbeResult
 from fp16_patch.probe.sampling import HF, VLLM, Sampling, decode
 from fp16_patch.probe.sequences import Sampled
 from fp16_patch.probe.watching import BACKWARD, FORWARD, GENERATION, RangeWatch, Site
+from fp16_patch.runtime.gemm_sums import sums_in_fp32
 
 FLOOR_BATCH_TOKENS = 1
 """Of the learner's comparison with itself: one sequence a batch."""
@@ -50,11 +51,16 @@ def examine(request: ProbeRequest, phases: Phases = silent) -> ProbeResult:
     """Measure the mismatch of every pair of dtypes and the range of activations and gradients, and judge both.
 
     Responses are sampled once in each of the sampler's dtypes and scored in each of the learner's. Ranges are those of
-    an FP32 run, so that an overflow is seen and not suffered.
+    an FP32 run, so that an overflow is seen and not suffered. Products are added up in FP32, as in a run under a plan.
 
     Raises:
-        PlanError: the model cannot be loaded, or there is nothing to ask it.
+        PlanError: the model cannot be loaded, there is nothing to ask it, or the device's memory is full.
     """
+    with sums_in_fp32(), refusing_to_overflow(request.device):
+        return _examine(request, phases)
+
+
+def _examine(request: ProbeRequest, phases: Phases) -> ProbeResult:
     started = time.monotonic()
     config = AutoConfig.from_pretrained(request.model)
     tokenizer = AutoTokenizer.from_pretrained(request.model)

@@ -104,6 +104,8 @@ def _exponent_counts(values: Tensor) -> Tensor:
     """Count ``SAMPLED_ELEMENTS`` of the values by the exponent of ``frexp``, those that are finite and not 0."""
     flat = values.reshape(-1)
     sample = flat[:: max(1, flat.numel() // SAMPLED_ELEMENTS)].float()
-    sample = sample[torch.isfinite(sample) & (sample != 0)]
-    exponents = torch.frexp(sample).exponent.clamp(LOWEST_EXPONENT, HIGHEST_EXPONENT).long()
-    return torch.bincount(exponents - LOWEST_EXPONENT, minlength=HIGHEST_EXPONENT - LOWEST_EXPONENT + 1)
+    counted = torch.isfinite(sample) & (sample != 0)
+    exponents = torch.frexp(torch.where(counted, sample, 1.0)).exponent.clamp(LOWEST_EXPONENT, HIGHEST_EXPONENT)
+    # Neither a choice by value nor torch.bincount, whose shapes the host would wait for.
+    counts = torch.zeros(HIGHEST_EXPONENT - LOWEST_EXPONENT + 1, dtype=torch.int64, device=sample.device)
+    return counts.scatter_add_(0, exponents.long() - LOWEST_EXPONENT, counted.long())

@@ -32,8 +32,23 @@ def load_model(path: Path, device: str) -> nn.Module:
     except (ImportError, OSError, ValueError, RuntimeError) as problem:
         fix = "give a causal language model that transformers loads"
         raise PlanError([Conflict("MODEL", path, f"cannot be loaded: {problem}", fix)]) from problem
-    loaded: nn.Module = model.to(device).requires_grad_(False).eval()
+    with refusing_to_overflow(device):
+        loaded: nn.Module = model.to(device).requires_grad_(False).eval()
     return loaded
+
+
+@contextmanager
+def refusing_to_overflow(device: str) -> Iterator[None]:
+    """Say what to do where the device has no room for what is computed in this block.
+
+    Raises:
+        PlanError: its memory is full.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as full:
+        reason = f"its memory is full ({str(full).splitlines()[0]})"
+        raise PlanError([Conflict("--device", device, reason, "use --device cpu, or one with more memory")]) from full
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from fp16_patch.probe.extremes import Range
 from fp16_patch.probe.sampling import Sampling
 from fp16_patch.probe.sequences import Sampled
 from fp16_patch.probe.watching import Site
+from fp16_patch.runtime.gemm_sums import IEEE_ENVIRONMENT
 
 GIB_OF_CACHE_ON_A_CPU = "1"
 GPU_SHARE = 0.8
@@ -67,9 +68,9 @@ def sample(
 
 
 def _environment() -> dict[str, str]:
-    """Return the caller's environment without a plan: a probe asks what a model does by itself."""
+    """Return the caller's environment without a plan: a probe asks what a model does by itself. FP32 is no TF32."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("FP16_PATCH")}
-    return {"VLLM_CPU_KVCACHE_SPACE": GIB_OF_CACHE_ON_A_CPU, "VLLM_LOGGING_LEVEL": "ERROR", **kept}
+    return {"VLLM_CPU_KVCACHE_SPACE": GIB_OF_CACHE_ON_A_CPU, "VLLM_LOGGING_LEVEL": "ERROR", **kept, **IEEE_ENVIRONMENT}
 
 
 def _what_it_says(output: str) -> str:
@@ -107,6 +108,7 @@ def answer(request: dict[str, Any]) -> dict[str, Any]:
         )
         for number in range(len(request["prompts"]))
     ]
+    engine.collective_rpc("hold_sums")
     if request["watch"]:
         engine.collective_rpc("start_range_watch")
     asked = [{"prompt_token_ids": prompt} for prompt in request["prompts"]]

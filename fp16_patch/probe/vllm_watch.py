@@ -1,4 +1,4 @@
-"""Watches the ranges of a model inside a vLLM worker: `worker_extension_cls` mixes this into its class."""
+"""What the probe asks of a vLLM worker: `worker_extension_cls` mixes this into its class."""
 
 from __future__ import annotations
 
@@ -6,12 +6,17 @@ from contextlib import ExitStack
 from typing import Any
 
 from fp16_patch.probe.watching import GENERATION, RangeWatch
+from fp16_patch.runtime.gemm_sums import SumsInFP32
 
 
 class RangeWatchExtension:
-    """Two methods for `LLM.collective_rpc`."""
+    """Methods for `LLM.collective_rpc`."""
 
     model_runner: Any
+
+    def hold_sums(self) -> None:
+        """Add up products in FP32, as a run under a plan does."""
+        SumsInFP32().hold()
 
     def start_range_watch(self) -> None:
         self._range_watch = RangeWatch(self.model_runner.model)

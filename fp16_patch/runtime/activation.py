@@ -14,7 +14,7 @@ import wrapt
 from fp16_patch.patching.apply import PatchSet
 from fp16_patch.plan.errors import Conflict, PatchError, PlanError
 from fp16_patch.plan.plan import MODE_ENV, Plan
-from fp16_patch.runtime import propagation
+from fp16_patch.runtime import gemm_sums, propagation
 from fp16_patch.runtime.ledger import Ledger, Record
 
 logger = logging.getLogger(__name__)
@@ -37,6 +37,7 @@ class _State:
         self.plan = Plan(mode="off")
         self.patches = PatchSet(())
         self.ledger = Ledger()
+        self.sums = gemm_sums.SumsInFP32()
         self.refusal: Exception | None = None
         self.handler: logging.Handler = logging.StreamHandler()
 
@@ -69,6 +70,7 @@ def deactivate() -> None:
     """Take off every patch, forget the plan, and remove the environment variables set for children."""
     global _state
     _state.patches.undo()
+    _state.sums.release()
     propagation.stop_carrying()
     _fall_silent()
     _state = _State()
@@ -86,6 +88,7 @@ def ledger() -> Ledger:
 
 def attestation() -> Record:
     """Return this process's record: whether our patches are live here, and the dtypes seen."""
+    _note_sums(_state.ledger)
     record = _state.ledger.record(_state.plan, _state.patches.report())
     if not _state.plan.active:
         record["problem"] = str(_state.refusal) if _state.refusal else "fp16_patch is not active in this process"
@@ -130,6 +133,7 @@ def _activate(plan: Plan | None) -> Plan:
         _reinstall(plan)
     except Exception:
         _state.plan = Plan(mode="off")
+        _state.sums.release()
         _fall_silent()
         raise
     propagation.carry(plan)
@@ -166,6 +170,18 @@ def _reinstall(plan: Plan) -> None:
     _state.patches.undo()
     patches.install()
     _state.patches = patches
+    if plan.overrides_dtype:
+        _state.sums.hold()
+    else:
+        _state.sums.release()
+
+
+def _note_sums(noted: Ledger) -> None:
+    """Note what every role's products may be added up in, as torch is set by now."""
+    for role, row in noted.roles.items():
+        # Not its weights: what a sampler keeps in FP32 meets no attention.
+        operands = row.get("activation") or row.get("kv_cache") or ()
+        noted.note(role, gemm_sums.QUANTITY, *gemm_sums.sums_of(operands, of_sampler="kv_cache" in row))
 
 
 def _refuse_to_train(refusal: Exception) -> None:

@@ -13,21 +13,28 @@ from __future__ import annotations
 
 import atexit
 import json
+import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import wrapt
 
+from fp16_patch.plan.dtypes import FLOAT32
 from fp16_patch.plan.plan import DRIVER_ENV, MODE_ENV, PLAN_ENV, SPOOL_ENV, Plan
+from fp16_patch.runtime.gemm_sums import IEEE_ENVIRONMENT
 from fp16_patch.runtime.ledger import Record
 
+logger = logging.getLogger(__name__)
+
 # Without its frameworks' plugin settings a carried plan would not be picked up on another machine.
-_CARRIED = (MODE_ENV, PLAN_ENV, DRIVER_ENV, "VERL_USE_EXTERNAL_MODULES", "VERL_USE_EXTERNAL_PLUGINS", "VLLM_PLUGINS")
+_PLUGINS = ("VERL_USE_EXTERNAL_MODULES", "VERL_USE_EXTERNAL_PLUGINS", "VLLM_PLUGINS")
+_MADE_HERE = (MODE_ENV, PLAN_ENV, DRIVER_ENV, *IEEE_ENVIRONMENT)
+_CARRIED = (*_MADE_HERE, *_PLUGINS)
 
 _inherited = {name: os.environ.get(name) for name in _CARRIED}
 _hooked = False
@@ -39,7 +46,18 @@ def carry(plan: Plan) -> None:
     """Give `plan` to every process started from here on."""
     os.environ[MODE_ENV] = plan.mode
     os.environ[PLAN_ENV] = plan.to_json()
+    if plan.dtype == FLOAT32.torch:
+        _carry_ieee()
+    else:
+        _restore(name for name, value in IEEE_ENVIRONMENT.items() if os.environ.get(name) == value)
     _hook_ray()
+
+
+def _carry_ieee() -> None:
+    for name, value in IEEE_ENVIRONMENT.items():
+        if os.environ.get(name, value) != value:
+            logger.warning("%s: %s → %s, as TF32 has no more bits than float16", name, os.environ[name], value)
+        os.environ[name] = value
 
 
 def carry_driver_record(record: Record) -> None:
@@ -55,7 +73,11 @@ def driver_record() -> Record | None:
 
 def stop_carrying() -> None:
     """Give processes started from here on what this one was started with."""
-    for name in (MODE_ENV, PLAN_ENV, DRIVER_ENV):
+    _restore(_MADE_HERE)
+
+
+def _restore(names: Iterable[str]) -> None:
+    for name in names:
         value = _inherited[name]
         os.environ.pop(name, None)
         if value is not None:

@@ -2,7 +2,7 @@
 
 What is computed again is what was: the weights have not moved, the generators of random numbers are set back, and a
 power of two as scale changes exponents only. So the step that is taken is bit for bit the one of a run whose scale had
-been that low before.
+been that low before, as far as the kernels give the same for the same: those that add up atomically on a GPU do not.
 """
 
 from __future__ import annotations

@@ -37,15 +37,15 @@ def fitting_scale(headroom: float) -> float:
 
 
 def sharded_scaler(plan: Plan, device: str) -> ShardedGradScaler:
-    """Make torch's scaler for sharded gradients, with the plan's settings, on the device the gradients are on.
+    """Make torch's scaler for sharded gradients, with the plan's settings, on the device that computes them.
 
     Args:
         device: device type, as `cuda`, `npu` or `cpu`. torch's default is `cuda`, and on any other machine the scaler
             then silently disables itself.
     """
-    from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+    from fp16_patch.scaling.offloaded_gradients import HostReadingScaler
 
-    scaler = ShardedGradScaler(
+    scaler = HostReadingScaler(
         device=device,
         init_scale=plan.init_scale,
         growth_factor=plan.growth_factor,
@@ -199,11 +199,11 @@ def collapse_reason(plan: Plan, history: StepHistory, scale_before: float | None
     if history.last is None or not history.last.skipped:
         return None
     if scale_before is not None and scale_before <= plan.min_scale:
-        return f"overflow at the smallest loss scale allowed (fp16_patch.min_scale={plan.min_scale:g})"
+        return f"overflow at the smallest loss scale allowed (setting min_scale={plan.min_scale:g})"
     if history.consecutive_skips >= plan.max_consecutive_skips:
         return (
             f"{history.consecutive_skips} optimizer steps in a row were skipped "
-            f"(fp16_patch.max_consecutive_skips={plan.max_consecutive_skips})"
+            f"(setting max_consecutive_skips={plan.max_consecutive_skips})"
         )
     return None
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from fp16_patch.scaling.tensor_hooks import TensorHooks
 
@@ -41,7 +42,7 @@ class AbsMaxHooks(TensorHooks):
     def __init__(self, model: nn.Module) -> None:
         super().__init__(model)
         self._largest: dict[TensorSite, Tensor] = {}
-        self._hooked_parameters: set[int] = set()
+        self._hooked_parameters = WeakIdKeyDictionary()
 
     def largest(self) -> dict[TensorSite, float]:
         """Return the largest |number| by site, in the order of computation; NaN where one of the numbers is."""
@@ -56,9 +57,10 @@ class AbsMaxHooks(TensorHooks):
         for parameter in (*module._parameters.values(), *vars(module).values()):
             if not isinstance(parameter, Tensor) or not parameter.requires_grad:
                 continue
-            if parameter.is_leaf and id(parameter) in self._hooked_parameters:
+            # Also a piece of a flat parameter: where checkpointing computes a module twice, it may still be the same.
+            if parameter in self._hooked_parameters:
                 continue
-            self._hooked_parameters.add(id(parameter))
+            self._hooked_parameters[parameter] = True
             handle = parameter.register_hook(partial(self.record, name, module, PARAMETER))
             if parameter.is_leaf:
                 self.handles.append(handle)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,9 @@ import torch
 from fp16_patch.runtime import propagation
 from fp16_patch.runtime.activation import attestation, current_plan, ledger
 from fp16_patch.runtime.fp32_weights import end_of
+
+# The second one where each rank samples from a part of the batch: `enable_batch_sharded_sampling`.
+_HEADS = ("compute_logits", "compute_logits_local")
 
 
 def note_engine(role: str, worker: Any) -> bool:
@@ -46,17 +50,17 @@ def watch_hidden_states(role: str, worker: Any) -> None:
     """Note, at the worker's next forward, the dtype of the activations that reach the language-model head."""
     # Outside vLLM's compiled graph, and gone after the first call.
     model = worker.model_runner.model
-    compute_logits = getattr(model, "compute_logits", None)
-    if compute_logits is None:
-        return
+    heads = {name: getattr(model, name) for name in _HEADS if hasattr(model, name)}
 
-    def watched(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        model.compute_logits = compute_logits
+    def watched(head: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        for name, original in heads.items():
+            setattr(model, name, original)
         ledger().note(role, "activation", hidden_states.dtype)
         propagation.publish(attestation())
-        return compute_logits(hidden_states, *args, **kwargs)
+        return head(hidden_states, *args, **kwargs)
 
-    model.compute_logits = watched
+    for name, head in heads.items():
+        setattr(model, name, partial(watched, head))
 
 
 def _attention_cache_dtypes(runner: Any) -> set[torch.dtype]:

@@ -19,6 +19,7 @@ FETCH_TIMEOUT_S = 120.0
 _POLL_S = 0.05
 
 _fetches: set[Future[None]] = set()
+_holds_engine = False
 
 
 def request_records(engines: Sequence[Any]) -> None:
@@ -52,6 +53,8 @@ def _fetched(ray: Any, engine: Any) -> bool:
 
 
 def _fetch(actor: Any) -> None:
+    global _holds_engine
+    _holds_engine = True
     if not hasattr(actor.llm, "output_handler"):
         propagation.keep_children(actor.llm.collective_rpc(record_of_worker))
         return
@@ -78,7 +81,8 @@ async def _keep_workers_records(llm: Any) -> None:
 def record_of_worker(worker: Any) -> Record:
     """Note what this worker holds, watch its next forward, and attest; it runs in vLLM's worker."""
     role = os.environ.get(ROLE_ENV, "rollout")
-    if ledger().kind == "process":
+    # A worker that is a Ray actor has its environment, and so its first name, from the server's.
+    if not _holds_engine and ledger().kind != "engine_core":
         ledger().kind = "sampler_worker"
     note_engine(role, worker)
     if "activation" not in ledger().roles.get(role, {}):

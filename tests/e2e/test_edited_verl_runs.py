@@ -39,6 +39,8 @@ def test_every_role_computes_in_float16(edited: RunResult) -> None:
         "kv_cache": ["float16"],
         "activation": ["float16"],
         "wire": ["float32"],
+        # torch's switches are no part of verl's tree.
+        "gemm_sum": ["float16"],
     }
 
 

@@ -134,7 +134,7 @@ def test_every_role_and_the_engine_are_in_float16(patched: RunResult) -> None:
     in_float32 = ("log_prob", "gradient", "master", "rope")
     assert {name: roles["actor"][name] for name in in_float32} == dict.fromkeys(in_float32, ["float32"])
     sampler = ("engine_weight", "kv_cache", "activation", "wire")
-    assert roles["rollout"] == dict.fromkeys(sampler, ["float16"])
+    assert roles["rollout"] == {**dict.fromkeys(sampler, ["float16"]), "gemm_sum": ["float32"]}
 
 
 def test_every_process_attests(patched: RunResult) -> None:

@@ -117,7 +117,9 @@ def test_one_flag_puts_every_role_into_float16(one_flag: RunResult) -> None:
     }
     assert one_flag.log.read_text().count("weights are sent to the sampler in float16\n") == 1
     # vLLM keeps the head that makes the score in float32.
-    assert roles["reward"] == {"engine_weight": ["float16", "float32"], "kv_cache": ["float16"]}
+    reward = {"engine_weight": ["float16", "float32"], "kv_cache": ["float16"]}
+    assert roles["reward"] == {**reward, "gemm_sum": ["float32"]}
+    assert {role: row["gemm_sum"] for role, row in roles.items()} == dict.fromkeys(roles, ["float32"])
 
 
 def test_every_process_attests(one_flag: RunResult) -> None:

@@ -14,6 +14,7 @@ from fp16_patch.plan.errors import (
     PlanError,
     PrecisionError,
     PrecisionFinding,
+    RankLeftAlone,
 )
 
 ERRORS = [
@@ -26,7 +27,7 @@ ERRORS = [
 ]
 
 
-@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("error", [*ERRORS, RankLeftAlone(ValueError("x"), 9)], ids=lambda error: type(error).__name__)
 def test_errors_cross_process_borders_whole(error: Fp16PatchError) -> None:
     # Ray pickles what an actor raises.
     arrived = pickle.loads(pickle.dumps(error))

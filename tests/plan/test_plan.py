@@ -188,3 +188,11 @@ def test_a_plans_settings_are_the_tables() -> None:
 def test_a_variable_that_looks_like_ours_is_named(given: str, meant: str) -> None:
     environ = {"FP16_PATCH": "1", "FP16_PATCH_STRICT": "0", "PATH": "", given: "1"}
     assert list(misspelled_variables(environ)) == [(given, meant)]
+
+
+def test_a_probe_that_cannot_be_read_is_named_as_it_was_given(tmp_path: Path) -> None:
+    missing = str(tmp_path / "probe.json")
+    with pytest.raises(PlanError, match=rf"^FP16_PATCH_PROBE={missing}: not the result of a probe"):
+        Plan.from_environment({"FP16_PATCH": "1", "FP16_PATCH_PROBE": missing})
+    with pytest.raises(PlanError, match=rf"^fp16_patch\.probe={missing}: not the result of a probe"):
+        Plan.from_settings({"probe": missing}, "fp16_patch", base=Plan())

@@ -59,3 +59,14 @@ def test_zeros_alone_fit_and_have_no_exponents() -> None:
 def test_it_is_read_again_as_it_was_written() -> None:
     found = seen([1.0, 3e-9, 7e4])
     assert Range.of_dict(found.as_dict()) == found
+
+
+def test_looking_waits_for_no_value() -> None:
+    """Tensors of the meta device have no values: whatever needs one fails there."""
+    meter = RangeMeter()
+    meter.look(torch.empty(7, 9, device="meta"))
+    meter.look(torch.empty(3, device="meta"))
+
+
+def test_what_is_not_finite_has_no_exponent() -> None:
+    assert seen([1.5, math.inf, math.nan, 0.0]).exponents == {1: 1}

@@ -10,7 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from fp16_patch.plan.errors import PlanError
 from fp16_patch.probe.families import known_risk
+from fp16_patch.probe.loading import refusing_to_overflow
 from fp16_patch.probe.result import ProbeResult
 from integration.cpu.tiny_families import FAMILIES, UNSAFE
 
@@ -80,3 +82,10 @@ def test_the_result_is_json_throughout(probed: Probe, tmp_path: Path) -> None:
     read = json.loads((tmp_path / "probe.json").read_text(), parse_constant=lambda name: pytest.fail(name))
     assert read["recommendation"]["precision"] == "bf16"
     assert read["cost"]["memory_bytes"] > 0
+
+
+def test_a_device_that_is_full_is_an_error_with_a_fix() -> None:
+    full = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nsecond line")
+    said = r"^--device=cuda: its memory is full \(CUDA out of memory\. Tried to allocate 2 GiB\)\. Fix: use --device"
+    with pytest.raises(PlanError, match=said), refusing_to_overflow("cuda"):
+        raise full

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from fp16_patch.probe import examining, vllm_sampler
 from fp16_patch.probe.comparing import Pair, ratio
 from fp16_patch.probe.examining import examine
 from fp16_patch.probe.learning import score
@@ -17,6 +20,7 @@ from fp16_patch.probe.request import ProbeRequest
 from fp16_patch.probe.result import ProbeResult
 from fp16_patch.probe.sampling import Sampling, decode
 from fp16_patch.probe.sequences import Sampled
+from fp16_patch.probe.vllm_watch import RangeWatchExtension
 from integration.cpu.tiny_families import tiny_family
 
 
@@ -135,6 +139,23 @@ def test_vllm_samples_and_shows_the_range_of_its_modules(tiny_model: Path) -> No
     generation = {row["module"] for row in result.headroom if row["phase"] == "generation"}
     assert any(module.endswith("qkv_proj") for module in generation)
     assert "vllm" in result.settings["releases"]
+
+
+def test_products_are_added_up_in_fp32_while_it_probes_and_tf32_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_fp16_reduced_precision_reduction
+    monkeypatch.setattr(examining, "_examine", lambda *_: matmul.allow_fp16_reduced_precision_reduction)
+    asked: Any = SimpleNamespace(device="cpu")
+    try:
+        matmul.allow_fp16_reduced_precision_reduction = True
+        assert examine(asked) is False
+        assert matmul.allow_fp16_reduced_precision_reduction
+        RangeWatchExtension().hold_sums()
+        assert not matmul.allow_fp16_reduced_precision_reduction
+    finally:
+        matmul.allow_fp16_reduced_precision_reduction = before
+    monkeypatch.setenv("TRITON_F32_DEFAULT", "tf32")
+    assert vllm_sampler._environment()["TRITON_F32_DEFAULT"] == "ieee"
 
 
 def test_half_products_keep_autocast(tiny_model: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -35,11 +36,13 @@ def ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def planned(monkeypatch: pytest.MonkeyPatch) -> Ledger:
+def planned(monkeypatch: pytest.MonkeyPatch) -> Iterator[Ledger]:
     """This process under an FP16 plan, without patches."""
     monkeypatch.setattr(activation._state, "plan", Plan())
     monkeypatch.setattr(activation._state, "ledger", Ledger(kind="worker"))
-    return activation._state.ledger
+    activation._state.sums.hold()
+    yield activation._state.ledger
+    activation._state.sums.release()
 
 
 def test_a_process_answers_with_its_record(planned: Ledger) -> None:

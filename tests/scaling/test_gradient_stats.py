@@ -243,3 +243,15 @@ def test_a_skipped_update_shows_nothing(monkeypatch: pytest.MonkeyPatch) -> None
     update = looked_at(True, monkeypatch)
     assert update.gradients is None
     assert update.metrics() == update.history.metrics()
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_piece_of_a_flat_parameter_is_counted_once_however_often_its_module_runs(times: int) -> None:
+    """As FSDP1 leaves its views unsharded between a forward pass and its repetition by checkpointing."""
+    module = torch.nn.Identity()
+    vars(module)["piece"] = piece = torch.nn.Parameter(torch.ones(6, dtype=torch.float16)).view(2, 3)
+    hooks = GradientStatsHooks(torch.nn.Sequential(module))
+    for _ in range(times):
+        hooks.enter("0", module, ())
+    piece.square().sum().backward()
+    assert hooks.counts()["head"].rows == 2

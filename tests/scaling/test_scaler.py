@@ -97,7 +97,7 @@ def test_an_overflow_at_the_floor_is_a_collapse_and_names_the_setting() -> None:
     assert collapse_reason(plan, history(True), 8.0) is None
     reason = collapse_reason(plan, history(True), 4.0)
     assert reason is not None
-    assert "fp16_patch.min_scale=4" in reason
+    assert "setting min_scale=4" in reason
 
 
 def test_without_a_scaler_only_the_streak_counts() -> None:

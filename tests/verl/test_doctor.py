@@ -57,6 +57,14 @@ def test_a_fit_command_line_shows_the_dtype_of_every_role(examined: Examined) ->
     assert all(f" verl {RELEASE}" in verdict for verdict in found["patches"].values())
 
 
+def test_what_the_run_would_warn_of_is_a_note(doctor: Doctor, tmp_path: Path) -> None:
+    pytest.importorskip("transformers", minversion="5.0")
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3_moe"}')
+    run = doctor("--", *COMMAND, f"actor_rollout_ref.model.path={tmp_path}")
+    assert run.returncode == 0
+    assert "note: actor_rollout_ref.model.path: the learner computes the experts of qwen3_moe" in run.stdout
+
+
 def test_an_unfit_command_line_exits_with_1_and_the_reason_first(doctor: Doctor) -> None:
     run = doctor("--", *COMMAND, "actor_rollout_ref.rollout.quantization=fp8")
     assert run.returncode == 1

@@ -75,7 +75,7 @@ def test_every_process_of_an_engine_attests_by_itself(facts_of: Callable[..., Fa
 
 def test_a_worker_records_what_it_holds_and_then_what_it_computes_in(facts_of: Callable[..., Facts]) -> None:
     facts = facts_of(*IN_FLOAT16)
-    held = {"engine_weight": ["float16"], "kv_cache": ["float16"]}
+    held = {"engine_weight": ["float16"], "kv_cache": ["float16"], "gemm_sum": ["float32"]}
     assert _rollout(facts["before"]) == held
     assert _rollout(facts["after"]) == {**held, "activation": ["float16"]}
     assert _findings(facts["answered"]) == []
@@ -84,7 +84,7 @@ def test_a_worker_records_what_it_holds_and_then_what_it_computes_in(facts_of: C
 def test_an_engine_in_another_dtype_is_refused_for_all_that_it_holds(facts_of: Callable[..., Facts]) -> None:
     # In the process that vLLM itself chooses for its worker: EngineCore, or one of its own.
     facts = facts_of("--dtype", "bfloat16")
-    assert _rollout(facts["after"]) == dict.fromkeys(QUANTITIES, ["bfloat16"])
+    assert _rollout(facts["after"]) == {**dict.fromkeys(QUANTITIES, ["bfloat16"]), "gemm_sum": ["float32"]}
     found = {(finding.role, finding.quantity, finding.seen) for finding in _findings(facts["answered"])}
     assert found == {("rollout", quantity, "bfloat16") for quantity in QUANTITIES}
 
@@ -96,4 +96,4 @@ def test_an_engine_that_was_kept_from_the_plugin_is_refused(facts_of: Callable[.
     assert "no attestation: its plugin did not load" in engine_core["problem"]
     (worker,) = facts["after"]
     assert worker["problem"] == "fp16_patch is not active in this process"
-    assert {finding.quantity for finding in _findings(facts["answered"])} == {"attestation"}
+    assert {finding.quantity for finding in _findings(facts["answered"])} == {"attestation", "gemm_sum"}

@@ -16,6 +16,7 @@ QUANTITIES = (
     "parameter",
     "master",
     "activation",
+    "gemm_sum",
     "gradient",
     "wire",
     "engine_weight",

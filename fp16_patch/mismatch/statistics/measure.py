@@ -35,8 +35,11 @@ from fp16_patch.mismatch.statistics.worst import largest, worst_rows
 
 TAILS = {"tail_1e_2_count": 1e-2, "tail_1e_1_count": 1e-1, "tail_1_count": 1.0}
 
-CPU_CHUNK, OTHER_CHUNK = 1 << 17, 1 << 22
-"""Tokens taken at once on a CPU, where more would leave its cache; places elsewhere, where it bounds their memory."""
+CPU_CHUNK, OTHER_CHUNK = 1 << 17, 1 << 20
+"""Tokens taken at once on a CPU, where more would leave its cache; places elsewhere, where it bounds their memory.
+
+A place's intermediates take about 170 bytes, so that a chunk takes 170 MiB.
+"""
 
 REUSED_BYTES = 1 << 24
 """About what the intermediates of a chunk take on a CPU."""

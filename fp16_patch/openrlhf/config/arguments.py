@@ -9,8 +9,10 @@ from typing import Any
 from fp16_patch.plan import probe_settings
 from fp16_patch.plan.dtypes import BFLOAT16, FLOAT32, is_half, spelling_of, torch_name
 from fp16_patch.plan.errors import Conflict, PlanError
-from fp16_patch.plan.plan import MODE_ENV, Plan
+from fp16_patch.plan.plan import ENVIRONMENT, MODE_ENV, Plan, as_given
+from fp16_patch.runtime.slow_experts import slow_experts
 from fp16_patch.vllm import stored_models
+from fp16_patch.vllm.expert_communication import environment_conflicts
 
 _GRADIENT_DTYPE = FLOAT32.short
 _MODELS = tuple(f"{role}.model_name_or_path" for role in ("actor", "critic", "reward", "model", "ref"))
@@ -27,6 +29,7 @@ _WITHOUT_SECTIONS = {
     "ds.lora.rank": "lora_rank",
     "ds.lora.target_modules": "target_modules",
     "ds.adam_offload": "adam_offload",
+    "ds.deepcompile": "deepcompile",
     _DTYPE: "param_dtype",
     _ACCUMULATION: "grad_accum_dtype",
     "algo.kl.init_coef": "init_kl_coef",
@@ -78,6 +81,10 @@ def conflicts_of(args: Any, plan: Plan) -> Iterator[Conflict]:
     if int(get(args, "ds.lora.rank") or 0) > 0 and stage == 3 and not is_supervised(args):
         reason = "adapters are merged on the way to the sampler where a rank holds them whole"
         yield Conflict(flag(args, "ds.lora.rank"), get(args, "ds.lora.rank"), reason, f"use {stage_flag} 2")
+    if get(args, "ds.deepcompile"):
+        reason = "DeepSpeed's compiled passes reduce gradients in the parameters' dtype, not in FP32"
+        yield Conflict(flag(args, "ds.deepcompile"), True, reason, "leave it out")
+    yield from environment_conflicts(plan)
     for key in _MODELS:
         yield from _model_conflicts(args, key, plan)
     if plan.scales_loss:
@@ -86,6 +93,11 @@ def conflicts_of(args: Any, plan: Plan) -> Iterator[Conflict]:
             yield other
         yield from _scaler_conflicts(plan)
         yield from _scaled_gradient_conflicts(args, stage)
+
+
+def slow_paths_of(args: Any, plan: Plan) -> list[str]:
+    """Say what of a command line will be slow under the plan."""
+    return list(slow_experts([(flag(args, key), get(args, key)) for key in _MODELS], plan))
 
 
 def _scaled_gradient_conflicts(args: Any, stage: int) -> Iterator[Conflict]:
@@ -108,13 +120,17 @@ def _model_conflicts(args: Any, key: str, plan: Plan) -> Iterator[Conflict]:
 def _scaler_conflicts(plan: Plan) -> Iterator[Conflict]:
     """Yield settings of the plan that DeepSpeed's scaler does not have."""
     if not math.log2(plan.init_scale).is_integer():
-        yield Conflict("fp16_patch.init_scale", plan.init_scale, "DeepSpeed starts at a power of two", "use 65536")
+        yield _setting_conflict("init_scale", plan, "DeepSpeed starts at a power of two", "use 65536")
     if plan.min_scale != int(plan.min_scale):
-        yield Conflict("fp16_patch.min_scale", plan.min_scale, "DeepSpeed's floor is a whole number", "use 1")
+        yield _setting_conflict("min_scale", plan, "DeepSpeed's floor is a whole number", "use 1")
     for name, only in (("growth_factor", 2.0), ("backoff_factor", 0.5)):
-        if (value := getattr(plan, name)) != only:
-            reason = "DeepSpeed's scaler doubles and halves"
-            yield Conflict(f"fp16_patch.{name}", value, reason, f"use {only:g}")
+        if getattr(plan, name) != only:
+            yield _setting_conflict(name, plan, "DeepSpeed's scaler doubles and halves", f"use {only:g}")
+
+
+def _setting_conflict(name: str, plan: Plan, reason: str, fix: str) -> Conflict:
+    # OpenRLHF's command line has no place for our settings, so that they come from the environment.
+    return Conflict(as_given(name, ENVIRONMENT), getattr(plan, name), reason, fix)
 
 
 def apply_to(args: Any, plan: Plan) -> list[str]:

@@ -21,14 +21,16 @@ def observe_buffer(trainer: Any) -> None:
     """Observe the replay buffer of an `ActorPPOTrainer` that starts to train on it: a round each time."""
     number = getattr(trainer, _ROUNDS, 0)
     setattr(trainer, _ROUNDS, number + 1)
-    if current_plan().monitor:
-        rank.guard.run(lambda: _observe(trainer, number))
-
-
-def _observe(trainer: Any, number: int) -> None:
-    items = [item for item in trainer.replay_buffer.items if has_sampler_log_probs(item)]
+    if not current_plan().monitor:
+        return
+    # Outside of what may fail on one rank alone: every rank takes part in it.
     every = current_plan().noise_floor_every
     floor = _noise_floor(trainer) if every and number % every == 0 else None
+    rank.guard.run(lambda: _observe(trainer, number, floor))
+
+
+def _observe(trainer: Any, number: int, floor: MismatchStats | None) -> None:
+    items = [item for item in trainer.replay_buffer.items if has_sampler_log_probs(item)]
     mesh = trainer.strategy.ds_device_mesh
     # Ranks that share sequences (ring attention, tensor parallelism) hold the same ones.
     if not items or any(mesh[name].get_local_rank() for name in ("sp", "tp")):

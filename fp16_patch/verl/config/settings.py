@@ -13,10 +13,12 @@ from fp16_patch.plan.dtypes import is_half, torch_name
 from fp16_patch.plan.errors import Conflict, PlanError
 from fp16_patch.plan.plan import Plan
 from fp16_patch.runtime.activation import current_plan
+from fp16_patch.runtime.slow_experts import slow_experts
 from fp16_patch.verl.config.fused_kernels import fused_kernel_conflict
+from fp16_patch.verl.config.kernel_limits import attention_conflicts, expert_conflicts
 from fp16_patch.verl.config.samplers import has_reward_worker, sampler_conflicts, samplers, stock_dtype
 from fp16_patch.verl.config.stock_dtypes import learner_dtype
-from fp16_patch.verl.config.supported_engines import MEGATRON, engine_conflict, megatron_conflicts
+from fp16_patch.verl.config.supported_engines import FSDP, MEGATRON, engine_conflict, megatron_conflicts
 from fp16_patch.verl.config.weight_sync import weight_sync_conflicts
 from fp16_patch.vllm.stored_models import model_conflicts
 
@@ -113,6 +115,7 @@ def conflicts_of(config: Any, plan: Plan) -> Iterator[Conflict]:
         yield from sampler_conflicts(config, sampler, plan)
     yield from weight_sync_conflicts(select, plan)
     yield from _model_conflicts(config, plan)
+    yield from _kernel_conflicts(config, plan)
     if select("trainer.use_legacy_worker_impl") == "disable" and has_legacy_workers():
         yield ENGINE_CONFLICT
     if fused := fused_kernel_conflict(select, select(f"{ACTOR}.strategy"), plan):
@@ -122,6 +125,20 @@ def conflicts_of(config: Any, plan: Plan) -> Iterator[Conflict]:
 def has_legacy_workers() -> bool:
     """Return whether the installed verl has workers beside its engines: from 0.8.0 on it ignores the switch."""
     return installed_file("verl.workers.fsdp_workers") is not None
+
+
+def slow_paths_of(config: Any, plan: Plan) -> list[str]:
+    """Say what of a composed verl configuration will be slow under the plan."""
+    on_fsdp = [role for role, _ in _engine_sections(config) if _select(config, f"{role}.strategy") in FSDP]
+    keys = dict.fromkeys("critic.model.path" if role == CRITIC else "actor_rollout_ref.model.path" for role in on_fsdp)
+    return list(slow_experts([(key, _select(config, key)) for key in keys], plan))
+
+
+def _kernel_conflicts(config: Any, plan: Plan) -> Iterator[Conflict]:
+    select = partial(_select, config)
+    on_fsdp = [role for role, _ in _engine_sections(config) if select(f"{role}.strategy") in FSDP]
+    yield from attention_conflicts(select, on_fsdp, plan)
+    yield from expert_conflicts(select, [sampler.section for sampler in samplers(config)], plan)
 
 
 def _engine_conflicts(config: Any, plan: Plan) -> Iterator[Conflict]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from fp16_patch.plan.dtypes import BFLOAT16
 from fp16_patch.plan.errors import Conflict
 from fp16_patch.plan.plan import Plan
 
@@ -46,7 +47,7 @@ def megatron_conflicts(select: Select, role: str, plan: Plan, *, trains: bool) -
         yield Conflict(
             f"{role}.strategy", MEGATRON, "verl builds Megatron's models in 16 bits only", "use fsdp or fsdp2"
         )
-    for key, kept, reason, fix in _MODEL_SETTINGS:
+    for key, kept, reason, fix in _MODEL_SETTINGS if plan.dtype == BFLOAT16.torch else (*_MODEL_SETTINGS, *_DEEPEP):
         yield from _unless_kept(select, f"{role}.megatron.{key}", kept, reason, fix)
     if trains:
         for key, kept, reason, fix in _TRAINING_SETTINGS if plan.scales_loss else _TRAINING_SETTINGS[:1]:
@@ -72,6 +73,14 @@ _MODEL_SETTINGS: tuple[_Setting, ...] = (
         "it computes the first and last layers in bfloat16",
         "remove it",
     ),
+)
+# Megatron's flex dispatcher hands tokens to DeepEP or HybridEP.
+_DEEPEP: tuple[_Setting, ...] = tuple(
+    (f"override_transformer_config.{key}", kept, "DeepEP's kernels add up the experts' tokens in bfloat16 only", fix)
+    for key, kept, fix in (
+        ("moe_enable_deepep", (None, False), "set it to false"),
+        ("moe_token_dispatcher_type", (None, "alltoall", "allgather"), "use alltoall"),
+    )
 )
 _TRAINING_SETTINGS: tuple[_Setting, ...] = (
     (

@@ -26,9 +26,28 @@ def scale_logits_by_temperature(wrapped: Any, instance: Any, args: Any, kwargs: 
 
 def _in_fp32(logits: torch.Tensor, temperature: torch.Tensor, *, is_unit_temperature: bool) -> torch.Tensor:
     if not is_unit_temperature:
-        # One FP32 temperature a row promotes the quotient; upcasting the logits first would cost a copy of them.
-        return logits / temperature.float().clamp(min=_SMALLEST_TEMPERATURE)
+        quotient: torch.Tensor = _QuotientInFP32.apply(logits, temperature.float().clamp(min=_SMALLEST_TEMPERATURE))
+        return quotient
     return logits if autocast_upcasts_softmax() else logits.float()
+
+
+class _QuotientInFP32(torch.autograd.Function):  # type: ignore[misc]  # torch has no types for it
+    """Divides logits in FP32; their gradient is divided in FP32 and rounded once, without an FP32 copy in between.
+
+    Of logits in half precision, 6 bytes each are alive in the forward pass, and 6 more in the backward pass at most.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(temperature)
+        ctx.dtype = logits.dtype
+        # One FP32 temperature a row promotes the quotient; upcasting the logits first would cost a copy of them.
+        return logits / temperature
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (temperature,) = ctx.saved_tensors
+        return torch.div(gradient, temperature, out=torch.empty_like(gradient, dtype=ctx.dtype)), None
 
 
 def divide_in_fp32(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fp16_patch.patching.call_arguments import argument
@@ -11,6 +11,8 @@ from fp16_patch.plan.plan import ROLE_ENV
 from fp16_patch.runtime import propagation
 from fp16_patch.runtime.activation import attestation, ledger
 from fp16_patch.vllm.engine import note_engine, watch_hidden_states
+
+_FIRST_WEIGHT = "_fp16_patch_first_weight"
 
 
 def build_cli_args(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
@@ -38,9 +40,21 @@ def update_weights(wrapped: Any, worker: Any, args: Any, kwargs: Any) -> Any:
     weights = argument(wrapped, args, kwargs, "weights")
     result = wrapped(*args, **kwargs)
     arrived = {weight.dtype for _, weight in weights if weight.is_floating_point()}
-    if ledger().note(_role(), "wire", *arrived) or note_engine(_role(), worker):
+    new = ledger().note(_role(), "wire", *arrived)
+    if (_begins_a_sync(worker, weights) and note_engine(_role(), worker)) or new:
         propagation.publish(attestation())
     return result
+
+
+def _begins_a_sync(worker: Any, weights: Sequence[tuple[str, Any]]) -> bool:
+    """Return whether these are the first weights of a sync: verl calls us for each bucket, and a walk is of them all.
+
+    A sync sends the same weights as the one before, and begins with the same.
+    """
+    first = next((name for name, _ in weights), None)
+    if not hasattr(worker, _FIRST_WEIGHT):
+        setattr(worker, _FIRST_WEIGHT, first)
+    return bool(getattr(worker, _FIRST_WEIGHT) == first)
 
 
 def _role() -> str:

@@ -103,6 +103,8 @@ def prepare(config: Any) -> None:
     if changed:
         keys = "\n  ".join(changed)
         logger.warning("every role computes in %s; the configuration said otherwise:\n  %s", plan.dtype, keys)
+    for slow in verl_config.slow_paths_of(config, plan):
+        logger.warning("%s", slow)
 
 
 def rename_outcomes(metrics: dict[str, Any]) -> None:

@@ -50,6 +50,43 @@ def test_all_ranks_score_again_or_none_does(fails: bool, passes: str, tmp_path: 
     assert [(tmp_path / f"{number}.txt").read_text() for number in range(RANKS)] == [passes] * RANKS
 
 
+def scored_apart(number: int, folder: Path, collective: bool) -> None:
+    """One rank's process, of which the first fails in its scoring, where the second may wait for it."""
+    distributed.init_process_group("gloo", f"file://{folder / 'store'}", rank=number, world_size=RANKS)
+    rank.OTHERS_TIMEOUT_S = 3.0 if collective else 60.0
+
+    def score(chosen: Any) -> MismatchStats:
+        if number == 0:
+            raise RuntimeError("planted")
+        if collective:
+            distributed.all_reduce(torch.zeros(1))
+        return stats()
+
+    try:
+        ended = f"floor {rank.noise_floor(lambda: 'rows', score) is not None}"
+    except Exception as failure:
+        ended = f"{type(failure).__name__}: {failure}"
+    (folder / f"{number}.txt").write_text(ended)
+    if collective:
+        return  # as a process that an error has ended: its peers see the connection close
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+def test_an_error_in_one_ranks_scoring_is_a_warning_if_nobody_waits_for_it(tmp_path: Path) -> None:
+    multiprocessing.spawn(scored_apart, (tmp_path, False), nprocs=RANKS)
+    assert [(tmp_path / f"{number}.txt").read_text() for number in range(RANKS)] == ["floor False", "floor True"]
+
+
+@pytest.mark.timeout(120)
+def test_one_that_others_wait_for_ends_the_run_with_its_reason_and_does_not_hang(tmp_path: Path) -> None:
+    multiprocessing.spawn(scored_apart, (tmp_path, True), nprocs=RANKS)
+    failed, released = ((tmp_path / f"{number}.txt").read_text() for number in range(RANKS))
+    assert failed.startswith("RankLeftAlone: RuntimeError in the noise floor's forward pass on this rank: planted.")
+    assert "noise_floor_every=0" in failed
+    assert released == "floor False"  # its own error is that the first rank is gone
+
+
 def test_without_a_process_group_a_rank_decides_alone() -> None:
     assert rank.noise_floor(lambda: "rows", lambda chosen: stats()) is not None
     assert rank.noise_floor(lambda: None, broken) is None

@@ -19,6 +19,7 @@ from fp16_patch.mismatch.statistics import measure
 from fp16_patch.mismatch.statistics.layout import COUNT_TABLES, COUNTS, SCALARS, SLICES, TABLES, WORST_TOKENS
 from fp16_patch.mismatch.statistics.summary import QUANTILE_RELATIVE_ERROR, STATE_SIZE, ZERO_BIN, MismatchStats
 from fp16_patch.mismatch.statistics.tokens import padded
+from tests.live_bytes import LiveBytes
 
 Batch = tuple[Tensor, Tensor, Tensor]
 
@@ -746,6 +747,16 @@ def test_nothing_waits_for_an_accelerator() -> None:
     assert stats.vector.shape == (STATE_SIZE,)
     assert (stats + stats).vector.device.type == "meta"
     assert MismatchStats.merge_all([stats] * 3).vector.device.type == "meta"
+
+
+@pytest.mark.parametrize("rows", [512, 4096])
+def test_what_a_batch_on_an_accelerator_takes_is_a_chunks_not_the_batchs(rows: int) -> None:
+    sides = [torch.empty(rows, 4096, device="meta") for _ in range(3)]
+    token_ids = torch.empty(rows, 4096, device="meta", dtype=torch.int64)
+    with LiveBytes() as live:
+        MismatchStats.from_log_probs(*sides, token_ids=token_ids)
+    mask = rows * 4096
+    assert live.peak - mask < 190 * 2**20
 
 
 @given(batches().filter(lambda batch: len(batch[0]) > 0))

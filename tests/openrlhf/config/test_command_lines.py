@@ -70,6 +70,8 @@ def test_deepspeeds_tensor_parallelism_is_refused() -> None:
         (("--optim", "muon"), "use adam"),
         (("--ds.adam_offload",), "use --ds.zero_stage 3"),
         (("--ds.zero_stage", "1"), "use 2 or 3"),
+        (("--ds.deepcompile",), "not in FP32. Fix: leave it out"),
+        (("--pretrain", "model", "--deepcompile"), "--deepcompile=True: "),
         (("--ds.lora.rank", "8", "--ds.zero_stage", "3"), "use --ds.zero_stage 2"),
     ],
     ids=str,
@@ -118,11 +120,15 @@ def test_a_model_stored_quantized_is_refused(stored: dict[str, Any], tmp_path: P
         ({"init_scale": 60000.0}, "power of two"),
         ({"min_scale": 0.5}, "whole number"),
         ({"growth_factor": 3.0}, "doubles"),
+        ({"backoff_factor": 0.25}, "halves"),
     ],
     ids=str,
 )
-def test_scaler_settings_that_deepspeed_lacks_are_refused(setting: dict[str, float], fix: str) -> None:
-    assert fix in refused(**setting)
+def test_scaler_settings_that_deepspeed_lacks_are_refused_as_they_are_set(setting: dict[str, float], fix: str) -> None:
+    said = refused(**setting)
+    assert fix in said
+    ((name, value),) = setting.items()
+    assert said.startswith(f"FP16_PATCH_{name.upper()}={value}: ")
 
 
 def test_openrlhf_has_no_fp32() -> None:
@@ -210,3 +216,12 @@ def test_without_its_bf16_switch_openrlhf_trains_in_what_each_model_is_stored_in
     assert (roles["actor"], roles["critic"], roles["rollout"]) == ("as stored", computed, "bfloat16")
     args.bf16 = True
     assert set(effective_dtypes(args, Plan(mode="observe")).values()) == {"bfloat16"}
+
+
+def test_experts_that_will_be_slow_are_named_with_their_flag(tmp_path: Path) -> None:
+    pytest.importorskip("transformers", minversion="5.0")
+    from fp16_patch.openrlhf.config.arguments import slow_paths_of
+
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3_moe"}))
+    (said,) = slow_paths_of(parsed("--actor.model_name_or_path", str(tmp_path)), Plan())
+    assert said.startswith("--actor.model_name_or_path: the learner computes the experts of qwen3_moe")

@@ -182,7 +182,7 @@ def test_a_collapse_names_role_step_rank_and_parameters(learner: Callable[..., F
     # 65536 is 2**14 above the floor of 4: 14 halvings, and one more overflow.
     assert facts["attempts"] == 15
     assert "actor: loss scale collapsed at optimizer step 15" in facts["message"]
-    assert f"fp16_patch.min_scale={FLOOR}" in facts["message"]
+    assert f"setting min_scale={FLOOR}" in facts["message"]
     assert "rank 0: model." in facts["message"]
 
 

@@ -138,6 +138,21 @@ def test_the_noise_floor_is_the_learner_against_itself_alone(
     assert floor.metrics()["mismatch/mean_abs"] == pytest.approx(1e-3, rel=1e-2)
 
 
+def test_an_error_on_this_rank_does_not_keep_it_from_the_noise_floor_that_all_ranks_take_part_in(
+    observation: Any, batch: Experience, reports: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_item: Any) -> bool:
+        raise RuntimeError("planted")
+
+    floors: list[Any] = []
+    monkeypatch.setattr(observation, "has_sampler_log_probs", broken)
+    monkeypatch.setattr(observation.rank, "noise_floor", lambda *parts: floors.append(parts))
+    fp16_patch.activate(Plan())
+    observation.observe_buffer(trainer_of(batch))
+    assert len(floors) == 1
+    assert reports == []
+
+
 def test_sequences_that_were_scored_alone_are_not_scored_again(
     observation: Any, batch: Experience, reports: list[Any]
 ) -> None:

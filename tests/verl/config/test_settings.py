@@ -230,3 +230,17 @@ def test_stock_configuration_is_left_alone_by_observe(activated: Any) -> None:
     activated(mode="observe")
     assert FSDPEngineConfig().mixed_precision is None
     assert RolloutConfig(name="vllm").dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(("mode", "said"), [("fp16", 2), ("bf16", 0)])
+def test_experts_that_will_be_slow_are_named_for_every_model_on_fsdp(
+    activated: Any, compose: Callable[..., Any], tmp_path: Path, mode: str, said: int
+) -> None:
+    pytest.importorskip("transformers", minversion="5.0")
+    from fp16_patch.verl.config.settings import slow_paths_of
+
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3_moe"}')
+    keys = ["actor_rollout_ref.model.path", "critic.model.path"]
+    config = compose("algorithm.adv_estimator=gae", *(f"{key}={tmp_path}" for key in keys))
+    found = slow_paths_of(config, activated(mode=mode))
+    assert [sentence.partition(":")[0] for sentence in found] == keys[:said]

@@ -12,6 +12,8 @@ pytestmark = pytest.mark.verl
 
 torch = pytest.importorskip("torch")
 
+from tests.live_bytes import LiveBytes
+
 
 def scaled(logits: Any, temperature: float) -> Any:
     from verl.workers.engine.fsdp import transformer_impl
@@ -34,6 +36,27 @@ def test_temperature_is_applied_in_float32(activated: Callable[..., Any]) -> Non
     assert not torch.equal((logits / torch.tensor(0.7).half()).float(), exact)
     assert scaled(logits, 0.0).isfinite().all()
     assert scaled(logits, 1.0).dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_gradient_through_the_temperature_is_divided_in_float32_and_rounded_once(
+    activated: Callable[..., Any], dtype: Any
+) -> None:
+    activated()
+    logits = torch.randn(7, 33, dtype=dtype, requires_grad=True)
+    weights = torch.randn(7, 33)
+    (scaled(logits, 0.7) * weights).sum().backward()
+    assert logits.grad.dtype == dtype
+    assert torch.equal(logits.grad, (weights / torch.tensor(0.7)).to(dtype))
+
+
+def test_the_backward_pass_through_the_temperature_makes_one_tensor_in_half(activated: Callable[..., Any]) -> None:
+    activated()
+    logits = torch.randn(64, 1024, dtype=torch.float16, requires_grad=True)
+    quotient, gradient = scaled(logits, 0.7), torch.randn(64, 1024)
+    with LiveBytes() as live:
+        torch.autograd.grad(quotient, logits, gradient)
+    assert live.peak == 2 * logits.numel()
 
 
 def test_log_probs_and_entropy_come_out_in_float32(activated: Callable[..., Any]) -> None:

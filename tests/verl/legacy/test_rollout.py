@@ -56,7 +56,13 @@ def noted(worker: Any) -> dict[str, list[str]]:
     return ledger().roles["rollout"]
 
 
-EXPECTED = {"wire": ["float32"], "engine_weight": ["float16"], "kv_cache": ["float16"], "activation": ["float16"]}
+EXPECTED = {
+    "wire": ["float32"],
+    "engine_weight": ["float16"],
+    "kv_cache": ["float16"],
+    "activation": ["float16"],
+    "gemm_sum": ["float32"],
+}
 WEIGHTS = {"head.weight": torch.ones(2, 2)}
 
 

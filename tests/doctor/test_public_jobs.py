@@ -47,13 +47,15 @@ def mended(words, problem):
     rejected = [word for word in words if word.partition("=")[0] == name] if "leave it out" in problem else []
     return [word for word in words if word not in rejected]
 
+verdicts = open(sys.argv[2], "w", encoding="utf-8")
 for line in open(sys.argv[1], encoding="utf-8"):
     job = json.loads(line)
     problems = examination.examine(Plan(), job["argv"]).problems
     again, words = problems, mended(job["argv"], problems[0]) if problems else job["argv"]
     if words != job["argv"]:
         again = examination.examine(Plan(), words).problems
-    print(json.dumps({"argv": job["argv"], "problems": problems, "again": again if words != job["argv"] else None}))
+    verdict = {"argv": job["argv"], "problems": problems, "again": again if words != job["argv"] else None}
+    print(json.dumps(verdict), file=verdicts, flush=True)
 """
 
 
@@ -63,11 +65,11 @@ def judged(file: Path, into: Path) -> list[dict[str, Any]]:
     if installed_release(framework) != release:
         path.insert(0, str(unpacked(framework, release, into)))
     env = {**os.environ, "FP16_PATCH": "off", "PYTHONPATH": os.pathsep.join(path)}
-    run = subprocess.run(
-        [sys.executable, "-c", JUDGE, str(file)], env=env, capture_output=True, text=True, check=False, cwd=into
-    )
+    verdicts = into / "verdicts.jsonl"
+    command = [sys.executable, "-c", JUDGE, str(file), str(verdicts)]
+    run = subprocess.run(command, env=env, capture_output=True, text=True, check=False, cwd=into)
     assert run.returncode == 0, run.stderr
-    return [json.loads(line) for line in run.stdout.splitlines()]
+    return [json.loads(line) for line in verdicts.read_text(encoding="utf-8").splitlines()]
 
 
 def unpacked(framework: str, release: str, into: Path) -> Path:

@@ -247,7 +247,8 @@ def _nearest_key(key: str, compose: Compose) -> str | None:
     parent, _, name = key.rpartition(".")
     section = OmegaConf.select(compose([]), parent) if parent else compose([])
     known = list(section) if OmegaConf.is_dict(section) else []
-    near = difflib.get_close_matches(name, map(str, known), n=1)
+    # One slip is a typo; a key that differs by more is another key.
+    near = difflib.get_close_matches(name, map(str, known), n=1, cutoff=max(0.5, 1 - 1.5 / len(name or "?")))
     return f"{parent}.{near[0]}" if near and parent else (near[0] if near else None)
 
 

@@ -13,7 +13,6 @@ import click
 from fp16_patch import __version__
 from fp16_patch.cli.group import Failure
 from fp16_patch.cli.plan_of_command import plan_of
-from fp16_patch.doctor.launchers import program_of
 
 _PYTHON = re.compile(r"python[\d.]*")
 _ANSWER_TIMEOUT_S = 60
@@ -37,6 +36,7 @@ def command(mode: str | None, training_command: tuple[str, ...]) -> None:
       fp16-patch run -- python -m openrlhf.cli.train_ppo_ray …
       fp16-patch run --mode observe -- python -m verl.trainer.main_ppo …
     """
+    from fp16_patch.doctor.launchers import program_of
     from fp16_patch.runtime import propagation
 
     plan = plan_of(mode)

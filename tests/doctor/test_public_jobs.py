@@ -47,13 +47,18 @@ def mended(words, problem):
     rejected = [word for word in words if word.partition("=")[0] == name] if "leave it out" in problem else []
     return [word for word in words if word not in rejected]
 
+verdicts = open(sys.argv[2], "w", encoding="utf-8")
 for line in open(sys.argv[1], encoding="utf-8"):
-    job = json.loads(line)
-    problems = examination.examine(Plan(), job["argv"]).problems
-    again, words = problems, mended(job["argv"], problems[0]) if problems else job["argv"]
-    if words != job["argv"]:
-        again = examination.examine(Plan(), words).problems
-    print(json.dumps({"argv": job["argv"], "problems": problems, "again": again if words != job["argv"] else None}))
+    words = json.loads(line)["argv"]
+    problems = examination.examine(Plan(), words).problems
+    helped, again = [], []
+    for problem in problems:
+        better = mended(words, problem)
+        helped += [problem] if better != words else []
+        words = better
+    again = examination.examine(Plan(), words).problems if helped else []
+    verdict = {"argv": json.loads(line)["argv"], "problems": problems, "mended": helped, "again": again}
+    print(json.dumps(verdict), file=verdicts, flush=True)
 """
 
 
@@ -63,11 +68,11 @@ def judged(file: Path, into: Path) -> list[dict[str, Any]]:
     if installed_release(framework) != release:
         path.insert(0, str(unpacked(framework, release, into)))
     env = {**os.environ, "FP16_PATCH": "off", "PYTHONPATH": os.pathsep.join(path)}
-    run = subprocess.run(
-        [sys.executable, "-c", JUDGE, str(file)], env=env, capture_output=True, text=True, check=False, cwd=into
-    )
+    verdicts = into / "verdicts.jsonl"
+    command = [sys.executable, "-c", JUDGE, str(file), str(verdicts)]
+    run = subprocess.run(command, env=env, capture_output=True, text=True, check=False, cwd=into)
     assert run.returncode == 0, run.stderr
-    return [json.loads(line) for line in run.stdout.splitlines()]
+    return [json.loads(line) for line in verdicts.read_text(encoding="utf-8").splitlines()]
 
 
 def unpacked(framework: str, release: str, into: Path) -> Path:
@@ -86,9 +91,9 @@ def jobs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def test_every_job_is_fit_or_refused_by_a_named_setting(jobs: list[dict[str, Any]]) -> None:
-    assert any(not job["problems"] for job in jobs)
+    assert any(not of_the_command(job["problems"]) for job in jobs)
     for job in jobs:
-        for problem in job["problems"]:
+        for problem in of_the_command(job["problems"]):
             setting, separator, reason = problem.partition(": ")
             assert separator and "=" in setting, problem
             assert ". Fix: " in reason, problem
@@ -98,8 +103,12 @@ def test_every_job_is_fit_or_refused_by_a_named_setting(jobs: list[dict[str, Any
 
 def test_a_fix_that_can_be_applied_helps(jobs: list[dict[str, Any]]) -> None:
     for job in jobs:
-        if job["again"] is not None:
-            assert job["problems"][0] not in job["again"], job["problems"][0]
+        assert not set(job["mended"]) & set(job["again"]), job["mended"]
+
+
+def of_the_command(problems: list[str]) -> list[str]:
+    """Leave out what this environment lacks: a job is judged, not the machine."""
+    return [problem for problem in problems if "is not installed here" not in problem]
 
 
 def is_named(setting: str, argv: list[str]) -> bool:

@@ -51,22 +51,7 @@ def composed(module: str, arguments: Sequence[str], script: Path | None = None) 
     options = _options(arguments)
     declared = declared_in(file)
     with _search_path(options, declared, file) as compose:
-        return _migrated(_composed(compose, options.overrides))
-
-
-def _migrated(config: Any) -> Any:
-    """Move the keys of a reward model to where verl 0.7.1 and 0.8.0 do in `main_ppo`, before anything reads them."""
-    from omegaconf import OmegaConf
-
-    old, new = OmegaConf.select(config, "reward_model"), OmegaConf.select(config, "reward.reward_model")
-    if old is None or new is None:
-        return config
-    moved = {"enable": old.get("enable"), "model_path": OmegaConf.select(old, "model.path")}
-    moved |= {f"rollout.{key}": value for key, value in (old.get("rollout") or {}).items()}
-    for key, value in moved.items():
-        if value is not None:
-            OmegaConf.update(new, key, value, force_add=True)
-    return config
+        return _composed(compose, options.overrides)
 
 
 def declared_in(file: Path) -> Declared:
@@ -247,7 +232,8 @@ def _nearest_key(key: str, compose: Compose) -> str | None:
     parent, _, name = key.rpartition(".")
     section = OmegaConf.select(compose([]), parent) if parent else compose([])
     known = list(section) if OmegaConf.is_dict(section) else []
-    near = difflib.get_close_matches(name, map(str, known), n=1)
+    # One slip is a typo; a key that differs by more is another key.
+    near = difflib.get_close_matches(name, map(str, known), n=1, cutoff=max(0.5, 1 - 1.5 / len(name or "?")))
     return f"{parent}.{near[0]}" if near and parent else (near[0] if near else None)
 
 

@@ -171,19 +171,6 @@ def test_a_script_that_is_not_here_is_the_installed_programs(compose: Any, app: 
         composed("verl.trainer.main_none", [])
 
 
-def test_a_reward_model_is_found_under_its_former_keys(compose: Any, app: Path) -> None:
-    sections = "reward: {reward_model: {enable: false, model_path: null, rollout: {name: sglang, dtype: bfloat16}}}\n"
-    sections += "reward_model: {enable: null, model: {path: null}, rollout: {name: null, dtype: null}}\n"
-    (app.parent / "config" / "job.yaml").write_text(sections)
-    assert compose().reward.reward_model.enable is False
-    moved = compose("reward_model.enable=true", "reward_model.model.path=/model", "reward_model.rollout.name=vllm")
-    assert moved.reward.reward_model == {
-        "enable": True,
-        "model_path": "/model",
-        "rollout": {"name": "vllm", "dtype": "bfloat16"},
-    }
-
-
 def test_nothing_heavy_is_imported_for_a_command_line() -> None:
     program = """
 import sys

@@ -102,6 +102,8 @@ def test_experts_that_exchange_tokens_in_bfloat16_only_are_refused(
     assert "Fix: use allgather_reducescatter" in message
     assert conflicts(compose(f"+{key}=deepep_low_latency", *rewarded), mode="bf16") == []
     assert conflicts(compose(f"+{key}=naive", *rewarded)) == []
+    dashed = key.replace("all2all_backend", "all2all-backend")
+    assert conflicts(compose(f"+{dashed}=deepep_low_latency", *rewarded))[0].startswith(f"{dashed}=")
 
 
 @pytest.mark.parametrize(

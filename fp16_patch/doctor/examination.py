@@ -137,7 +137,6 @@ def _examine_command(examination: Examination, program: Program, main: Main, pla
     try:
         with _only_asked():
             (_examine_openrlhf if main.framework == "openrlhf" else _examine_verl)(examination, program, plan)
-        examination.problems[:0] = _absent(main.framework, examination.versions)
     except PlanError as refusal:
         examination.problems.extend(map(str, refusal.conflicts))
     except ModuleNotFoundError as missing:
@@ -145,6 +144,8 @@ def _examine_command(examination: Examination, program: Program, main: Main, pla
             raise
         fix = f"Fix: pip install {_extra(main.framework)}"
         examination.problems.insert(0, f"{missing.name} is not installed here, which the command needs. {fix}")
+        return
+    examination.problems[:0] = _absent(main.framework, examination.versions)
 
 
 def _unknown_program(command: Sequence[str]) -> Conflict:

@@ -6,14 +6,12 @@ dtype a loop over the experts, for whose sizes the host waits in every layer.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import Any
 
 from fp16_patch.patching.sources import Installed, Sources
 from fp16_patch.plan.dtypes import BFLOAT16
 from fp16_patch.plan.plan import Plan
+from fp16_patch.plan.stored_config import parts_of, stored_config
 
 # What transformers puts before such experts.
 _DECORATOR = "use_experts_implementation"
@@ -23,7 +21,7 @@ def slow_experts(models: Iterable[tuple[str, object]], plan: Plan, sources: Sour
     """Yield a sentence for each model whose experts are slow under a plan.
 
     Args:
-        models: key of the setting, and the model's folder that it names; what is on a hub is passed over.
+        models: key of the setting, and the model that it names; one that is not on this machine is passed over.
         sources: transformers'; by default the installed one's.
     """
     if not plan.overrides_dtype or plan.dtype == BFLOAT16.torch:
@@ -37,11 +35,9 @@ def slow_experts(models: Iterable[tuple[str, object]], plan: Plan, sources: Sour
 
 
 def _kind_with_experts(model: object, transformers: Sources) -> str | None:
-    path = Path(str(model)).expanduser() / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    kinds = [part["model_type"] for part in (config, config.get("text_config") or {}) if "model_type" in part]
+    kinds = [str(part["model_type"]) for part in parts_of(stored_config(model)) if part.get("model_type")]
     return next((kind for kind in kinds if _DECORATOR in _modeling_code(kind, transformers)), None)
 
 
-def _modeling_code(kind: Any, transformers: Sources) -> str:
-    return transformers.read(f"transformers.models.{kind}.modeling_{kind}") or ""
+def _modeling_code(kind: str, transformers: Sources) -> str:
+    return (transformers.read(f"transformers.models.{kind}.modeling_{kind}") or "") if kind.isidentifier() else ""

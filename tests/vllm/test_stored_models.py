@@ -110,7 +110,7 @@ def test_without_vllm_or_its_table_no_family_is_refused() -> None:
 
 def test_a_model_of_the_hub_is_judged_where_it_is_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    assert stored_models.stored_config("someone/model") == {}
+    assert list(stored_models.model_conflicts("model.path", "someone/model", Plan(), sampled=True)) == []
     model = tmp_path / "models--someone--model"
     snapshot = model / "snapshots" / "abc"
     snapshot.mkdir(parents=True)
@@ -119,13 +119,6 @@ def test_a_model_of_the_hub_is_judged_where_it_is_cached(tmp_path: Path, monkeyp
     (snapshot / "config.json").write_text(json.dumps(GPTQ))
     (said,) = stored_models.model_conflicts("model.path", "someone/model", Plan(), sampled=True)
     assert str(said).startswith("model.path=someone/model: the model is stored quantized (gptq)")
-
-
-@pytest.mark.parametrize("text", ["not json", "[]", None])
-def test_what_is_no_configuration_is_the_frameworks_to_complain_about(text: str | None, tmp_path: Path) -> None:
-    if text is not None:
-        (tmp_path / "config.json").write_text(text)
-    assert stored_models.stored_config(tmp_path) == {}
 
 
 def test_to_ask_vllm_does_not_import_it() -> None:

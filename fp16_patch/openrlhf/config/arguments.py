@@ -10,6 +10,7 @@ from fp16_patch.plan import probe_settings
 from fp16_patch.plan.dtypes import BFLOAT16, FLOAT32, is_half, spelling_of, torch_name
 from fp16_patch.plan.errors import Conflict, PlanError
 from fp16_patch.plan.plan import ENVIRONMENT, MODE_ENV, Plan, as_given
+from fp16_patch.plan.stored_config import stored_dtype
 from fp16_patch.runtime.slow_experts import slow_experts
 from fp16_patch.vllm import stored_models
 from fp16_patch.vllm.expert_communication import environment_conflicts
@@ -177,7 +178,7 @@ def _stock_dtype(args: Any, role: str) -> str:
         return BFLOAT16.torch
     # Without the switch, models are loaded with torch_dtype="auto".
     model = get(args, f"{role}.model_name_or_path") or get(args, _MODELS[0])
-    return stored_models.stored_dtype(model) or "as stored"
+    return stored_dtype(model) or "as stored"
 
 
 def is_supervised(args: Any) -> bool:

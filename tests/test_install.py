@@ -96,7 +96,10 @@ def test_help_needs_no_torch(alone: Path, command: str | None) -> None:
         (["analyze", "log_probs.jsonl"], "analyze needs torch, which is not installed here. Fix: pip install 'fp16-pa"),
         (["watch"], "Fix: pip install 'fp16-patch[report]'"),
         (["watch", "run", "--once"], "Fix: pip install 'fp16-patch[report]'"),
-        (["settings", "--", "python", "-m", "verl.trainer.main_ppo"], "settings needs hydra, which is not installed"),
+        (
+            ["settings", "--", "python", "-m", "verl.trainer.main_ppo"],
+            "it runs verl, which is not installed here. Fix: pip install",
+        ),
         (["demo"], "the demo is in the source checkout"),
         (["diff", "--source", "run"], "run: holds no code that is patched"),
         (["run", "--", "no-such-program"], "no-such-program: no such program"),

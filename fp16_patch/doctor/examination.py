@@ -106,12 +106,15 @@ def configured_settings(command: Sequence[str]) -> tuple[dict[str, Any], str]:
     Only verl's configuration has such a section.
 
     Raises:
-        PlanError: this is not a command line of verl or OpenRLHF, or hydra rejects it.
+        PlanError: this is not a command line of verl or OpenRLHF, its framework is not installed, or hydra rejects it.
     """
     program = program_of(command)
     main = main_of(program)
     if main is None:
         raise PlanError([_unknown_program(command)])
+    if _release(main.framework) is None:
+        reason, fix = f"it runs {main.framework}, which is not installed here", f"pip install {_extra(main.framework)}"
+        raise PlanError([Conflict("command", program.name, reason, fix)])
     if main.framework != "verl":
         return {}, ENVIRONMENT
     with _only_asked():

@@ -401,15 +401,15 @@ def counting_gradients(module: torch.nn.Module) -> Iterator[dict[str, Any]]:
         for value in [*layer._parameters.values(), *vars(layer).values()]:
             if not isinstance(value, torch.Tensor) or not value.requires_grad or any(value is one for one in seen):
                 continue
-            if value.is_leaf:
-                seen.append(value)
+            seen.append(value)
             value.register_hook(lambda gradient: count(group, gradient))
 
     def after(group: str, _layer: torch.nn.Module, _inputs: Any, output: Any) -> None:
         if isinstance(output, torch.Tensor) and output.requires_grad:
             output.register_hook(lambda gradient: count(group, gradient))
 
-    # FSDP1 makes views anew for each micro-batch, FSDP2's parameters are the same objects for all.
+    # FSDP1 makes views anew for each micro-batch, FSDP2's parameters are the same objects for all. Embedding and head
+    # may share one: its gradient is the sum of both, and is counted where the model first uses it.
     seen: list[torch.Tensor] = []
     handles = []
     for name, layer in module.named_modules():

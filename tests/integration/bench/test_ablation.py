@@ -100,11 +100,10 @@ def test_it_starts_the_sampler_in_the_other_dtype(apart: ModuleType, plan: Plan,
     settings = SimpleNamespace(
         rollout_config=lambda wrapped, rollout, args, kwargs: None,
         apply_to=lambda config, plan: (
-            config.update({"actor": plan.dtype, "rollout": {"dtype": plan.dtype}}) or ["actor"]
+            config.update({"actor": plan.dtype, "actor_rollout_ref": {"rollout": {"dtype": plan.dtype}}}) or ["actor"]
         ),
         force=lambda rollout, dtype: setattr(rollout, "dtype", dtype),
         current_plan=lambda: plan,
-        ROLLOUT="rollout",
     )
     apart.start_apart(settings)
     rollout = SimpleNamespace(dtype="as configured")
@@ -113,7 +112,7 @@ def test_it_starts_the_sampler_in_the_other_dtype(apart: ModuleType, plan: Plan,
     if plan.overrides_dtype:
         config = OmegaConf.create({})
         assert settings.apply_to(config, plan) == ["actor"]
-        assert config == {"actor": "float16", "rollout": {"dtype": "bfloat16"}}
+        assert config == {"actor": "float16", "actor_rollout_ref": {"rollout": {"dtype": "bfloat16"}}}
 
 
 def test_the_environment_names_both_modes() -> None:

@@ -27,6 +27,12 @@ from tests.mismatch.measured import measured, message
 
 Nodes = dict[str, Any]
 
+PATIENCE_S = 60.0
+"""What a round waits for parts that do come: a machine may be busy."""
+
+BRIEFLY_S = 1.0
+"""For one that does not come, beside others that do."""
+
 
 class Node:
     """An aggregator's handle, as far as the root uses one."""
@@ -71,7 +77,7 @@ def play(out_dir: Path, scene: Callable[[Root], Coroutine[Any, Any, None]], sink
     return root
 
 
-async def end_step(root: Root, number: int, tokens: int | None = 8, wait_s: float = 5.0) -> dict[str, Any]:
+async def end_step(root: Root, number: int, tokens: int | None = 8, wait_s: float = PATIENCE_S) -> dict[str, Any]:
     answer = await root.gather(number, tokens, None, None, wait_s)
     root.close(number, tokens, None, None, {"step": number + 1, "time": 0.0, "attempt": "first"})
     return answer
@@ -107,7 +113,7 @@ def test_what_the_driver_measured_joins_what_the_ranks_did(nodes: Nodes, tmp_pat
     async def scene(root: Root) -> None:
         nodes["a"].report(round=0, rank=0, tokens=4)
         driver = Part(measured(6), noise_floor=measured(3, difference=0.25)).pack()
-        answer = await root.gather(0, 10, None, driver, 5.0)
+        answer = await root.gather(0, 10, None, driver, PATIENCE_S)
         assert answer["coverage"]["complete"]
         root.close(0, 10, None, driver, {"step": 1})
 
@@ -130,9 +136,9 @@ def test_a_step_waits_for_a_rank_that_is_slow(nodes: Nodes, tmp_path: Path) -> N
 def test_without_an_expectation_the_ranks_say_how_many_they_are(nodes: Nodes, tmp_path: Path) -> None:
     async def scene(root: Root) -> None:
         nodes["a"].report(round=0, rank=0)
-        assert not (await end_step(root, 0, tokens=None, wait_s=0.1))["coverage"]["complete"]
+        assert not (await end_step(root, 0, tokens=None, wait_s=BRIEFLY_S))["coverage"]["complete"]
         nodes["b"].report(round=0, rank=1)
-        assert (await root.gather(0, None, None, None, 5.0))["coverage"]["complete"]
+        assert (await root.gather(0, None, None, None, PATIENCE_S))["coverage"]["complete"]
 
     play(tmp_path, scene)
 
@@ -150,11 +156,11 @@ def test_where_nothing_is_expected_nothing_is_waited_for(nodes: Nodes, tmp_path:
 def test_a_report_after_the_step_has_ended_makes_a_line_that_replaces_the_first(nodes: Nodes, tmp_path: Path) -> None:
     async def scene(root: Root) -> None:
         nodes["a"].report(round=0, rank=0)
-        first = await end_step(root, 0, wait_s=0.1)
+        first = await end_step(root, 0, wait_s=BRIEFLY_S)
         nodes["b"].report(round=0, rank=1)
         for rank, node in enumerate(nodes.values()):
             node.report(round=1, rank=rank)
-        second, third = await end_step(root, 1), await root.gather(1, 8, None, None, 5.0)
+        second, third = await end_step(root, 1), await root.gather(1, 8, None, None, PATIENCE_S)
         assert [answer["recovered"] for answer in (first, second, third)] == [False, True, False]
 
     play(tmp_path, scene)
@@ -165,7 +171,7 @@ def test_a_report_after_the_step_has_ended_makes_a_line_that_replaces_the_first(
 def test_the_last_late_report_is_fetched_at_the_end(nodes: Nodes, tmp_path: Path) -> None:
     async def scene(root: Root) -> None:
         nodes["a"].report(round=0, rank=0)
-        await end_step(root, 0, wait_s=0.1)
+        await end_step(root, 0, wait_s=BRIEFLY_S)
         nodes["b"].report(round=0, rank=1)
 
     root = play(tmp_path, scene)
@@ -181,7 +187,7 @@ def test_a_node_that_hangs_is_asked_once_and_keeps_nobody_waiting(nodes: Nodes, 
             nodes["a"].report(number, rank=0)
             answer = await end_step(root, number, tokens=4, wait_s=60.0)
             assert answer["coverage"]["complete"]
-        answer = await end_step(root, 5, tokens=4, wait_s=0.1)
+        answer = await end_step(root, 5, tokens=4, wait_s=BRIEFLY_S)
         assert not answer["coverage"]["complete"]
         assert nodes["b"].asked == 1
 
@@ -197,9 +203,9 @@ def test_the_place_of_a_dead_node_is_taken_by_the_one_of_the_same_name(nodes: No
     async def scene(root: Root) -> None:
         nodes["a"].report(round=0, rank=0)
         alive.report(round=0, rank=1)
-        assert not (await root.gather(0, 8, None, None, 0.1))["coverage"]["complete"]
+        assert not (await root.gather(0, 8, None, None, BRIEFLY_S))["coverage"]["complete"]
         nodes["b"] = alive
-        assert (await root.gather(0, 8, None, None, 5.0))["coverage"]["complete"]
+        assert (await root.gather(0, 8, None, None, PATIENCE_S))["coverage"]["complete"]
 
     play(tmp_path, scene)
 
@@ -207,10 +213,11 @@ def test_the_place_of_a_dead_node_is_taken_by_the_one_of_the_same_name(nodes: No
 def test_an_aggregator_that_restarted_adds_to_what_it_had_reported(nodes: Nodes, tmp_path: Path) -> None:
     async def scene(root: Root) -> None:
         nodes["a"].report(round=0, rank=0)
-        await root.gather(0, 8, None, None, 0.1)
+        while not (await root.gather(0, 8, None, None, BRIEFLY_S))["coverage"]["tokens"]:
+            pass
         nodes["a"].aggregator = Aggregator()
         nodes["a"].report(round=0, rank=1)
-        assert (await root.gather(0, 8, None, None, 5.0))["coverage"]["complete"]
+        assert (await root.gather(0, 8, None, None, PATIENCE_S))["coverage"]["complete"]
 
     play(tmp_path, scene)
 

@@ -67,12 +67,13 @@ def worker(session: nox.Session, release: Tested) -> None:
 @nox.session(name="end-to-end")
 @nox.parametrize("release", releases_at("end to end"))
 def end_to_end(session: nox.Session, release: Tested) -> None:
-    """The command line of a release."""
-    _test(session, release, "end to end")
+    """The command line of a release, started as a user starts it: every process imports all it needs."""
+    _test(session, release, "end to end", RUNS_START_COLD="1")
 
 
-def _test(session: nox.Session, release: Tested, level: str) -> None:
+def _test(session: nox.Session, release: Tested, level: str, **env: str) -> None:
     session.chdir(ROOT)
     environment, tests = release.tests(level)
-    env = {} if environment.holds(release.requirement) else {"PYTHONPATH": str(overlay(release))}
+    if not environment.holds(release.requirement):
+        env["PYTHONPATH"] = str(overlay(release))
     session.run(str(environment.python), "-m", "pytest", *tests, *session.posargs, env=env, external=True)

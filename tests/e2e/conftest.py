@@ -11,14 +11,14 @@ import pytest
 from integration.cpu.arms import ARMS
 from integration.cpu.launch import LaunchConfig, RunResult, run
 from integration.demo import task
-from tests.e2e.verl_runs import STEPS, TIMEOUT_S
+from tests.e2e.verl_runs import STEPS, TIMEOUT_S, python_of_runs
 
 
 @pytest.fixture(scope="session")
 def start_verl(
     tiny_model: Path, warm_python: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., RunResult]:
-    """Run verl with an arm's overrides and further settings, in processes that start warm unless `python` is given."""
+    """Run verl with an arm's overrides and further settings."""
     train, val = task.write_dataset(tmp_path_factory.mktemp("data"))
 
     def started(arm: str, **settings: Any) -> RunResult:
@@ -30,7 +30,7 @@ def start_verl(
             Path(task.__file__),
             out,
             reward_name="share_of_digits",
-            **{"steps": STEPS, "timeout_seconds": TIMEOUT_S, "python": warm_python, **settings},
+            **{"steps": STEPS, "timeout_seconds": TIMEOUT_S, "python": python_of_runs(warm_python), **settings},
         )
         return run(ARMS[arm].applied_to(config, out) if not config.prefix else config)
 

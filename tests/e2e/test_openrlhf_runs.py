@@ -20,6 +20,7 @@ from integration.cpu.launch_openrlhf import OpenRLHFConfig, RunResult, run
 from integration.cpu.warm.servers import IMPORTS, WarmServers
 from integration.demo import digit_share, run_openrlhf, task
 from tests.conftest import openrlhf_environment
+from tests.e2e.verl_runs import python_of_runs
 from tests.integration.lending import lend_run
 from tests.integration.smokes import smoke
 
@@ -34,8 +35,8 @@ PATCHED = (*RUN, "--")
 def start(
     tiny_model: Path, warm_servers: WarmServers, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., RunResult]:
-    """Run OpenRLHF as `fp16-patch run` or a script starts it, in processes that start warm unless `python` is given."""
-    python = warm_servers.server(IMPORTS, openrlhf_environment()).interpreter
+    """Run OpenRLHF as `fp16-patch run` or a script starts it."""
+    python = python_of_runs(warm_servers.server(IMPORTS, openrlhf_environment()).interpreter)
     folder = tmp_path_factory.mktemp("openrlhf_task")
     prompts, reward = task.write_prompts(folder), Path(digit_share.__file__)
 
@@ -62,11 +63,8 @@ def bf16(start: Callable[..., RunResult]) -> RunResult:
 
 @pytest.fixture(scope="session")
 def stock_fp16(start: Callable[..., RunResult]) -> RunResult:
-    """OpenRLHF's own fp16 switch, observed.
-
-    As a user starts it: every process imports all it needs.
-    """
-    return start("stock_fp16", OBSERVED, extra=("--ds.param_dtype", "fp16"), python=Path(sys.executable))
+    """OpenRLHF's own fp16 switch, observed."""
+    return start("stock_fp16", OBSERVED, extra=("--ds.param_dtype", "fp16"))
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -82,12 +81,8 @@ def calibrating(start_verl: Callable[..., RunResult]) -> RunResult:
 
 @pytest.fixture(scope="session")
 def broken_sampler(start_verl: Callable[..., RunResult]) -> RunResult:
-    """The one flag, where our plugin cannot be imported in vLLM's worker process.
-
-    As a user starts it: every process imports all it needs. The demo starts so, too, and trains.
-    """
-    broken = {"PYTHONPATH": str(Path(__file__).parent / "broken_sampler")}
-    return start_verl("fp16_patch", env=broken, python=Path(sys.executable))
+    """The one flag, where our plugin cannot be imported in vLLM's worker process."""
+    return start_verl("fp16_patch", env={"PYTHONPATH": str(Path(__file__).parent / "broken_sampler")})
 
 
 @pytest.fixture(scope="session")

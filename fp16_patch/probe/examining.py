@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer
 
 from fp16_patch import __version__
 from fp16_patch.plan import probe_settings
@@ -23,7 +22,14 @@ from fp16_patch.probe.extremes import Range
 from fp16_patch.probe.families import known_risk
 from fp16_patch.probe.judging import Evidence, recommend
 from fp16_patch.probe.learning import policy_gradient, score
-from fp16_patch.probe.loading import batch_tokens, by_its_parts, load_model, refusing_to_overflow, stop_ids
+from fp16_patch.probe.loading import (
+    batch_tokens,
+    by_its_parts,
+    load_config_and_tokenizer,
+    load_model,
+    refusing_to_overflow,
+    stop_ids,
+)
 from fp16_patch.probe.memory import give_memory_back, giving_memory_back, peak_memory
 from fp16_patch.probe.precision import DTYPES, in_dtype
 from fp16_patch.probe.progress import Phases, silent
@@ -62,8 +68,7 @@ def examine(request: ProbeRequest, phases: Phases = silent) -> ProbeResult:
 
 def _examine(request: ProbeRequest, phases: Phases) -> ProbeResult:
     started = time.monotonic()
-    config = AutoConfig.from_pretrained(request.model)
-    tokenizer = AutoTokenizer.from_pretrained(request.model)
+    config, tokenizer = load_config_and_tokenizer(request.model)
     prompts = read_prompts(request.prompts, request.count, tokenizer)
     sampling = Sampling(request.temperature, request.max_new_tokens, stop_ids(request.model, tokenizer), request.seed)
     probe = _Probe(request, prompts, sampling, phases, batch_tokens=batch_tokens(config))

@@ -11,13 +11,22 @@ import torch
 import transformers
 from packaging.version import Version
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fp16_patch.plan.errors import Conflict, PlanError
 
 BATCH_TOKENS = 2048
 BATCH_LOGITS = 1 << 27
 """A forward's logits, 512 MB of them in FP32, bound its tokens where the vocabulary is large."""
+
+
+def load_config_and_tokenizer(path: Path) -> tuple[Any, Any]:
+    """Read a model's configuration and its tokenizer. No code of the folder is run.
+
+    Raises:
+        PlanError: transformers does not load one of them.
+    """
+    return _loaded(AutoConfig, path), _loaded(AutoTokenizer, path)
 
 
 def load_model(path: Path, device: str) -> nn.Module:
@@ -27,14 +36,19 @@ def load_model(path: Path, device: str) -> nn.Module:
         PlanError: transformers does not load it.
     """
     dtype = "dtype" if Version(transformers.__version__) >= Version("4.56") else "torch_dtype"
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(path, **{dtype: torch.float32})
-    except (ImportError, OSError, ValueError, RuntimeError) as problem:
-        fix = "give a causal language model that transformers loads"
-        raise PlanError([Conflict("MODEL", path, f"cannot be loaded: {problem}", fix)]) from problem
+    model: Any = _loaded(AutoModelForCausalLM, path, **{dtype: torch.float32})
     with refusing_to_overflow(device):
         loaded: nn.Module = model.to(device).requires_grad_(False).eval()
     return loaded
+
+
+def _loaded(kind: Any, path: Path, **settings: Any) -> Any:
+    try:
+        # Without it, transformers asks at the terminal, and a yes runs code of the folder.
+        return kind.from_pretrained(path, trust_remote_code=False, **settings)
+    except (ImportError, OSError, ValueError, RuntimeError, KeyError, TypeError) as problem:
+        fix = "give a causal language model that transformers loads by itself"
+        raise PlanError([Conflict("MODEL", path, f"cannot be loaded: {problem}", fix)]) from problem
 
 
 @contextmanager

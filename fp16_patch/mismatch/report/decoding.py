@@ -21,7 +21,9 @@ class TokenizerError(Fp16PatchError):
 
 @lru_cache(maxsize=8)
 def tokenizer_of(path: str | Path) -> TextOf:
-    """Return what decodes the ids of the tokenizer, or of the model, at ``path``. Nothing is fetched from anywhere.
+    """Return what decodes the ids of the tokenizer, or of the model, at ``path``.
+
+    Nothing is fetched from anywhere, and no code of the folder is run.
 
     Raises:
         TokenizerError: transformers is not installed, or finds no tokenizer there.
@@ -33,7 +35,8 @@ def tokenizer_of(path: str | Path) -> TextOf:
     except ImportError:
         raise TokenizerError("transformers is not installed") from None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+        # Without the last, transformers asks at the terminal, and a yes runs code of a folder that a record names.
+        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except Exception as problem:
         raise TokenizerError(f"no tokenizer in {path}: {type(problem).__name__}") from problem
     return lambda token_id: visible(_decoded(tokenizer, token_id))

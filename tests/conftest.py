@@ -141,6 +141,11 @@ def warm_python(warm_servers: WarmServers) -> Path:
     return warm_servers.server(IMPORTS, verl_environment()).interpreter
 
 
+def python_of_runs(warm: Path) -> Path:
+    """What runs are started with: as `RUNS_START_COLD` asks, and the matrix does, what a user would start them with."""
+    return Path(sys.executable) if os.environ.get("RUNS_START_COLD") else warm
+
+
 @pytest.fixture(scope="session")
 def on_ranks(warm_servers: WarmServers) -> Ranks:
     return Ranks(warm_servers)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from fp16_patch.doctor.devices import devices
@@ -197,13 +198,7 @@ def _examine_openrlhf(examination: Examination, program: Program, plan: Plan) ->
     from fp16_patch.openrlhf.config import arguments, caveats, parser
 
     args = parser.parsed(dotted_name(program), program.arguments)
-    examination.stock_roles.update(arguments.effective_dtypes(args, Plan(mode="observe")))
-    examination.roles.update(arguments.effective_dtypes(args, plan))
-    examination.caveats.extend(map(_of_mismatch, caveats.caveats_of(args)))
-    examination.caveats.extend(arguments.slow_paths_of(args, plan))
-    if plan.overrides_dtype:
-        examination.problems.extend(str(conflict) for conflict in arguments.conflicts_of(args, plan))
-        examination.overridden.extend(arguments.apply_to(args, plan))
+    _judge(examination, arguments, args, caveats.caveats_of(args), plan)
     if "rollout" in examination.roles:
         _examine_sampler(examination, plan)
 
@@ -214,19 +209,20 @@ def _examine_verl(examination: Examination, program: Program, plan: Plan) -> Non
 
     config = _composed(program)
     refined = Plan.from_settings(settings.plan_settings(config), settings.SECTION, base=plan)
-    examination.stock_roles.update(settings.effective_dtypes(config, Plan(mode="observe")))
-    examination.roles.update(settings.effective_dtypes(config, refined))
-    examination.caveats.extend(map(_of_mismatch, caveats.caveats_of(config)))
-    examination.caveats.extend(settings.slow_paths_of(config, refined))
-    if refined.overrides_dtype:
-        examination.problems.extend(str(conflict) for conflict in settings.conflicts_of(config, refined))
-        examination.overridden.extend(settings.apply_to(config, refined))
+    _judge(examination, settings, config, caveats.caveats_of(config), refined)
     if samples_with_vllm(config):
         _examine_sampler(examination, refined)
 
 
-def _of_mismatch(caveat: str) -> str:
-    return f"the mismatch of this run {caveat}"
+def _judge(examination: Examination, by: ModuleType, run: Any, caveats: Sequence[str], plan: Plan) -> None:
+    """Take in what a framework's module says of a run under the plan, and under none."""
+    examination.stock_roles.update(by.effective_dtypes(run, Plan(mode="observe")))
+    examination.roles.update(by.effective_dtypes(run, plan))
+    examination.caveats.extend(f"the mismatch of this run {caveat}" for caveat in caveats)
+    examination.caveats.extend(by.slow_paths_of(run, plan))
+    if plan.overrides_dtype:
+        examination.problems.extend(str(conflict) for conflict in by.conflicts_of(run, plan))
+        examination.overridden.extend(by.apply_to(run, plan))
 
 
 def _composed(program: Program) -> Any:
@@ -244,8 +240,8 @@ def _release(package: str) -> str | None:
         return None
 
 
-def _hardware_conflicts(devices: list[dict[str, Any]], plan: Plan) -> Iterator[Conflict]:
-    for device in devices:
+def _hardware_conflicts(found: list[dict[str, Any]], plan: Plan) -> Iterator[Conflict]:
+    for device in found:
         if plan.mode == "fp16" and not device["fp16"]:
             reason = f"{device['facts']} has no FP16 matrix units"
             yield Conflict("device", device["name"], reason, "use a GPU of compute capability 7.0 or later")

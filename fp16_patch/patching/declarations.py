@@ -386,6 +386,11 @@ def installed_release(package: str) -> str | None:
     return None
 
 
+def declared_table(name: str) -> dict[str, Any]:
+    """Return what a table beside the patches declares, such as `stock_dtypes.toml`."""
+    return tomllib.loads((patches_dir() / name).read_text(encoding="utf-8"))
+
+
 def patches_dir() -> Path:
     """Return the folder of the declarations: inside an installed package, or beside it in a checkout."""
     inside = Path(__file__).parents[1] / "patches"

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 from packaging.version import Version
 
-from fp16_patch.patching.declarations import patches_dir
+from fp16_patch.patching.declarations import declared_table
 from fp16_patch.patching.sources import Installed, Sources
 from fp16_patch.releases.matrix import tested_levels
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 PACKAGE = "vllm"
 LEVELS = ("fingerprint", "worker", "end to end")
@@ -53,7 +47,7 @@ class Finding(NamedTuple):
 @lru_cache(maxsize=1)
 def uses() -> tuple[Use, ...]:
     """Return what is declared."""
-    declared = tomllib.loads((patches_dir() / "vllm_interface.toml").read_text(encoding="utf-8"))
+    declared = declared_table("vllm_interface.toml")
     return tuple(map(Use.from_toml, declared["uses"]))
 
 

@@ -11,7 +11,8 @@ import pytest
 from integration.cpu.arms import ARMS
 from integration.cpu.launch import LaunchConfig, RunResult, run
 from integration.demo import task
-from tests.e2e.verl_runs import STEPS, TIMEOUT_S, python_of_runs
+from tests.conftest import python_of_runs
+from tests.e2e.verl_runs import STEPS, TIMEOUT_S
 
 
 @pytest.fixture(scope="session")

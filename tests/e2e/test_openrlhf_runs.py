@@ -19,8 +19,7 @@ from integration.cpu.arms_openrlhf import OBSERVED, RUN
 from integration.cpu.launch_openrlhf import OpenRLHFConfig, RunResult, run
 from integration.cpu.warm.servers import IMPORTS, WarmServers
 from integration.demo import digit_share, run_openrlhf, task
-from tests.conftest import openrlhf_environment
-from tests.e2e.verl_runs import python_of_runs
+from tests.conftest import openrlhf_environment, python_of_runs
 from tests.integration.lending import lend_run
 from tests.integration.smokes import smoke
 

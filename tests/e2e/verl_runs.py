@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,6 @@ from integration.cpu.launch import RunResult
 TIMEOUT_S = 900
 STEPS = 2
 FP16_PATCH = str(Path(sys.executable).with_name("fp16-patch"))
-
-
-def python_of_runs(warm: Path) -> Path:
-    """What runs are started with: as `RUNS_START_COLD` asks, and the matrix does, what a user would start them with."""
-    return Path(sys.executable) if os.environ.get("RUNS_START_COLD") else warm
 
 
 def finished(result: RunResult) -> RunResult:

@@ -339,13 +339,14 @@ def _is_far_larger(stats: MismatchStats, settled: MismatchStats) -> bool:
 
 def _too_large(steps: Mapping[int, MismatchStats], stats: MismatchStats, thresholds: Thresholds) -> tuple[str, ...]:
     """Say what is too large over all tokens, else what an alert fired for on the way."""
-    found = too_large(stats.metrics(), thresholds) if stats.finite_tokens else []
+    if stats.finite_tokens and (found := too_large(stats.metrics(), thresholds)):
+        return tuple(found)
     alerts = Alerts(thresholds)
     fired: dict[str, str] = {}
     for step in sorted(steps):
         alerts.update(step, steps[step].metrics())
         fired |= {alert.name: alert.message for alert in alerts.new if RULE[alert.name].of_size}
-    return tuple(found or fired.values())
+    return tuple(fired.values())
 
 
 def _growth(measured: Mapping[int, MismatchStats]) -> Growth | None:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from fp16_patch.patching.fingerprint import parsed
 from fp16_patch.patching.sources import Installed, Sources
 from fp16_patch.plan.errors import Conflict
 from fp16_patch.plan.plan import Plan
+from fp16_patch.verl.config.selection import Select
 from fp16_patch.verl.config.supported_engines import MEGATRON
-
-Select = Callable[[str], Any]
 
 SWITCH = "actor_rollout_ref.model.use_fused_kernels"
 BACKEND = "actor_rollout_ref.model.fused_kernel_options.impl_backend"

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable, Iterator
 
 from fp16_patch.patching.sources import Installed, Sources
 from fp16_patch.plan.dtypes import is_half
 from fp16_patch.plan.errors import Conflict
 from fp16_patch.plan.plan import MODE_ENV, Plan
-from fp16_patch.vllm.expert_communication import ARGUMENT, environment_conflicts, expert_communication_conflict
-
-Select = Callable[[str], Any]
+from fp16_patch.verl.config.selection import Select
 
 _POLICY, _CRITIC = "actor_rollout_ref.model", "critic.model"
 _ATTENTION = "override_config.attn_implementation"
@@ -52,18 +49,3 @@ def attention_conflicts(
 
 def _reads_the_key(verl: Sources) -> bool:
     return any('get("attn_implementation"' in (verl.read(module) or "") for module in _READERS)
-
-
-def expert_conflicts(select: Select, samplers: Iterable[str], plan: Plan) -> Iterator[Conflict]:
-    """Yield the ways of exchanging experts' tokens that know bfloat16 only.
-
-    Args:
-        samplers: keys of the samplers' configurations.
-    """
-    for section in samplers:
-        # vLLM takes either spelling.
-        for argument in (ARGUMENT, ARGUMENT.replace("_", "-")):
-            key = f"{section}.engine_kwargs.vllm.{argument}"
-            if conflict := expert_communication_conflict(key, select(key), plan):
-                yield conflict
-    yield from environment_conflicts(plan)

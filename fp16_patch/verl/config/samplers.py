@@ -8,6 +8,9 @@ from typing import Any, NamedTuple
 from fp16_patch.plan.dtypes import BFLOAT16, spelling_of
 from fp16_patch.plan.errors import Conflict
 from fp16_patch.plan.plan import Plan
+from fp16_patch.verl.config.selection import select as _select
+from fp16_patch.vllm.expert_communication import ARGUMENT as ALL2ALL
+from fp16_patch.vllm.expert_communication import expert_communication_conflict
 
 SUPPORTED = ("vllm",)
 TEACHER = "teacher"
@@ -97,11 +100,15 @@ def sampler_conflicts(config: Any, sampler: Sampler, plan: Plan) -> Iterator[Con
     for argument, value in dict(arguments or {}).items():
         if reason := _spoilt_by(argument, value, plan):
             yield Conflict(f"{key}.{argument}", value, reason, "remove it")
+        elif _spelled(argument) == ALL2ALL and (
+            other := expert_communication_conflict(f"{key}.{argument}", value, plan)
+        ):
+            yield other
 
 
 def _spoilt_by(argument: str, value: Any, plan: Plan) -> str | None:
     """Return why an argument of vLLM's command line spoils the plan; None if it does not."""
-    argument, names = argument.replace("-", "_"), spelling_of(plan.dtype).all
+    argument, names = _spelled(argument), spelling_of(plan.dtype).all
     accepted = {"dtype": names, "kv_cache_dtype": ("auto", *names), "distributed_executor_backend": ("mp",)}
     reasons = {
         **dict.fromkeys(("dtype", "kv_cache_dtype"), f"it overrides the plan's {plan.dtype}"),
@@ -112,13 +119,12 @@ def _spoilt_by(argument: str, value: Any, plan: Plan) -> str | None:
     return reasons.get(argument) if is_set and str(value) not in accepted.get(argument, ()) else None
 
 
+def _spelled(argument: str) -> str:
+    # vLLM takes either.
+    return argument.replace("-", "_")
+
+
 def stock_dtype(config: Any, sampler: Sampler) -> str:
     """Return the setting that decides what a server computes in where no plan does."""
     given = (sampler.setting(config, name)[1] for name in ("engine_kwargs.vllm.dtype", "dtype"))
     return str(next(filter(None, given), BFLOAT16.torch))
-
-
-def _select(config: Any, key: str) -> Any:
-    from omegaconf import OmegaConf
-
-    return OmegaConf.select(config, key, default=None)

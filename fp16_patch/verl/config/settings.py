@@ -15,11 +15,13 @@ from fp16_patch.plan.plan import Plan
 from fp16_patch.runtime.activation import current_plan
 from fp16_patch.runtime.slow_experts import slow_experts
 from fp16_patch.verl.config.fused_kernels import fused_kernel_conflict
-from fp16_patch.verl.config.kernel_limits import attention_conflicts, expert_conflicts
+from fp16_patch.verl.config.kernel_limits import attention_conflicts
 from fp16_patch.verl.config.samplers import has_reward_worker, sampler_conflicts, samplers, stock_dtype
+from fp16_patch.verl.config.selection import select as _select
 from fp16_patch.verl.config.stock_dtypes import learner_dtype
 from fp16_patch.verl.config.supported_engines import FSDP, MEGATRON, engine_conflict, megatron_conflicts
 from fp16_patch.verl.config.weight_sync import weight_sync_conflicts
+from fp16_patch.vllm.expert_communication import environment_conflicts
 from fp16_patch.vllm.stored_models import model_conflicts
 
 logger = logging.getLogger(__name__)
@@ -138,7 +140,7 @@ def _kernel_conflicts(config: Any, plan: Plan) -> Iterator[Conflict]:
     select = partial(_select, config)
     on_fsdp = [role for role, _ in _engine_sections(config) if select(f"{role}.strategy") in FSDP]
     yield from attention_conflicts(select, on_fsdp, plan)
-    yield from expert_conflicts(select, [sampler.section for sampler in samplers(config)], plan)
+    yield from environment_conflicts(plan)
 
 
 def _engine_conflicts(config: Any, plan: Plan) -> Iterator[Conflict]:
@@ -265,9 +267,3 @@ def _same_dtype(before: object, after: object) -> bool:
     if before is None or isinstance(after, dict):
         return before is None
     return torch_name(before) == after
-
-
-def _select(config: Any, key: str) -> Any:
-    from omegaconf import OmegaConf
-
-    return OmegaConf.select(config, key, default=None)

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
 from packaging.specifiers import SpecifierSet
 
-from fp16_patch.patching.declarations import installed_release, patches_dir
+from fp16_patch.patching.declarations import declared_table, installed_release
 from fp16_patch.plan.dtypes import BFLOAT16, torch_name
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
-Select = Callable[[str], Any]
+from fp16_patch.verl.config.selection import Select
 
 
 @dataclass(frozen=True)
@@ -79,5 +72,5 @@ def _fitting(select: Select, role: str, strategy: object, release: str | None) -
 @lru_cache(maxsize=1)
 def rows() -> tuple[Row, ...]:
     """Return the declared rows, in their order."""
-    declared = tomllib.loads((patches_dir() / "stock_dtypes.toml").read_text(encoding="utf-8"))
+    declared = declared_table("stock_dtypes.toml")
     return tuple(map(Row.from_toml, declared["verl"]))

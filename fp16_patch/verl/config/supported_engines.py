@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from fp16_patch.plan.dtypes import BFLOAT16
 from fp16_patch.plan.errors import Conflict
 from fp16_patch.plan.plan import Plan
+from fp16_patch.verl.config.selection import Select
 
 FSDP = ("fsdp", "fsdp2")
 MEGATRON = "megatron"
 ENGINES = (*FSDP, MEGATRON)
-
-Select = Callable[[str], Any]
 
 _UNSCALED = "never scales the loss, so small gradients would vanish"
 _REFUSED = {

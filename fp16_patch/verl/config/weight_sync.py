@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 from fp16_patch.patching.fingerprint import parsed
 from fp16_patch.patching.sources import Installed, Sources
 from fp16_patch.plan.errors import Conflict
 from fp16_patch.plan.plan import Plan
-
-Select = Callable[[str], Any]
+from fp16_patch.verl.config.selection import Select
 
 BACKEND = "actor_rollout_ref.rollout.checkpoint_engine.backend"
 MODEL = "actor_rollout_ref.model"

@@ -106,6 +106,16 @@ def test_experts_that_exchange_tokens_in_bfloat16_only_are_refused(
     assert conflicts(compose(f"+{dashed}=deepep_low_latency", *rewarded))[0].startswith(f"{dashed}=")
 
 
+def test_so_are_those_of_a_reward_model_that_is_configured_where_it_was_up_to_0_7(
+    activated: Any, compose: Callable[..., Any]
+) -> None:
+    activated()
+    key = "reward_model.rollout.engine_kwargs.vllm.all2all_backend"
+    named = ("+reward_model.enable=True", "reward.reward_model.rollout.name=vllm")
+    (message,) = conflicts(compose(f"+{key}=deepep_low_latency", *named))
+    assert message.startswith(f"{key}=deepep_low_latency: ")
+
+
 @pytest.mark.parametrize(
     ("key", "value", "fix"),
     [("moe_enable_deepep", "True", "set it to false"), ("moe_token_dispatcher_type", "flex", "use alltoall")],

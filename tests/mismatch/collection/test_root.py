@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import threading
 import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -21,6 +22,7 @@ from fp16_patch.mismatch.collection.history import KEPT_STEPS
 from fp16_patch.mismatch.collection.part import Part
 from fp16_patch.mismatch.collection.root import Root
 from fp16_patch.mismatch.collection.rounds import KEPT_ROUNDS
+from fp16_patch.mismatch.collection.sinks import MAX_WAITING
 from fp16_patch.mismatch.record.reading import MISMATCH
 from fp16_patch.mismatch.statistics.summary import MismatchStats
 from tests.mismatch.measured import measured, message
@@ -282,17 +284,25 @@ class Broken:
 class Stuck:
     """A sink that takes longer than any test."""
 
+    begun = threading.Event()
+
     def __init__(self, run: str) -> None:
         pass
 
     def __call__(self, line: dict[str, Any]) -> None:
+        self.begun.set()
         time.sleep(3600)
+
+
+TAKEN_BY_STUCK = 1 + MAX_WAITING
+"""Lines that it does not drop: the one in work, and those that wait."""
 
 
 def test_a_sink_that_hangs_or_raises_harms_neither_the_others_nor_the_record(
     nodes: Nodes, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     Seen.lines.clear()
+    Stuck.begun.clear()
     sinks = tuple(f"{__name__}:{name}" for name in ("Stuck", "Broken", "Seen", "Absent"))
 
     async def scene(root: Root) -> None:
@@ -300,15 +310,17 @@ def test_a_sink_that_hangs_or_raises_harms_neither_the_others_nor_the_record(
             nodes["a"].report(number, rank=0)
             await end_step(root, number, tokens=4)
             # So that only the sink that hangs can be behind.
-            while len(Seen.lines) <= number or root._sinks.dropped < 2 * number:
+            put = number + 1
+            dropped = 2 * put + max(0, put - TAKEN_BY_STUCK)
+            while not (Stuck.begun.is_set() and len(Seen.lines) == put and root._sinks.dropped == dropped):
                 await asyncio.sleep(0.001)
 
     with caplog.at_level(logging.WARNING, logger="fp16_patch"):
         root: Any = play(tmp_path, scene, sinks)
     assert Seen.lines == [("run", step, 4) for step in range(1, 21)]
     assert len(record(tmp_path)) == 20
-    # 20 of each of those that fail, and of the one that hangs what does not fit: one in work, 16 waiting.
-    assert root._sinks.dropped == 20 + 20 + 3
+    # 20 of each of those that fail, and of the one that hangs what does not fit.
+    assert root._sinks.dropped == 20 + 20 + 20 - TAKEN_BY_STUCK
     assert sorted(record.getMessage() for record in caplog.records) == [
         f"the mismatch does not all reach {sinks[3]}: module {__name__!r} has no attribute 'Absent'",
         f"the mismatch does not all reach {sinks[1]}: no route to host",

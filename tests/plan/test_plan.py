@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fp16_patch import Plan, PlanError, wanted
 from fp16_patch.plan.in_force import misspelled_variables
-from fp16_patch.plan.plan import PLAN_ENV, resolve, resolve_environment
+from fp16_patch.plan.plan import MODE_ENV, PLAN_ENV, resolve, resolve_environment
 from fp16_patch.plan.settings import SETTINGS
 
 
@@ -84,7 +84,7 @@ def test_the_first_scale_is_measured_unless_one_is_given() -> None:
     )
 )
 def test_a_carried_plan_arrives_unchanged(plan: Plan) -> None:
-    assert Plan.from_environment({PLAN_ENV: plan.to_json(), "FP16_PATCH": "off"}) == plan
+    assert Plan.from_environment({PLAN_ENV: plan.to_json(), MODE_ENV: plan.mode}) == plan
 
 
 def test_an_unknown_setting_is_named_with_the_nearest_known_one() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from fp16_patch import Plan
-from fp16_patch.plan.plan import MODE_ENV, PLAN_ENV, SPOOL_ENV
+from fp16_patch.plan.plan import MODE_ENV, PLAN_ENV, SPOOL_ENV, TOLD_ENV
 from fp16_patch.runtime import propagation
 from fp16_patch.runtime.ledger import Ledger
 
@@ -125,6 +125,7 @@ def test_an_inherited_plan_is_no_news_until_it_is_refined(monkeypatch: pytest.Mo
     with monkeypatch.context() as inherited:
         inherited.setitem(propagation._inherited, MODE_ENV, "fp16")
         inherited.setitem(propagation._inherited, PLAN_ENV, Plan().to_json())
+        inherited.setitem(propagation._inherited, TOLD_ENV, "{}")
         propagation.carry(Plan())
         assert told_to_an_actor() == {}
         propagation.carry(Plan(init_scale=8.0))

@@ -15,13 +15,14 @@ from fp16_patch.cli.plan_of_command import plan_of
 from fp16_patch.untrusted.text import quoted
 
 _ANSWER_TIMEOUT_S = 60
-_QUESTION = """
+_NEVER_STARTS = "it does not run our sitecustomize, which PYTHONPATH names"
+_QUESTION = f"""
 import sys
 if sys.version_info < (3, 10):
-    sys.exit("it is Python %d.%d, and 3.10 is the oldest" % sys.version_info[:2])
+    sys.exit("it is Python %d.%d, older than 3.10" % sys.version_info[:2])
 import fp16_patch.runtime.activation
 if "fp16_patch_startup" not in sys.modules:
-    sys.exit("it does not start with what PYTHONPATH names: an option such as -I, or a sitecustomize in front of ours")
+    sys.exit({_NEVER_STARTS!r})
 """
 
 
@@ -83,6 +84,9 @@ def _require_fp16_patch(command: tuple[str, ...], startup: Path) -> None:
     if python is None or _is_this_python(python):
         return
     problem = import_problem(python, startup)
+    if problem == _NEVER_STARTS:
+        fix = "leave out options of Python such as -I, `env -i`, and a sitecustomize that comes before it"
+        raise Failure(f"{shlex.join(python)} does not start fp16_patch ({problem}). Fix: {fix}")
     if problem is not None:
         fix = f"install fp16-patch there, or use {sys.executable}"
         raise Failure(f"{shlex.join(python)} cannot import fp16_patch ({problem}). Fix: {fix}")

@@ -54,9 +54,11 @@ ELSEWHERE: dict[Words, str] = {
     ("ray", "exec"): f"ray exec … '{_OURS} run -- python …'",
     ("ray", "job", "submit"): f"ray job submit … -- {_OURS} run -- python …",
     ("ssh",): f"ssh … {_OURS} run -- python …",
-    # Its command starts with an environment of its own, without PYTHONPATH even under -E.
     ("sudo",): f"sudo … {_OURS} run -- python …",
 }
+_STAYS = "the plan would stay with the submitting client"
+# Without PYTHONPATH even under -E.
+_STAYS_BEHIND: dict[Words, str] = {("sudo",): "the plan would stay in the caller's environment, and the command gets another"}
 SHELLS = frozenset({"bash", "dash", "ksh", "sh", "zsh"})
 # A separator in a shell's words; what stands between two is one command.
 _SEPARATORS = re.compile(r"[;&|\n()]+")
@@ -143,7 +145,7 @@ def _elsewhere(submitter: Words, words: Words) -> Program:
     conflict = Conflict(
         "command",
         " ".join(submitter),
-        "the plan would stay with the submitting client",
+        _STAYS_BEHIND.get(submitter, _STAYS),
         f"turn it round: {ELSEWHERE[submitter]}",
     )
     return replace(inner, problems=(conflict, *inner.problems))

@@ -95,8 +95,14 @@ class Plan(Settings):
             what = "lacks" if others[0] in SETTINGS else "has the unknown"
             reason = f"it {what} {quoted(others[0])}, so another release of fp16_patch carried it"
             raise unreadable_variable(PLAN_ENV, text, reason, "install the same one in every process's Python")
+        try:
+            parsed = _parse(values, PLAN_ENV)
+            _refuse_problems(parsed, PLAN_ENV)
+        except PlanError as refused:
+            conflicts = [replace(conflict, value=quoted(conflict.value)) for conflict in refused.conflicts]
+            raise PlanError(conflicts) from None
         # Complete as it is: what it was made of, a probe's result for one, need not be on this machine.
-        return cls(**_parse(values, PLAN_ENV))
+        return cls(**parsed)
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any], source: str, base: Plan | None = None) -> Plan:

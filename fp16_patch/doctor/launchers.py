@@ -58,7 +58,9 @@ ELSEWHERE: dict[Words, str] = {
 }
 _STAYS = "the plan would stay with the submitting client"
 # Without PYTHONPATH even under -E.
-_STAYS_BEHIND: dict[Words, str] = {("sudo",): "the plan would stay in the caller's environment, and the command gets another"}
+_STAYS_BEHIND: dict[Words, str] = {
+    ("sudo",): "the plan would stay in the caller's environment, and the command gets another"
+}
 SHELLS = frozenset({"bash", "dash", "ksh", "sh", "zsh"})
 # A separator in a shell's words; what stands between two is one command.
 _SEPARATORS = re.compile(r"[;&|\n()]+")

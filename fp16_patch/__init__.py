@@ -6,6 +6,7 @@ they start, also for users who never asked for us: with `FP16_PATCH` unset this 
 """
 
 import os
+from collections.abc import Callable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -55,14 +56,43 @@ def wanted() -> bool:
     return os.environ.get("FP16_PATCH", "off").strip().lower() not in ("", "0", "off", "false", "no")
 
 
+def concerned() -> bool:
+    """Return whether this process is to compute under a plan, or has said `off` to one that was carried to it."""
+    return wanted() or "FP16_PATCH_PLAN" in os.environ
+
+
 def _nothing() -> None:
     """Stand in for an entry point when nobody asked for us."""
 
 
+def _entry_point(name: str) -> Callable[[], None]:
+    """Look one up, which activates: verl does not call what it finds.
+
+    Both frameworks go on after an exception here, so a refusal is repeated where they do not: where verl imports what
+    it trains with, and where vLLM calls what it has found.
+    """
+    try:
+        found: Callable[[], None] = getattr(import_module("fp16_patch.autoload"), name)
+        return found
+    except Exception as problem:
+        if not wanted():
+            return _nothing
+        import_module("fp16_patch.runtime.startup.fp16_patch_startup").refuse(problem)
+        if name == "load":
+            raise
+        return _refusal(problem)
+
+
+def _refusal(problem: Exception) -> Callable[[], None]:
+    def refuse() -> None:
+        raise problem
+
+    return refuse
+
+
 def __getattr__(name: str) -> Any:
     if name in _ENTRY_POINTS:
-        # Looking one up is enough to activate, where asked to: verl does not call what it finds.
-        return getattr(import_module("fp16_patch.autoload"), name) if wanted() else _nothing
+        return _entry_point(name) if concerned() else _nothing
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)

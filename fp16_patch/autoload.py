@@ -1,16 +1,16 @@
 """Activates the plan that the environment of this process names. Imported by the entry points, or by name.
 
-The entry points are looked up in `fp16_patch/__init__.py`, which comes here only where `FP16_PATCH` asks for it.
+The entry points are looked up in `fp16_patch/__init__.py`, which comes here only where the environment asks for it.
 """
 
 from __future__ import annotations
 
-from fp16_patch import wanted
+from fp16_patch import concerned
 
 
 def load() -> None:
     """Activate the plan that the environment names; do nothing if it names none."""
-    if wanted():
+    if concerned():
         from fp16_patch.runtime.activation import activate
 
         activate()
@@ -18,7 +18,7 @@ def load() -> None:
 
 def load_in_vllm() -> None:
     """Do as `load` in a process that vLLM started, and send its attestation to the process that started it."""
-    if wanted():
+    if concerned():
         load()
         from fp16_patch.vllm import attest_this_process
 

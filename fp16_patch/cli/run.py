@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import sys
 from pathlib import Path
@@ -13,9 +12,18 @@ import click
 from fp16_patch import __version__
 from fp16_patch.cli.group import Failure
 from fp16_patch.cli.plan_of_command import plan_of
+from fp16_patch.untrusted.text import quoted
 
-_PYTHON = re.compile(r"python[\d.]*")
 _ANSWER_TIMEOUT_S = 60
+_NEVER_STARTS = "it does not run our sitecustomize, which PYTHONPATH names"
+_QUESTION = f"""
+import sys
+if sys.version_info < (3, 10):
+    sys.exit("it is Python %d.%d, older than 3.10" % sys.version_info[:2])
+import fp16_patch.runtime.activation
+if "fp16_patch_startup" not in sys.modules:
+    sys.exit({_NEVER_STARTS!r})
+"""
 
 
 @click.command("run", context_settings={"allow_interspersed_args": False})
@@ -42,19 +50,20 @@ def command(mode: str | None, training_command: tuple[str, ...]) -> None:
     plan = plan_of(mode)
     for problem in program_of(training_command).problems:
         raise Failure(problem)
-    program = _program(training_command[0])
+    _require_program(training_command[0])
+    startup = Path(propagation.__file__).parent / "startup"
     if plan.active:
-        _require_fp16_patch(program)
+        _require_fp16_patch(training_command, startup)
     propagation.carry(plan)
     if plan.active:
         # Unlike a plugin, a module listed here fails loudly when it cannot be imported.
         _append("VERL_USE_EXTERNAL_MODULES", "fp16_patch.autoload")
-        _put_first("PYTHONPATH", str(Path(propagation.__file__).parent / "startup"))
+        os.environ["PYTHONPATH"] = _in_front(startup)
     click.echo(_announcement(plan.mode, training_command), err=True)
     os.execvp(training_command[0], list(training_command))
 
 
-def _program(name: str) -> str:
+def _require_program(name: str) -> None:
     import shutil
 
     path = shutil.which(name)
@@ -62,29 +71,58 @@ def _program(name: str) -> str:
         raise Failure(f"{name}: not executable. Fix: chmod +x {name}, or `bash {name}`")
     if path is None:
         raise Failure(f"{name}: no such program. Fix: put the training command behind `--`")
-    return path
 
 
-def _require_fp16_patch(program: str) -> None:
-    """Stop if the command's Python is another than ours and cannot import us: its processes would train as before."""
-    if not _PYTHON.fullmatch(Path(program).name) or Path(program).absolute() == Path(sys.executable).absolute():
+def _require_fp16_patch(command: tuple[str, ...], startup: Path) -> None:
+    """Stop if the command's Python cannot start us: its processes would train as before.
+
+    Where nobody can say which Python that is, the start-up in the process itself refuses.
+    """
+    from fp16_patch.doctor.interpreters import interpreter_of
+
+    python = interpreter_of(command)
+    if python is None or _is_this_python(python):
         return
-    problem = import_problem(program)
+    problem = import_problem(python, startup)
+    if problem == _NEVER_STARTS:
+        fix = "leave out options of Python such as -I, `env -i`, and a sitecustomize that comes before it"
+        raise Failure(f"{shlex.join(python)} does not start fp16_patch ({problem}). Fix: {fix}")
     if problem is not None:
         fix = f"install fp16-patch there, or use {sys.executable}"
-        raise Failure(f"{program} cannot import fp16_patch ({problem}). Fix: {fix}")
+        raise Failure(f"{shlex.join(python)} cannot import fp16_patch ({problem}). Fix: {fix}")
 
 
-def import_problem(python: str) -> str | None:
-    """Ask a Python whether it can import us: the error's last line if it cannot."""
+def _is_this_python(python: tuple[str, ...]) -> bool:
+    import shutil
+
+    path = shutil.which(python[0])
+    return len(python) == 1 and path is not None and Path(path).absolute() == Path(sys.executable).absolute()
+
+
+def import_problem(python: tuple[str, ...], startup: Path) -> str | None:
+    """Ask a Python whether it can import us, and starts with us: the error's last line if not.
+
+    Args:
+        python: the words that start it.
+        startup: the folder that PYTHONPATH is to name.
+    """
     import subprocess
 
-    question = [python, "-c", "import fp16_patch.runtime.activation"]
+    environment = {**os.environ, "PYTHONPATH": _in_front(startup), "FP16_PATCH": "off"}
     try:
-        asked = subprocess.run(question, capture_output=True, text=True, timeout=_ANSWER_TIMEOUT_S, check=False)
+        asked = subprocess.run(
+            [*python, "-c", _QUESTION],
+            capture_output=True,
+            text=True,
+            errors="replace",
+            stdin=subprocess.DEVNULL,
+            env=environment,
+            timeout=_ANSWER_TIMEOUT_S,
+            check=False,
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None  # nothing is known; the start-up in the process itself refuses where it has to
-    return None if asked.returncode == 0 else (asked.stderr.strip().splitlines() or ["no reason given"])[-1]
+    return None if asked.returncode == 0 else quoted((asked.stderr.strip().splitlines() or ["no reason given"])[-1])
 
 
 def _announcement(mode: str, training_command: tuple[str, ...]) -> str:
@@ -95,9 +133,10 @@ def _announcement(mode: str, training_command: tuple[str, ...]) -> str:
     return f"fp16_patch {__version__}: {what}. Starting {shlex.join(training_command[:3])}"
 
 
-def _put_first(variable: str, path: str) -> None:
-    others = [other for other in os.environ.get(variable, "").split(os.pathsep) if other and other != path]
-    os.environ[variable] = os.pathsep.join([path, *others])
+def _in_front(folder: Path) -> str:
+    """Return PYTHONPATH with this folder first."""
+    others = [each for each in os.environ.get("PYTHONPATH", "").split(os.pathsep) if each and each != str(folder)]
+    return os.pathsep.join([str(folder), *others])
 
 
 def _append(variable: str, module: str) -> None:

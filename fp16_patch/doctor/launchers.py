@@ -20,9 +20,7 @@ Words = tuple[str, ...]
 
 # Run the program behind them in their own environment. Of their options nothing is known: what they run is the first
 # word that names a program of these tables.
-TOOLS = (
-    "command env exec ionice mpiexec mpirun ncu nice nohup numactl setsid srun stdbuf sudo taskset time timeout tini"
-)
+TOOLS = "command env exec ionice mpiexec mpirun ncu nice nohup numactl setsid srun stdbuf taskset time timeout tini"
 RUNNERS = "conda hatch mamba micromamba pdm pipenv pixi poetry rye uv"
 WRAPPERS: frozenset[Words] = frozenset(
     [*((name,) for name in TOOLS.split()), *((name, "run") for name in RUNNERS.split()), ("nsys", "profile")]
@@ -56,6 +54,12 @@ ELSEWHERE: dict[Words, str] = {
     ("ray", "exec"): f"ray exec … '{_OURS} run -- python …'",
     ("ray", "job", "submit"): f"ray job submit … -- {_OURS} run -- python …",
     ("ssh",): f"ssh … {_OURS} run -- python …",
+    ("sudo",): f"sudo … {_OURS} run -- python …",
+}
+_STAYS = "the plan would stay with the submitting client"
+# Without PYTHONPATH even under -E.
+_STAYS_BEHIND: dict[Words, str] = {
+    ("sudo",): "the plan would stay in the caller's environment, and the command gets another"
 }
 SHELLS = frozenset({"bash", "dash", "ksh", "sh", "zsh"})
 # A separator in a shell's words; what stands between two is one command.
@@ -90,7 +94,7 @@ def program_of(command: Sequence[str]) -> Program:
     if words and (assigned := _ASSIGNMENT.fullmatch(words[0])):
         inner = program_of(words[1:])
         return replace(inner, environment={assigned[1]: assigned[2], **inner.environment})
-    known = _known(words)
+    known = known_row(words)
     if known is None:
         return _script(words)
     rest = words[len(known) :]
@@ -100,17 +104,22 @@ def program_of(command: Sequence[str]) -> Program:
         return _started_by_us(rest)
     if known[0] in SHELLS:
         return _in_shell(rest)
-    if known in WRAPPERS and (behind := _behind(rest)):
-        return program_of(behind)
+    if known in WRAPPERS and (inner_words := behind(rest)):
+        return program_of(inner_words)
     return _started(rest, STARTERS[known]) if known in STARTERS else Program()
 
 
-def _known(words: Words) -> Words | None:
+def is_python(word: str) -> bool:
+    """Return whether a program's name is one of Python's."""
+    return _PYTHON.fullmatch(PurePath(word).name) is not None
+
+
+def known_row(words: Words) -> Words | None:
     """Return the row of a table that these words begin with."""
     if not words:
         return None
     first = PurePath(words[0]).name
-    if _PYTHON.fullmatch(first):
+    if is_python(first):
         return ("python",)
     if first in SHELLS:
         return (first,)
@@ -119,10 +128,10 @@ def _known(words: Words) -> Words | None:
     return next((row for row in rows if named[: len(row)] == row), None)
 
 
-def _behind(words: Words) -> Words:
+def behind(words: Words) -> Words:
     """Return the words from the first that names a program, and what is set for it in front; none if there is none."""
     end = words.index("--") if "--" in words else len(words)
-    start = next((index for index in range(end) if _known(words[index:])), None)
+    start = next((index for index in range(end) if known_row(words[index:])), None)
     if start is None:
         return words[end + 1 :]
     while start > 0 and _ASSIGNMENT.fullmatch(words[start - 1]) and not words[max(start - 2, 0)].startswith("--"):
@@ -131,14 +140,14 @@ def _behind(words: Words) -> Words:
 
 
 def _elsewhere(submitter: Words, words: Words) -> Program:
-    behind = _behind(words)
-    inner = program_of(behind)
-    if _is_started_by_us(behind):
+    rest = behind(words)
+    inner = program_of(rest)
+    if _is_started_by_us(rest):
         return inner
     conflict = Conflict(
         "command",
         " ".join(submitter),
-        "the plan would stay with the submitting client",
+        _STAYS_BEHIND.get(submitter, _STAYS),
         f"turn it round: {ELSEWHERE[submitter]}",
     )
     return replace(inner, problems=(conflict, *inner.problems))
@@ -174,12 +183,12 @@ def _started_by_us(words: Words) -> Program:
             mode = word.partition("=")[2]
         elif word == "--mode" and index + 1 < len(words):
             mode = words[index + 1]
-    inner = program_of(_behind(words))
+    inner = program_of(behind(words))
     return replace(inner, mode=inner.mode or mode)
 
 
 def _is_started_by_us(words: Words) -> bool:
-    return bool(words) and (_known(words) == (_OURS, "run") or words[1:4] == ("-m", "fp16_patch", "run"))
+    return bool(words) and (known_row(words) == (_OURS, "run") or words[1:4] == ("-m", "fp16_patch", "run"))
 
 
 def _in_shell(words: Words) -> Program:

@@ -1,7 +1,7 @@
 """Checks the declared patches against what is installed, applies and reports them, and undoes them.
 
 A hook is a wrapt wrapper `(wrapped, instance, args, kwargs)`. It, or an edit, is applied when the symbol's module is
-imported, now or later, and taken off again by `PatchSet.undo`.
+imported, now or later, and taken off again by `PatchSet.undo`. Hooks run under a guard, see `guarded_hook`.
 """
 
 from __future__ import annotations
@@ -19,15 +19,22 @@ import wrapt
 
 from fp16_patch.patching.code_object_patch import edit
 from fp16_patch.patching.declarations import Patch, Status, Variant, Verdict, declared_patches
+from fp16_patch.patching.guarded_hook import guarded
+from fp16_patch.patching.import_hooks import refuse_import, when_imported
 from fp16_patch.plan.errors import PatchError
-from fp16_patch.plan.plan import Plan
+from fp16_patch.plan.guard import OurPart
+from fp16_patch.plan.plan import MODE_ENV, Plan
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class PatchSet:
-    """Holds the patches of one process and what became of them."""
+    """Holds the patches of one process and what became of them.
+
+    Attributes:
+        dtype: torch's name of the plan's dtype; None where it only observes, and an error of a hook stops nothing.
+    """
 
     patches: tuple[Patch, ...]
     strict: bool = True
@@ -60,10 +67,14 @@ class PatchSet:
         for verdict in unknown:
             logger.warning("%s", verdict)
         self._live = True
-        for verdict in self.verdicts:
-            # A changed symbol is wrapped all the same, as not strict says; one that is gone has nothing to wrap.
-            if verdict.status in (Status.APPLIES, Status.CHANGED):
-                self._apply_when_imported(verdict.patch.name, verdict.variant)
+        try:
+            for verdict in self.verdicts:
+                # A changed symbol is wrapped all the same, as not strict says; one that is gone has nothing to wrap.
+                if verdict.status in (Status.APPLIES, Status.CHANGED):
+                    self._apply_when_imported(verdict)
+        except Exception:
+            self.undo()
+            raise
 
     def undo(self) -> None:
         """Put every replaced attribute back; patches of modules not yet imported will not be applied any more."""
@@ -91,22 +102,44 @@ class PatchSet:
             return "applied"
         return {Status.ABSENT: "absent", Status.EXEMPT: "exempt"}.get(verdict.status, "waiting")
 
-    def _apply_when_imported(self, name: str, variant: Variant) -> None:
+    def _apply_when_imported(self, verdict: Verdict) -> None:
+        name, variant = verdict.patch.name, verdict.variant
+        part = self._part_of(verdict)
+
         def on_import(module: ModuleType) -> None:
             if self._live and name not in self.applied:
-                self._apply(variant, module)
-                self.applied.add(name)
+                try:
+                    self._apply(variant, module, part)
+                except Exception as failure:
+                    self._not_applied(variant, part, failure)
+                else:
+                    self.applied.add(name)
 
-        wrapt.register_post_import_hook(on_import, variant.module)
+        self._undo.append(when_imported(variant.module, on_import))
 
-    def _apply(self, variant: Variant, module: ModuleType) -> None:
+    def _part_of(self, verdict: Verdict) -> OurPart:
+        what = f"the patch {verdict.patch.name} (of {verdict.patch.package} {verdict.release})"
+        return OurPart(logger, what, lambda: self.dtype is None)
+
+    def _not_applied(self, variant: Variant, part: OurPart, failure: Exception) -> None:
+        """End the import, and each that follows: who imports again would get the module as it is without us."""
+        if part.contains(failure):
+            return
+        why = (
+            f"fp16_patch failed in {part.what} ({type(failure).__name__}: {failure}). "
+            f"Set {MODE_ENV}=off to run without it"
+        )
+        self._undo.append(refuse_import([variant.module], lambda name: PatchError(f"{name} is not imported: {why}")))
+        raise failure
+
+    def _apply(self, variant: Variant, module: ModuleType, part: OurPart) -> None:
         # Of a class's attribute that is the descriptor, inherited or not: a classmethod is wrapped as one.
         owner, name, descriptor = wrapt.resolve_path(module, variant.qualname)
         if variant.edit:
             self._undo.append(edit(descriptor, variant.edit, variant.edit_to or str(self.dtype)))
             return
         original = getattr(owner, name)
-        wrapper = _wrapper_of(descriptor, owner)(descriptor, variant.load_hook())
+        wrapper = _wrapper_of(descriptor, owner)(descriptor, guarded(variant.load_hook(), part))
         self._replace(owner, name, wrapper)
         for reference in variant.bound:
             self._rebind(reference, original, wrapper)

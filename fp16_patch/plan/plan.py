@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from fp16_patch.plan import probe_settings
 from fp16_patch.plan.errors import Conflict, PlanError
 from fp16_patch.plan.settings import DTYPE_OF_MODE, FIRST_SCALE, SETTINGS, Settings, problems_of
+from fp16_patch.untrusted.reading import Unreadable, json_of
+from fp16_patch.untrusted.text import quoted
 
 if TYPE_CHECKING:
     import torch
@@ -22,8 +24,10 @@ SPOOL_ENV = "FP16_PATCH_SPOOL"
 ROLE_ENV = "FP16_PATCH_ROLE"
 KIND_ENV = "FP16_PATCH_KIND"
 DRIVER_ENV = "FP16_PATCH_DRIVER"
+TOLD_ENV = "FP16_PATCH_TOLD"
+"""The variables that the carried plan was made under, as JSON: where one of them says the same, it says nothing new."""
 # Between processes of one run; every other variable with our name in front is a setting.
-OWN_VARIABLES = frozenset({PLAN_ENV, SPOOL_ENV, ROLE_ENV, KIND_ENV, DRIVER_ENV})
+OWN_VARIABLES = frozenset({PLAN_ENV, SPOOL_ENV, ROLE_ENV, KIND_ENV, DRIVER_ENV, TOLD_ENV})
 
 ENVIRONMENT = "environment"
 COMMAND_LINE = "--"
@@ -81,8 +85,24 @@ class Plan(Settings):
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
+        """Read a plan that another process has carried here.
+
+        Raises:
+            PlanError: it is none, or one of another release of ours.
+        """
+        values = _mapping_in(PLAN_ENV, text)
+        if others := sorted(values.keys() ^ SETTINGS.keys()):
+            what = "lacks" if others[0] in SETTINGS else "has the unknown"
+            reason = f"it {what} {quoted(others[0])}, so another release of fp16_patch carried it"
+            raise unreadable_variable(PLAN_ENV, text, reason, "install the same one in every process's Python")
+        try:
+            parsed = _parse(values, PLAN_ENV)
+            _refuse_problems(parsed, PLAN_ENV)
+        except PlanError as refused:
+            conflicts = [replace(conflict, value=quoted(conflict.value)) for conflict in refused.conflicts]
+            raise PlanError(conflicts) from None
         # Complete as it is: what it was made of, a probe's result for one, need not be on this machine.
-        return cls(**_parse(json.loads(text), PLAN_ENV))
+        return cls(**parsed)
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any], source: str, base: Plan | None = None) -> Plan:
@@ -102,8 +122,12 @@ class Plan(Settings):
     def from_environment(cls, environ: Mapping[str, str] = os.environ, default_mode: str = "off") -> Plan:
         """Take the plan a parent process carried here, else the one of `FP16_PATCH` and `FP16_PATCH_<SETTING>`.
 
+        Under a carried plan, `FP16_PATCH=off` leaves this process as it is, and is obeyed. Any other variable that says
+        something else than the plan, and was not there where the plan was made, is refused: a job has one plan.
+
         Raises:
-            PlanError: as `from_settings` does; also for a variable that would be a setting if there were one.
+            PlanError: as `from_settings` does; also for a variable that would be a setting if there were one, for a
+                variable that speaks against the carried plan, and for one that was carried here and cannot be read.
         """
         return resolve_environment(environ, default_mode)[0]
 
@@ -134,10 +158,77 @@ def resolve(settings: Mapping[str, Any], source: str, base: Plan | None = None) 
 def resolve_environment(environ: Mapping[str, str], default_mode: str) -> tuple[Plan, Origins]:
     """Make a plan as `Plan.from_environment` does, and say where each value that was set came from."""
     if PLAN_ENV in environ:
-        plan = Plan.from_json(environ[PLAN_ENV])
-        changed = [name for name, setting in SETTINGS.items() if getattr(plan, name) != setting.default]
-        return plan, dict.fromkeys(changed, PLAN_ENV)
+        return _carried(environ)
     return resolve(settings_in(environ), ENVIRONMENT, Plan(mode=default_mode))
+
+
+def _carried(environ: Mapping[str, str]) -> tuple[Plan, Origins]:
+    """Take the carried plan, unless this process was told another since."""
+    try:
+        plan, told = Plan.from_json(environ[PLAN_ENV]), told_in(environ)
+    except PlanError:
+        # No word of another process keeps one that is off from running.
+        if environ.get(MODE_ENV) is not None and SETTINGS["mode"].parse(environ[MODE_ENV]) == "off":
+            return Plan(mode="off"), {"mode": MODE_ENV}
+        raise
+    said = settings_in({name: value for name, value in words_in(environ).items() if told.get(name) != value})
+    parsed = _parse(said, ENVIRONMENT)
+    if parsed.get("mode") == "off":
+        return Plan(mode="off"), {"mode": MODE_ENV}
+    conflicts = [
+        _against_the_carried(name, said[name], plan) for name, value in parsed.items() if getattr(plan, name) != value
+    ]
+    if conflicts:
+        raise PlanError(conflicts)
+    changed = [name for name, setting in SETTINGS.items() if getattr(plan, name) != setting.default]
+    return plan, dict.fromkeys(changed, PLAN_ENV)
+
+
+def _against_the_carried(name: str, value: str, plan: Plan) -> Conflict:
+    carried = SETTINGS[name].show(getattr(plan, name))
+    reason = f"the plan that was carried to this process says {carried}, and a job has one plan"
+    fix = (
+        "set it where the job is started, not here (nor where `ray start` is typed), or "
+        f"{MODE_ENV}=off to leave this process as it is. A job of its own starts without {PLAN_ENV} in its environment"
+    )
+    return Conflict(as_given(name, ENVIRONMENT), quoted(value), reason, fix)
+
+
+def words_in(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables there that say what the plan is to be: `FP16_PATCH` and `FP16_PATCH_<SETTING>`."""
+    return {
+        name: value
+        for name, value in environ.items()
+        if name == MODE_ENV or (name.startswith(f"{MODE_ENV}_") and name not in OWN_VARIABLES)
+    }
+
+
+def told_in(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that the plan carried there was made under; none without one.
+
+    Raises:
+        PlanError: they cannot be read.
+    """
+    text = environ.get(TOLD_ENV, "{}")
+    told = _mapping_in(TOLD_ENV, text)
+    if not all(isinstance(value, str) for value in told.values()):
+        raise unreadable_variable(TOLD_ENV, text, "it is not a mapping of variables to their values")
+    return told
+
+
+def _mapping_in(variable: str, text: str) -> dict[str, Any]:
+    try:
+        values = json_of(text)
+    except Unreadable as problem:
+        raise unreadable_variable(variable, text, str(problem)) from None
+    if not isinstance(values, dict):
+        raise unreadable_variable(variable, text, "it is not a mapping")
+    return values
+
+
+def unreadable_variable(variable: str, text: str, reason: str, fix: str = "") -> PlanError:
+    """Make the error about a variable that processes of ours carry to each other, and that is not as they write it."""
+    return PlanError([Conflict(variable, quoted(text), reason, fix or f"unset {variable}, which is not for settings")])
 
 
 def as_given(name: str, source: str) -> str:
@@ -154,12 +245,13 @@ def settings_in(environ: Mapping[str, str]) -> dict[str, str]:
         PlanError: the mode is given by another variable than `FP16_PATCH`.
     """
     prefix = f"{MODE_ENV}_"
-    names = [name for name in environ if name.startswith(prefix) and name not in OWN_VARIABLES]
-    settings = {name.removeprefix(prefix).lower(): environ[name] for name in names}
+    words = words_in(environ)
+    modes = {"mode": words.pop(MODE_ENV)} if MODE_ENV in words else {}
+    settings = {name.removeprefix(prefix).lower(): value for name, value in words.items()}
     if "mode" in settings:
         conflict = Conflict(f"{prefix}MODE", settings["mode"], "fp16_patch has no such setting", f"set {MODE_ENV}")
         raise PlanError([conflict])
-    return {**settings, **({"mode": environ[MODE_ENV]} if MODE_ENV in environ else {})}
+    return {**settings, **modes}
 
 
 def _parse(settings: Mapping[str, Any], source: str) -> dict[str, Any]:

@@ -6,26 +6,31 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Mapping
-from types import ModuleType
 from typing import Any
 
-import wrapt
-
 from fp16_patch.patching.apply import PatchSet
+from fp16_patch.patching.import_hooks import refuse_import
 from fp16_patch.plan.errors import Conflict, PatchError, PlanError
-from fp16_patch.plan.plan import MODE_ENV, Plan
+from fp16_patch.plan.guard import OurPart
+from fp16_patch.plan.plan import MODE_ENV, PLAN_ENV, Plan
 from fp16_patch.runtime import gemm_sums, propagation
 from fp16_patch.runtime.ledger import Ledger, Record
 
 logger = logging.getLogger(__name__)
 
-# Modules every run of a framework must import to train at all. Plugin loaders swallow exceptions, so a refusal is
-# repeated here, where the framework's own import statement passes it on.
+# Of these every run of a framework imports one to train at all. Plugin loaders swallow exceptions, so a refusal is
+# repeated here, each time, where the framework's own import statement passes it on.
 _CANNOT_TRAIN_WITHOUT = (
     "verl.trainer.constants_ppo",  # in the launching process, before Ray
+    "verl.trainer.main_ppo",
     "verl.trainer.ppo.v1.trainer_base",
     "verl.trainer.ppo.ray_trainer",
     "verl.workers.engine",
+    "verl.workers.fsdp_workers",
+    "verl.workers.megatron_workers",
+    "openrlhf.models",
+    "openrlhf.trainer",
+    "openrlhf.utils.deepspeed",
     "openrlhf.utils.deepspeed.deepspeed",
 )
 
@@ -38,7 +43,10 @@ class _State:
         self.patches = PatchSet(())
         self.ledger = Ledger()
         self.sums = gemm_sums.SumsInFP32()
+        self.inactive = "fp16_patch is not active in this process"
         self.refusal: Exception | None = None
+        self.allow_training: Callable[[], None] = lambda: None
+        """Takes the refusal back."""
         self.handler: logging.Handler = logging.StreamHandler()
 
 
@@ -61,8 +69,9 @@ def activate(plan: Plan | None = None) -> Plan:
     """
     try:
         return _activate(plan)
-    except Exception as refusal:
-        _refuse_to_train(refusal)
+    except Exception as problem:
+        if not _state.plan.active:
+            _refuse_to_train(problem)
         raise
 
 
@@ -70,6 +79,7 @@ def deactivate() -> None:
     """Take off every patch, forget the plan, and remove the environment variables set for children."""
     global _state
     _state.patches.undo()
+    _state.allow_training()
     _state.sums.release()
     propagation.stop_carrying()
     _fall_silent()
@@ -79,6 +89,11 @@ def deactivate() -> None:
 def current_plan() -> Plan:
     """Return the plan in force in this process; one of mode `off` when there is none."""
     return _state.plan
+
+
+def refusal() -> Exception | None:
+    """Return why this process refuses to train; None where it does not."""
+    return _state.refusal
 
 
 def ledger() -> Ledger:
@@ -91,8 +106,13 @@ def attestation() -> Record:
     _note_sums(_state.ledger)
     record = _state.ledger.record(_state.plan, _state.patches.report())
     if not _state.plan.active:
-        record["problem"] = str(_state.refusal) if _state.refusal else "fp16_patch is not active in this process"
+        record["problem"] = str(_state.refusal) if _state.refusal else _state.inactive
     return record
+
+
+def our_part(what: str) -> OurPart:
+    """Guard code of ours that a framework calls and that is no hook: under the plan in force, see `OurPart`."""
+    return OurPart(logger, what, lambda: not _state.plan.overrides_dtype)
 
 
 def owed_patches(framework: str, kind: str) -> tuple[str, ...]:
@@ -123,12 +143,18 @@ def refine(settings: Mapping[str, Any], source: str) -> Plan:
 def _activate(plan: Plan | None) -> Plan:
     if _state.plan.active:
         return _keep(plan)
-    plan = plan or Plan.from_environment(os.environ, default_mode="fp16")
+    given, plan = plan, plan or Plan.from_environment(os.environ, default_mode="fp16")
     if not plan.active:
+        if given is None and PLAN_ENV in os.environ:
+            _state.inactive = f"{MODE_ENV}={os.environ[MODE_ENV]} here counts, not the plan carried to this process"
+            logger.warning("fp16_patch: %s; it computes as its framework does", _state.inactive)
         return plan
+    propagation.check_carried()
     # In force before the first patch is applied: loading a hook imports its framework's folder, which activates.
     _state.plan = plan
     _speak_up()
+    if given is not None and os.environ.get(PLAN_ENV, given.to_json()) != given.to_json():
+        logger.warning("the plan given to activate() counts (mode %s), not the one carried to this process", plan.mode)
     try:
         _reinstall(plan)
     except Exception:
@@ -136,6 +162,9 @@ def _activate(plan: Plan | None) -> Plan:
         _state.sums.release()
         _fall_silent()
         raise
+    # Whoever mends the cause of a refusal and activates in the same process is not held back.
+    _state.allow_training()
+    _state.refusal = None
     propagation.carry(plan)
     return plan
 
@@ -185,19 +214,10 @@ def _note_sums(noted: Ledger) -> None:
 
 
 def _refuse_to_train(refusal: Exception) -> None:
-    _state.refusal = refusal
     print(f"fp16_patch: refused, this process will not train: {refusal}", file=sys.stderr, flush=True)
-    for name in _CANNOT_TRAIN_WITHOUT:
-        wrapt.register_post_import_hook(_raising(refusal), name)
-
-
-def _raising(refusal: Exception) -> Callable[[ModuleType], None]:
-    def on_import(module: ModuleType) -> None:
-        # Whoever mends the cause and activates in the same process is not held back.
-        if _state.refusal is refusal and not _state.plan.active:
-            raise PatchError(
-                f"{module.__name__} is not imported: fp16_patch refused to run ({refusal}). "
-                f"Set {MODE_ENV}=off to train without it."
-            )
-
-    return on_import
+    _state.allow_training()
+    _state.refusal = refusal
+    why = f"fp16_patch refused to run ({refusal}). Set {MODE_ENV}=off to train without it."
+    _state.allow_training = refuse_import(
+        _CANNOT_TRAIN_WITHOUT, lambda name: PatchError(f"{name} is not imported: {why}")
+    )

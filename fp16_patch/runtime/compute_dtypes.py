@@ -8,7 +8,9 @@ import torch
 from torch import nn
 
 from fp16_patch.runtime import rope
-from fp16_patch.runtime.activation import ledger
+from fp16_patch.runtime.activation import ledger, our_part
+
+_PART = our_part("what notes the dtypes of a layer")
 
 
 def watch_compute(module: nn.Module, role: str) -> None:
@@ -40,6 +42,9 @@ class _ComputeWatch:
         self.role = role
 
     def __call__(self, linear: Any, inputs: Any, output: Any) -> None:
+        _PART.run(lambda: self._note(linear, output))
+
+    def _note(self, linear: Any, output: Any) -> None:
         output = output[0] if isinstance(output, tuple) else output
         device = output.device.type
         enabled = torch.is_autocast_enabled(device)

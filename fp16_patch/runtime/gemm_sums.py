@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
-import wrapt
-
+from fp16_patch.patching.import_hooks import when_imported
 from fp16_patch.plan.dtypes import BFLOAT16, FLOAT16, FLOAT32, torch_name
 
 QUANTITY = "gemm_sum"
@@ -37,24 +36,22 @@ class SumsInFP32:
     """Turns torch's switches off in this process, now or when torch is imported, and back on."""
 
     def __init__(self) -> None:
-        self._held = False
         self._turned_off: list[str] = []
+        self._wait_no_more: Callable[[], None] = lambda: None
 
     def hold(self) -> None:
         """Turn off every switch that is on."""
-        self._held = True
-        wrapt.register_post_import_hook(self._turn_off, "torch")
+        self._wait_no_more()
+        self._wait_no_more = when_imported("torch", self._turn_off)
 
     def release(self) -> None:
         """Turn those that were on back on."""
-        self._held = False
+        self._wait_no_more()
         for name in self._turned_off:
             setattr(_matmul(sys.modules["torch"]), name, True)
         self._turned_off.clear()
 
     def _turn_off(self, torch: ModuleType) -> None:
-        if not self._held:
-            return
         for name in (name for names in _SWITCHES.values() for name in names):
             if _is_on(torch, name):
                 setattr(_matmul(torch), name, False)

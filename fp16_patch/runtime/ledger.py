@@ -98,6 +98,29 @@ def missing_record(kind: str, problem: str, host: str = "?", pid: int | None = N
     return {"host": host, "pid": pid, "kind": kind, "problem": problem, **absent}
 
 
+_FIELDS: dict[str, tuple[type, ...]] = {
+    "host": (str,),
+    "pid": (int, type(None)),
+    "kind": (str,),
+    "mode": (str, type(None)),
+    "patches": (dict,),
+    "problem": (str, type(None)),
+    "roles": (dict,),
+    "keeps": (dict,),
+}
+
+
+def is_record(value: Any) -> bool:
+    """Return whether something that was read is a process's record, as `Ledger.record` makes it."""
+    if not isinstance(value, dict) or not all(isinstance(value.get(key, ...), kind) for key, kind in _FIELDS.items()):
+        return False
+    rows = [*value["roles"].values(), *value["keeps"].values()]
+    if not all(isinstance(row, dict) for row in rows):
+        return False
+    names = [seen for row in rows for seen in row.values()]
+    return all(isinstance(seen, list) and all(isinstance(name, str) for name in seen) for seen in names)
+
+
 def merged(records: Iterable[Record]) -> Roles:
     """Merge the dtypes of all records, by role and quantity."""
     together: dict[str, dict[str, set[str]]] = {}

@@ -7,7 +7,7 @@ from multiprocessing import current_process
 
 from fp16_patch.plan.plan import KIND_ENV
 from fp16_patch.runtime import propagation
-from fp16_patch.runtime.activation import attestation, ledger
+from fp16_patch.runtime.activation import attestation, ledger, our_part
 
 # vLLM's own names for the processes it starts, as multiprocessing knows them.
 _KINDS = {"EngineCore": "engine_core", "VllmWorker": "sampler_worker"}
@@ -15,6 +15,10 @@ _KINDS = {"EngineCore": "engine_core", "VllmWorker": "sampler_worker"}
 
 def attest_this_process() -> None:
     """Leave an attestation if this is EngineCore or a worker; a server is asked by the driver itself."""
+    our_part("what leaves the attestation of a process of vLLM").run(_attest)
+
+
+def _attest() -> None:
     kind = next((kind for name, kind in _KINDS.items() if current_process().name.startswith(name)), None)
     if kind is not None:
         ledger().kind = kind

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 
 from fp16_patch.runtime import propagation
-from fp16_patch.runtime.activation import attestation, current_plan, ledger
+from fp16_patch.runtime.activation import attestation, current_plan, ledger, our_part
 from fp16_patch.runtime.fp32_weights import end_of
 
 # The second one where each rank samples from a part of the batch: `enable_batch_sharded_sampling`.
 _HEADS = ("compute_logits", "compute_logits_local")
+_NOTING_HIDDEN_STATES = our_part("what notes the dtype of hidden states")
 
 
 def note_engine(role: str, worker: Any) -> bool:
@@ -55,12 +56,16 @@ def watch_hidden_states(role: str, worker: Any) -> None:
     def watched(head: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         for name, original in heads.items():
             setattr(model, name, original)
-        ledger().note(role, "activation", hidden_states.dtype)
-        propagation.publish(attestation())
+        _NOTING_HIDDEN_STATES.run(lambda: _note_hidden_states(role, hidden_states))
         return head(hidden_states, *args, **kwargs)
 
     for name, head in heads.items():
         setattr(model, name, partial(watched, head))
+
+
+def _note_hidden_states(role: str, hidden_states: torch.Tensor) -> None:
+    ledger().note(role, "activation", hidden_states.dtype)
+    propagation.publish(attestation())
 
 
 def _attention_cache_dtypes(runner: Any) -> set[torch.dtype]:

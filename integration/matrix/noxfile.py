@@ -57,6 +57,13 @@ def samplers(session: nox.Session) -> None:
     session.run(sys.executable, "-m", "integration.matrix.samplers", external=True)
 
 
+@nox.session(name="own-tests")
+def own_tests(session: nox.Session) -> None:
+    """verl's own unit tests without us, observed and in FP16."""
+    session.chdir(ROOT)
+    session.run(sys.executable, "-m", "integration.matrix.own_tests", *session.posargs, external=True)
+
+
 @nox.session
 @nox.parametrize("release", releases_at("worker"))
 def worker(session: nox.Session, release: Tested) -> None:

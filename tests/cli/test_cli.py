@@ -16,6 +16,7 @@ from fp16_patch.mismatch.record.reading import record_folder
 from fp16_patch.plan.plan import MODE_ENV, PLAN_ENV, Plan
 from fp16_patch.plan.settings import SETTINGS
 from fp16_patch.releases import tree_diff
+from fp16_patch.runtime import propagation
 
 
 @pytest.fixture
@@ -23,7 +24,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What `run` would have replaced this process with."""
     found: dict[str, Any] = {}
     monkeypatch.setattr(shutil, "which", lambda program: None if program.startswith("no-") else program)
-    monkeypatch.setattr(run, "import_problem", lambda python: None)
+    monkeypatch.setattr(run, "import_problem", lambda python, startup: None)
 
     def execvp(file: str, arguments: list[str]) -> None:
         found.update(arguments=arguments, env=dict(os.environ))
@@ -126,7 +127,56 @@ def test_a_python_that_cannot_import_us_is_not_started(tmp_path: Path) -> None:
     shown = CliRunner().invoke(main, ["run", "--", str(python), "-m", "verl.trainer.main_ppo"])
     assert shown.exit_code == 1
     assert f"{python} cannot import fp16_patch (ModuleNotFoundError: No module named wrapt)" in shown.output
-    assert run.import_problem(sys.executable) is None
+
+
+@pytest.mark.parametrize(
+    ("front", "said"),
+    [
+        (
+            ["{python}", "-S"],
+            "-S cannot import fp16_patch (ModuleNotFoundError: No module named 'wrapt'). Fix: install",
+        ),
+        (["{launcher}", "--standalone"], "-S cannot import fp16_patch (ModuleNotFoundError: No module named 'wrapt')"),
+        (
+            ["nohup", "{python}", "-uI"],
+            "-I does not start fp16_patch (it does not run our sitecustomize, which PYTHONPA",
+        ),
+        (
+            ["env", "-i", "{python}"],
+            "does not start fp16_patch (it does not run our sitecustomize, which PYTHONPATH na",
+        ),
+        (["env", "PYTHONPATH=/nowhere", "{python}"], "Fix: leave out options of Python such as -I, `env -i`"),
+    ],
+)
+def test_the_commands_own_python_is_asked(front: list[str], said: str, tmp_path: Path) -> None:
+    launcher = tmp_path / "launch"
+    launcher.write_text(f"#!{sys.executable} -S\n")
+    launcher.chmod(0o755)
+    words = [word.format(python=sys.executable, launcher=launcher) for word in front]
+    shown = CliRunner().invoke(main, ["run", "--", *words, "train.py"])
+    assert shown.exit_code == 1
+    assert said in shown.output
+
+
+def test_the_python_that_types_the_command_can_start_us(tmp_path: Path) -> None:
+    startup = Path(propagation.__file__).parent / "startup"
+    assert run.import_problem((sys.executable,), startup) is None
+
+
+def test_a_mode_that_is_typed_goes_over_a_carried_plan(
+    started: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(PLAN_ENV, Plan(init_scale=8.0).to_json())
+    monkeypatch.setenv(MODE_ENV, "fp16")
+    CliRunner().invoke(main, ["run", "--mode", "bf16", "--", "python"])
+    assert Plan.from_environment(started["env"]) == Plan(mode="bf16", init_scale=8.0)
+    started.clear()
+    propagation.stop_carrying()
+    monkeypatch.setenv(PLAN_ENV, Plan().to_json())
+    monkeypatch.setenv(MODE_ENV, "bf16")
+    shown = CliRunner().invoke(main, ["run", "--", "python"])
+    assert not started
+    assert "FP16_PATCH=bf16: the plan that was carried to this process says fp16" in shown.output
 
 
 def test_run_says_what_it_does(started: dict[str, Any]) -> None:

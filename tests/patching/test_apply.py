@@ -16,6 +16,7 @@ from fp16_patch.patching import declarations
 from fp16_patch.patching.apply import PatchSet
 from fp16_patch.patching.declarations import Patch, Status, Variant, Verdict
 from fp16_patch.patching.fingerprint import fingerprint
+from fp16_patch.plan.errors import PatchError
 
 SOURCE = """
 class Worker:
@@ -56,7 +57,7 @@ def framework(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Modul
     monkeypatch.setattr(declarations, "installed_release", lambda _package: "1.0")
     yield importlib.import_module("framework_in_a_test.workers")
     for name in ("framework_in_a_test", "framework_in_a_test.workers"):
-        del sys.modules[name]
+        sys.modules.pop(name, None)
 
 
 @pytest.fixture
@@ -132,3 +133,67 @@ def test_an_actors_class_runs_what_its_process_has_in_the_methods_place(patched:
 
     sent = cloudpickle.loads(cloudpickle.dumps(made_by_ray(patched.Worker.step)))
     assert sent().step(2) == -6
+
+
+def broken(wrapped: Any, worker: Any, args: Any, kwargs: Any) -> Any:
+    return wrapped(*args, **kwargs) * worker.engine_config.factor
+
+
+def patch_of(target: str, hook: str, dtype: str | None) -> PatchSet:
+    variant = Variant(target=f"framework_in_a_test.workers:{target}", releases={}, hook=hook)
+    patch = Patch("one", "framework_in_a_test", "Because.", "never", (variant,), observes=True)
+    patches = PatchSet((patch,), dtype=dtype)
+    patches.verdicts = (Verdict(patch, variant, Status.APPLIES, "1.0", None),)
+    return patches
+
+
+@pytest.mark.parametrize("target", ["Worker.step", "Worker.scaled", "Special.plain"])
+def test_a_hook_that_fails_stops_nothing_where_the_plan_observes(
+    framework: Any, target: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    patches = patch_of(target, f"{__name__}:broken", None)
+    patches.install()
+    owner, _, name = target.partition(".")
+    called = getattr(getattr(framework, owner)(), name)
+    assert (called(2), called(2)) == {"plain": (2, 2)}.get(name, (6, 6))
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert "in the patch one (of framework_in_a_test 1.0); the run goes on without it" in warning
+    assert "AttributeError" in warning
+    patches.undo()
+
+
+def test_a_hook_that_fails_says_whose_it_is_where_the_plan_decides(framework: Any) -> None:
+    patches = patch_of("Worker.step", f"{__name__}:broken", "float16")
+    patches.install()
+    with pytest.raises(AttributeError) as failed:
+        framework.Worker().step(2)
+    (note,) = getattr(failed.value, "__notes__", [str(failed.value.__cause__)])
+    assert "in the patch one (of framework_in_a_test 1.0), and not in the framework's own code" in note
+    with pytest.raises(TypeError) as theirs:
+        framework.Worker().step()
+    assert not getattr(theirs.value, "__notes__", [])
+    patches.undo()
+
+
+@pytest.mark.parametrize("hook", ["no_such_module_of_ours:hook", f"{__name__}:no_such_hook"])
+def test_a_module_that_cannot_be_patched_is_not_imported_later_either(
+    framework: Any, hook: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    name = framework.__name__
+    observing = patch_of("Worker.step", hook, None)
+    observing.install()
+    assert framework.Worker().step(2) == 6
+    assert "the run goes on without it" in caplog.text
+    observing.undo()
+
+    del sys.modules[name]
+    deciding = patch_of("Worker.step", hook, "float16")
+    deciding.install()
+    with pytest.raises((ImportError, AttributeError)):
+        importlib.import_module(name)
+    # wrapt has called its hooks; without more, this would train as if we were not there.
+    for _ in range(2):
+        with pytest.raises(PatchError, match=f"{name} is not imported: fp16_patch failed in the patch one"):
+            importlib.import_module(name)
+    deciding.undo()
+    assert importlib.import_module(name).Worker().step(2) == 6

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from fp16_patch import Plan, PlanError, wanted
 from fp16_patch.plan.in_force import misspelled_variables
-from fp16_patch.plan.plan import PLAN_ENV, resolve, resolve_environment
+from fp16_patch.plan.plan import MODE_ENV, PLAN_ENV, TOLD_ENV, resolve, resolve_environment
 from fp16_patch.plan.settings import SETTINGS
 
 
@@ -84,7 +85,7 @@ def test_the_first_scale_is_measured_unless_one_is_given() -> None:
     )
 )
 def test_a_carried_plan_arrives_unchanged(plan: Plan) -> None:
-    assert Plan.from_environment({PLAN_ENV: plan.to_json(), "FP16_PATCH": "off"}) == plan
+    assert Plan.from_environment({PLAN_ENV: plan.to_json(), MODE_ENV: plan.mode}) == plan
 
 
 def test_an_unknown_setting_is_named_with_the_nearest_known_one() -> None:
@@ -196,3 +197,89 @@ def test_a_probe_that_cannot_be_read_is_named_as_it_was_given(tmp_path: Path) ->
         Plan.from_environment({"FP16_PATCH": "1", "FP16_PATCH_PROBE": missing})
     with pytest.raises(PlanError, match=rf"^fp16_patch\.probe={missing}: not the result of a probe"):
         Plan.from_settings({"probe": missing}, "fp16_patch", base=Plan())
+
+
+def carried(plan: Plan, told: dict[str, str] | None = None, **environ: str) -> dict[str, str]:
+    """The environment of a process that a plan was carried to."""
+    return {PLAN_ENV: plan.to_json(), MODE_ENV: plan.mode, TOLD_ENV: json.dumps(told or {}), **environ}
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({"FP16_PATCH": "bf16"}, "FP16_PATCH=bf16: the plan that was carried to this process says fp16"),
+        ({"FP16_PATCH": "observe"}, "FP16_PATCH=observe: the plan that was carried"),
+        (
+            {"FP16_PATCH_INIT_SCALE": "7"},
+            "FP16_PATCH_INIT_SCALE=7: the plan that was carried to this process says 65536",
+        ),
+        ({"FP16_PATCH_MONITOR": "no"}, "FP16_PATCH_MONITOR=no: the plan that was carried to this process says true"),
+        ({"FP16_PATCH_OUT_DIR": "/x"}, "FP16_PATCH_OUT_DIR=/x: the plan that was carried to this process says none"),
+        ({"FP16_PATCH_INITSCALE": "7"}, "FP16_PATCH_INITSCALE=7: fp16_patch has no such setting"),
+        ({"FP16_PATCH": "fp8"}, "FP16_PATCH=fp8: the plan that was carried"),
+        ({"FP16_PATCH_STRICT": "maybe"}, "FP16_PATCH_STRICT=maybe: the value cannot be read"),
+    ],
+)
+def test_another_word_than_the_carried_plans_is_refused(environ: dict[str, str], message: str) -> None:
+    with pytest.raises(PlanError) as refused:
+        Plan.from_environment(carried(Plan(), **environ))
+    first, *_ = str(refused.value).splitlines()
+    assert first.startswith(message)
+    assert "Fix: " in first
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"FP16_PATCH": "1"},
+        {"FP16_PATCH": " Half "},
+        {"FP16_PATCH_INIT_SCALE": "8", "FP16_PATCH_FIRST_SCALE": "fixed"},
+        {"FP16_PATCH_MONITOR": "yes", "FP16_PATCH_ROLE": "rollout", "FP16_PATCH_KIND": "server"},
+    ],
+)
+def test_a_word_that_says_the_same_is_none_against_it(environ: dict[str, str]) -> None:
+    assert Plan.from_environment(carried(Plan(init_scale=8.0), **environ)) == Plan(init_scale=8.0)
+
+
+def test_a_word_that_was_there_where_the_plan_was_made_is_no_new_one() -> None:
+    # A configuration went over it; every process of the job has it in its environment.
+    was = {"FP16_PATCH": "1", "FP16_PATCH_INIT_SCALE": "7"}
+    plan = Plan(mode="bf16", growth_interval=9)
+    assert Plan.from_environment(carried(plan, was, **was)) == plan
+    with pytest.raises(PlanError, match="^FP16_PATCH_INIT_SCALE=8: "):
+        Plan.from_environment(carried(plan, was, FP16_PATCH_INIT_SCALE="8"))
+
+
+@pytest.mark.parametrize("word", ["off", "0", "", "No"])
+def test_off_in_a_processs_own_environment_is_obeyed(word: str) -> None:
+    plan, origins = resolve_environment(carried(Plan(), FP16_PATCH=word, FP16_PATCH_INIT_SCALE="7"), "fp16")
+    assert (plan, origins) == (Plan(mode="off"), {"mode": "FP16_PATCH"})
+    # Nor does a damaged plan keep such a process from running.
+    assert not Plan.from_environment({PLAN_ENV: "{", "FP16_PATCH": word}).active
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda plan: plan.pop("alert_after"), "it lacks alert_after, so another release of fp16_patch carried it"),
+        (lambda plan: plan.update(new=1), "it has the unknown new, so another release"),
+        (lambda plan: plan.update({"\x1b[2J": 1}), r"it has the unknown \x1b[2J, so another release"),
+    ],
+)
+def test_a_plan_of_another_release_is_refused(change: Any, said: str) -> None:
+    values = json.loads(Plan().to_json())
+    change(values)
+    with pytest.raises(PlanError) as refused:
+        Plan.from_json(json.dumps(values))
+    assert said in str(refused.value)
+    assert "Fix: install the same one in every process's Python" in str(refused.value)
+
+
+@given(st.recursive(st.none() | st.booleans() | st.floats() | st.integers() | st.text(), st.lists, max_leaves=4))
+def test_a_value_of_any_type_in_a_carried_plan_is_read_or_refused(value: object) -> None:
+    for name in ("mode", "init_scale", "growth_interval", "strict", "out_dir"):
+        text = json.dumps({**json.loads(Plan().to_json()), name: value})
+        try:
+            assert isinstance(Plan.from_json(text), Plan)
+        except PlanError as refused:
+            assert str(refused).startswith(PLAN_ENV)

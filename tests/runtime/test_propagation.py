@@ -1,16 +1,19 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
 from fp16_patch import Plan
-from fp16_patch.plan.plan import MODE_ENV, PLAN_ENV, SPOOL_ENV
+from fp16_patch.plan.plan import MODE_ENV, PLAN_ENV, SPOOL_ENV, TOLD_ENV
 from fp16_patch.runtime import propagation
 from fp16_patch.runtime.ledger import Ledger
 
@@ -125,8 +128,64 @@ def test_an_inherited_plan_is_no_news_until_it_is_refined(monkeypatch: pytest.Mo
     with monkeypatch.context() as inherited:
         inherited.setitem(propagation._inherited, MODE_ENV, "fp16")
         inherited.setitem(propagation._inherited, PLAN_ENV, Plan().to_json())
+        inherited.setitem(propagation._inherited, TOLD_ENV, "{}")
         propagation.carry(Plan())
         assert told_to_an_actor() == {}
         propagation.carry(Plan(init_scale=8.0))
         variables = told_to_an_actor()["runtime_env"]["env_vars"]
     assert Plan.from_json(variables[PLAN_ENV]) == Plan(init_scale=8.0)
+
+
+@pytest.mark.parametrize("wrapped", ["init", "ActorClass._remote"])
+def test_what_is_added_to_rays_calls_stops_none_of_them_where_the_plan_observes(
+    wrapped: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("ray")
+    told: list[Any] = []
+
+    class ActorClass:
+        def _remote(self, **options: Any) -> str:
+            told.append(options)
+            return "created"
+
+    def init(**options: Any) -> str:
+        told.append(options)
+        return "connected"
+
+    ray, actor = ModuleType("ray"), ModuleType("ray.actor")
+    ray.init, actor.ActorClass = init, ActorClass  # type: ignore[attr-defined]
+    propagation._wrap_ray_init(ray)
+    propagation._wrap_actor_creation(actor)
+    call = ray.init if wrapped == "init" else ActorClass()._remote  # type: ignore[attr-defined]
+
+    propagation.carry(Plan(mode="observe"))
+    assert call(runtime_env={})
+    assert PLAN_ENV in told.pop()["runtime_env"]["env_vars"]
+    assert call(runtime_env=7)
+    assert told == [{"runtime_env": 7}]
+    assert "the run goes on without it" in caplog.text
+    propagation.carry(Plan())
+    with pytest.raises(TypeError) as failed:
+        call(runtime_env=7)
+    assert "what adds the plan to" in "".join(traceback.format_exception(failed.value))
+    assert told == [{"runtime_env": 7}]
+
+
+def test_a_forked_child_that_ends_leaves_its_parents_folder() -> None:
+    propagation.expect_children({"engine_core": 1})
+    folder = Path(os.environ[SPOOL_ENV].partition(":")[2])
+    child = os.fork()
+    if child == 0:
+        propagation._remove_folder()  # as at its exit
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert folder.is_dir()
+    # Whoever still has the old folder's name says nothing there.
+    child = os.fork()
+    if child == 0:
+        try:
+            shutil.rmtree(folder)
+            propagation.publish(Ledger().record(Plan(), {}))
+        finally:
+            os._exit(int(folder.exists()))
+    assert os.waitpid(child, 0)[1] == 0

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-from fp16_patch.mismatch.collection.guard import Guard
+from fp16_patch.plan.guard import Guard
 
 Item = TypeVar("Item")
 

@@ -13,12 +13,12 @@ from typing import Any
 from torch import Tensor
 
 from fp16_patch.mismatch.collection import actors
-from fp16_patch.mismatch.collection.guard import Guard
 from fp16_patch.mismatch.collection.part import Message, Part, join
 from fp16_patch.mismatch.collection.patience import Patience
 from fp16_patch.mismatch.collection.root import root_of
 from fp16_patch.mismatch.record.reading import STEPS
 from fp16_patch.mismatch.statistics.summary import MismatchStats
+from fp16_patch.plan.guard import Guard
 
 logger = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ import torch
 
 from fp16_patch.mismatch.collection.aggregator import aggregator_here
 from fp16_patch.mismatch.collection.background import Background
-from fp16_patch.mismatch.collection.guard import Guard
 from fp16_patch.mismatch.collection.part import Part
 from fp16_patch.mismatch.statistics.summary import MismatchStats
+from fp16_patch.plan.guard import Guard
 
 logger = logging.getLogger(__name__)
 

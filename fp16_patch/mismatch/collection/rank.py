@@ -10,10 +10,10 @@ from typing import TypeVar
 from torch import distributed
 from torch.distributed.distributed_c10d import _get_default_store
 
-from fp16_patch.mismatch.collection.guard import Guard
 from fp16_patch.mismatch.collection.observer import Observer
 from fp16_patch.mismatch.statistics.summary import MismatchStats
 from fp16_patch.plan.errors import RankLeftAlone
+from fp16_patch.plan.guard import Guard
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fp16_patch.mismatch.collection.background import Background
-from fp16_patch.mismatch.collection.guard import Guard
+from fp16_patch.plan.guard import Guard
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from fp16_patch.mismatch.collection.background import Background
-from fp16_patch.mismatch.collection.guard import Guard
+from fp16_patch.plan.guard import Guard
 
 logger = logging.getLogger(__name__)
 

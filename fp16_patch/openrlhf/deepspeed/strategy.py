@@ -17,12 +17,14 @@ from fp16_patch.openrlhf.deepspeed.step import DeepSpeedStep
 from fp16_patch.patching.call_arguments import argument, bound, takes
 from fp16_patch.plan.plan import Plan
 from fp16_patch.runtime import preflight, propagation, rope
-from fp16_patch.runtime.activation import attestation, current_plan, ledger
+from fp16_patch.runtime.activation import attestation, current_plan, ledger, our_part
 from fp16_patch.runtime.carried_plan import CarriedPlan
 from fp16_patch.runtime.compute_dtypes import watch_compute
 from fp16_patch.scaling.optimizer_step import step_of
 
 logger = logging.getLogger(__name__)
+
+_NOTING_VALUES = our_part("what notes the dtype of a model's values")
 
 REDUCE_BUCKET = 200_000_000
 """Gradients that are reduced at once. DeepSpeed's 5e8 are meant for 2 bytes each.
@@ -193,6 +195,9 @@ class _ValueWatch:
         self.role = role
 
     def __call__(self, engine: nn.Module, inputs: Any, output: Any) -> None:
+        _NOTING_VALUES.run(lambda: self._note(output))
+
+    def _note(self, output: Any) -> None:
         first = output[0] if isinstance(output, tuple) else output
         if isinstance(first, torch.Tensor):
             ledger().note(self.role, "value", first.dtype)

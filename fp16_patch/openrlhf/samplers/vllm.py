@@ -12,12 +12,14 @@ from fp16_patch.patching.call_arguments import argument, bound, takes
 from fp16_patch.patching.sources import Installed
 from fp16_patch.plan.plan import KIND_ENV, ROLE_ENV
 from fp16_patch.runtime import propagation
-from fp16_patch.runtime.activation import attestation, current_plan, ledger
+from fp16_patch.runtime.activation import attestation, current_plan, ledger, our_part
 from fp16_patch.vllm.engine import note_engine
 
 _LOG_PROBS = {"logprobs_mode": "processed_logprobs"}
 # What OpenRLHF calls the Ray actor that holds an engine.
 _ENGINES = ("RolloutRayActor", "LLMRayActor")
+# Called from within the framework's function, where its hook's guard does not tell ours from its own.
+_PLANNING = our_part("what gives vLLM's engines and requests the plan's settings")
 
 
 def create_vllm_engines(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
@@ -88,17 +90,23 @@ class _PlannedEngine:
         self._actor_class = actor_class
 
     def options(self, **options: Any) -> _PlannedEngine:
-        environment = propagation.with_carried_environment(options.get("runtime_env"))
-        environment["env_vars"].update({KIND_ENV: "server", ROLE_ENV: "rollout"})
-        return _PlannedEngine(self._actor_class.options(**{**options, "runtime_env": environment}))
+        planned = _PLANNING.run(lambda: _server_options(options))
+        return _PlannedEngine(self._actor_class.options(**(options if planned is None else planned)))
 
     def remote(self, *args: Any, **arguments: Any) -> Any:
-        return self._actor_class.remote(*args, **engine_arguments(arguments))
+        planned = _PLANNING.run(lambda: engine_arguments(arguments))
+        return self._actor_class.remote(*args, **(arguments if planned is None else planned))
+
+
+def _server_options(options: dict[str, Any]) -> dict[str, Any]:
+    environment = propagation.with_carried_environment(options.get("runtime_env"))
+    environment["env_vars"].update({KIND_ENV: "server", ROLE_ENV: "rollout"})
+    return {**options, "runtime_env": environment}
 
 
 def _with_log_probs(sampling_params: Any) -> Any:
-    def make(**settings: Any) -> Any:
-        return sampling_params(**{**settings, "logprobs": settings.get("logprobs") or 1})
+    def make(*args: Any, **settings: Any) -> Any:
+        return sampling_params(*args, **{**settings, "logprobs": settings.get("logprobs") or 1})
 
     return make
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 
 from fp16_patch.patching.call_arguments import argument, bound
-from fp16_patch.runtime.activation import ledger
+from fp16_patch.runtime.activation import ledger, our_part
 from fp16_patch.vllm.engine import note_engine, watch_hidden_states
 
 _ROLE = "rollout"
 _WATCHED = "_fp16_patch_watched"
+_NOTING_WEIGHTS = our_part("what notes the dtypes of weights on their way to the sampler")
 
 
 async def update_weights(wrapped: Any, rollout: Any, args: Any, kwargs: Any) -> Any:
@@ -34,10 +36,15 @@ def update_params(wrapped: Any, manager: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _noted(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, weight in weights:
-        if weight.is_floating_point():
-            ledger().note(_ROLE, "wire", weight.dtype)
-        yield name, weight
+    for named in weights:
+        _NOTING_WEIGHTS.run(partial(_note_weight, named))
+        yield named
+
+
+def _note_weight(named: tuple[str, torch.Tensor]) -> None:
+    _, weight = named
+    if weight.is_floating_point():
+        ledger().note(_ROLE, "wire", weight.dtype)
 
 
 def _note_sampler(engine: Any) -> None:

@@ -7,8 +7,9 @@ from typing import Any
 import wrapt
 
 from fp16_patch.patching.call_arguments import argument
+from fp16_patch.patching.guarded_hook import Hook, guarded
 from fp16_patch.plan.errors import Conflict, PlanError
-from fp16_patch.runtime.activation import current_plan
+from fp16_patch.runtime.activation import current_plan, our_part
 from fp16_patch.verl.trainers.driver import VerlDriver
 
 
@@ -100,7 +101,7 @@ def _check_before(trainer: Any, workers: Any, method: str, role: str) -> None:
     def checked(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         return VerlV0Driver.of(trainer).update(role, wrapped, args, kwargs)
 
-    wrapt.wrap_function_wrapper(workers, method, checked)
+    _wrap(workers, method, checked)
 
 
 def _observe_in(trainer: Any, workers: Any, method: str) -> None:
@@ -114,4 +115,10 @@ def _observe_in(trainer: Any, workers: Any, method: str) -> None:
             driver.expect_batch(batch.batch)
         return result
 
-    wrapt.wrap_function_wrapper(workers, method, observed)
+    _wrap(workers, method, observed)
+
+
+def _wrap(workers: Any, method: str, hook: Hook) -> None:
+    """Wrap a worker group's method, which is made at run time, so that no patch can name it."""
+    part = our_part(f"what goes around the workers' {method}")
+    wrapt.wrap_function_wrapper(workers, method, guarded(hook, part))

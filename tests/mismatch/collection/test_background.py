@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from fp16_patch.mismatch.collection.background import Background
-from fp16_patch.mismatch.collection.guard import Guard
+from fp16_patch.plan.guard import Guard
 
 logger = logging.getLogger("fp16_patch.test")
 

@@ -54,7 +54,11 @@ GROUPS = {
 }
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not os.environ.get("EVERY_ARM"):
+        of_the_matrix = [item for item in items if item.get_closest_marker("matrix")]
+        config.hook.pytest_deselected(items=of_the_matrix)
+        items[:] = [item for item in items if item not in of_the_matrix]
     # To import a framework's half of fp16_patch, as a module of tests may, is to ask for the plan.
     take_back()
     order = list(dict.fromkeys([*GROUPS.values(), None]))

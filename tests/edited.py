@@ -21,7 +21,8 @@ def edited_copy(packages: tuple[str, ...], folder: Path) -> tuple[str, list[Outc
         spec = find_spec(package)
         assert spec is not None and spec.submodule_search_locations
         installed = next(iter(spec.submodule_search_locations))
-        shutil.copytree(installed, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+        # With its bytecode, which holds for all that is not edited: else every process of a run compiles the package.
+        shutil.copytree(installed, folder / package)
     diff, outcomes = diff_of(folder, Plan())
     for program in (["git", "apply", "--check"], ["patch", "-p1", "--silent"]):
         subprocess.run(program, cwd=folder, input=diff.encode(), check=True)

@@ -10,10 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from integration.cpu.warm.servers import WarmServers
 
 TIMEOUT_S = 600
 Facts = dict[str, Any]
+
+RANKS = (pytest.param(1, id="one-rank", marks=pytest.mark.matrix), pytest.param(2, id="two-ranks"))
+"""Of learners, as parameters. Runs of a framework show one rank, too; by itself it is tested by `make matrix`."""
 
 
 @dataclass(frozen=True)

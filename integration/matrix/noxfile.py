@@ -80,6 +80,7 @@ def end_to_end(session: nox.Session, release: Tested) -> None:
 
 def _test(session: nox.Session, release: Tested, level: str, **env: str) -> None:
     session.chdir(ROOT)
+    env["EVERY_ARM"] = "1"
     environment, tests = release.tests(level)
     if not environment.holds(release.requirement):
         env["PYTHONPATH"] = str(overlay(release))

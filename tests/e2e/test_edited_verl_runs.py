@@ -22,7 +22,7 @@ def edited(start_verl: Callable[..., RunResult], tmp_path_factory: pytest.TempPa
     tree = tmp_path_factory.mktemp("fork")
     edited_copy(("verl",), tree)
     env = {"FP16_PATCH_STRICT": "0", "PYTHONPATH": str(tree)}
-    return finished(start_verl("bf16", env=env, ranks=2, use_ref=True))
+    return finished(start_verl("bf16", env=env, use_ref=True))
 
 
 def test_every_role_computes_in_float16(edited: RunResult) -> None:

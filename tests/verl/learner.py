@@ -331,13 +331,13 @@ def lost(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def grown(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Thirty updates of the same gradients, from three doublings below the largest scale that bears them."""
+    """Twenty updates of the same gradients, from three doublings below the largest scale that bears them."""
     learner = Learner(arguments)
     start_at(learner, TOO_HIGH)
     frozen_step(learner)
     bearable = scale(learner)
     start_at(learner, bearable / 8)
-    steps = [frozen_step(learner) for _ in range(30)]
+    steps = [frozen_step(learner) for _ in range(20)]
     return {
         "bearable": bearable,
         "scale": [of_ranks(step, "fp16/loss_scale/min") for step in steps],

@@ -11,7 +11,7 @@ import pytest
 from fp16_patch.patching.declarations import Status
 from tests.conftest import openrlhf_environment
 from tests.installed_release import needs, verdict_on
-from tests.ranks import Facts, Ranks
+from tests.ranks import RANKS, Facts, Ranks
 
 pytestmark = [pytest.mark.openrlhf, pytest.mark.e2e]
 pytest.importorskip("openrlhf")
@@ -143,7 +143,7 @@ def ppo(request: pytest.FixtureRequest, learner: Callable[..., Facts], stage: in
     return role
 
 
-@pytest.fixture(params=(1, 2), ids=("one-rank", "two-ranks"))
+@pytest.fixture(params=RANKS)
 def ranks(request: pytest.FixtureRequest) -> int:
     return int(request.param)
 

@@ -12,7 +12,7 @@ import pytest
 from integration.cpu.warm.servers import IMPORTS
 from tests.conftest import verl_environment
 from tests.installed_release import ORACLE
-from tests.ranks import Facts, Ranks
+from tests.ranks import RANKS, Facts, Ranks
 
 pytestmark = [pytest.mark.verl, pytest.mark.e2e]
 pytest.importorskip("verl")
@@ -77,7 +77,7 @@ def strategy(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(params=(1, 2), ids=("one-rank", "two-ranks"))
+@pytest.fixture(params=RANKS)
 def ranks(request: pytest.FixtureRequest) -> int:
     return int(request.param)
 

@@ -30,7 +30,7 @@ def write_page(result: ProbeResult, path: Path) -> None:
         title=f"Probe of {printable(result.model['path'])}",
         runs=[*runs],
         verdict=VERDICTS[result.recommendation.precision][0],
-        reasons=result.recommendation.reasons,
+        reasons=[printable(reason) for reason in result.recommendation.reasons],
         text=_text(result),
         probabilities=probability_maps(runs),
         lengths=length_maps(runs),

@@ -95,7 +95,7 @@ COMMANDS = st.one_of(
 )
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[*HealthCheck])
+@settings(max_examples=80, deadline=None, suppress_health_check=[*HealthCheck])
 @given(COMMANDS, st.none() | places)
 def test_any_command_line_ends_in_a_sentence(here: Path, arguments: list[str], probe: str | None) -> None:
     env = {"COLUMNS": "200", "FP16_PATCH_PROBE": probe and probe.replace("\0", "")}

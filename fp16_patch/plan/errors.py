@@ -24,7 +24,15 @@ class Conflict:
 
     def __str__(self) -> str:
         # Values, and reasons with a library's words in them, may be a file's or a stranger's.
-        return f"{quoted(self.key)}={quoted(self.value)}: {printable(self.reason)}. Fix: {printable(self.fix)}"
+        return f"{quoted(self.key)}={_shown(self.value)}: {printable(self.reason)}. Fix: {printable(self.fix)}"
+
+
+def _shown(value: object) -> str:
+    try:
+        return quoted(value)
+    except (RecursionError, ValueError):
+        # Nested too deep for Python to write, or a whole number of more digits than it writes.
+        return f"({type(value).__name__})"
 
 
 class PlanError(Fp16PatchError, ValueError):

@@ -95,7 +95,7 @@ COMMANDS = st.one_of(
 )
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[*HealthCheck])
+@settings(max_examples=50, deadline=None, suppress_health_check=[*HealthCheck])
 @given(COMMANDS, st.none() | places)
 def test_any_command_line_ends_in_a_sentence(here: Path, arguments: list[str], probe: str | None) -> None:
     env = {"COLUMNS": "200", "FP16_PATCH_PROBE": probe and probe.replace("\0", "")}
@@ -103,5 +103,4 @@ def test_any_command_line_ends_in_a_sentence(here: Path, arguments: list[str], p
     assert ended.exception is None or isinstance(ended.exception, SystemExit), arguments
     assert ended.exit_code in (0, 1, 2)
     assert {character for character in ended.output if unicodedata.category(character) in ("Cc", "Cf", "Cs")} <= {"\n"}
-    if ended.exit_code:
-        assert "Error: " in ended.output or not ended.output
+    assert ended.exit_code != 2 or "Error: " in ended.output

@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from fp16_patch.cli import main
+from fp16_patch.cli.options import check_file
 from fp16_patch.mismatch.report import offline
 
 DUMP = json.dumps({"step": 0, "sampler_log_probs": [-0.1, -0.2], "learner_log_probs": [-0.1, -0.3]})
@@ -86,6 +87,29 @@ def test_a_folder_for_a_record_is_made_only_for_the_record(here: Path) -> None:
     (here / "dump.jsonl").write_text(DUMP + "\n")
     assert CliRunner().invoke(main, ["analyze", "dump.jsonl", "--output", "a/b/c"]).exit_code == 0
     assert (here / "a" / "b" / "c" / "plan.json").is_file()
+
+
+def test_trying_an_output_changes_nothing_that_is_there(here: Path) -> None:
+    (here / "kept").write_text("before")
+    (here / "dangling").symlink_to("not-yet")
+    (here / "closed").symlink_to("/proc/no/place")
+    os.mkfifo(here / "pipe")
+    reader = os.open(here / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    problems: list[str] = []
+    for name in ("kept", "dangling", "pipe", "new", "/dev/null"):
+        check_file(here / name, problems.append)
+    assert problems == []
+    assert (here / "kept").read_text() == "before"
+    assert not (here / "new").exists()
+    assert not (here / "not-yet").exists()
+    # The reader would have met the end of what is written.
+    with pytest.raises(BlockingIOError):
+        writer = os.open(here / "pipe", os.O_WRONLY)
+        os.read(reader, 1)
+    os.close(writer)
+    os.close(reader)
+    check_file(here / "closed", problems.append)
+    assert "cannot be written: no such file or directory" in problems[0]
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no device that is always full")

@@ -16,7 +16,7 @@ from fp16_patch.doctor.devices import devices
 from fp16_patch.doctor.launchers import Program, program_of
 from fp16_patch.doctor.mains import Main, dotted_name, main_of
 from fp16_patch.patching.declarations import declared_patches, installed_release
-from fp16_patch.plan.errors import Conflict, PlanError
+from fp16_patch.plan.errors import Conflict, PlanError, SourceError
 from fp16_patch.plan.plan import ENVIRONMENT, MODE_ENV, PLAN_ENV, Plan, settings_in
 from fp16_patch.vllm import interface
 
@@ -143,6 +143,8 @@ def _examine_command(examination: Examination, program: Program, main: Main, pla
             (_examine_openrlhf if main.framework == "openrlhf" else _examine_verl)(examination, program, plan)
     except PlanError as refusal:
         examination.problems.extend(map(str, refusal.conflicts))
+    except SourceError as problem:
+        examination.problems.append(str(problem))
     except ModuleNotFoundError as missing:
         if str(missing.name).startswith("fp16_patch"):
             raise

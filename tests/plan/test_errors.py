@@ -58,3 +58,10 @@ def test_collapse_names_rank_step_and_parameters() -> None:
 def test_collapse_names_where_the_overflow_began() -> None:
     assert "The overflow began in rank 1: lm_head (gradient of the output). Look at" in str(ERRORS[4])
     assert "began" not in str(ERRORS[3])
+
+
+def test_what_a_conflict_quotes_is_text_of_one_line() -> None:
+    said = str(Conflict("ke\ny", "\x1b[2J" + "v" * 5000, "\u202e", "\x07"))
+    assert said.isprintable()
+    assert said.startswith(r"ke\ny=\x1b[2Jvvv")
+    assert len(said) < 300

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,3 +43,16 @@ def test_the_page_has_the_figures_and_needs_nothing_else(probed: Callable[..., P
         *(f"{pair}: Σd (nats) against sampled tokens" for pair in pairs),
     ]
     assert page.points("Distribution of |d|", "fp16/fp16")
+
+    odd = "[/b] \x1b]0;title\x07 \0 \u202e"
+    texts = {"reasons": (odd,), "warnings": (odd,), "fp32_modules": (odd,)}
+    named = replace(
+        result,
+        model={**result.model, "path": f"/models/{odd}"},
+        recommendation=replace(result.recommendation, **texts),
+        refusals={odd: odd},
+    )
+    write_page(named, tmp_path / "odd.html")
+    own = Page.read(tmp_path / "odd.html").own
+    assert own.count(r"[/b] \x1b]0;title\x07 \x00 \u202e") >= 7
+    assert {each for each in own if unicodedata.category(each) in ("Cc", "Cf", "Cs")} <= {"\n"}

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import ast
 import difflib
+import io
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
@@ -30,7 +32,18 @@ def parsed(module: str, flags: Sequence[str]) -> Any:
         raise PlanError([_rejected(parser, message)])
 
     parser.error = refuse  # type: ignore[method-assign]
-    return _nested(vars(parser.parse_args(list(flags))))
+    return _nested(vars(_parsed(parser, flags)))
+
+
+def _parsed(parser: argparse.ArgumentParser, flags: Sequence[str]) -> argparse.Namespace:
+    with redirect_stdout(io.StringIO()):
+        try:
+            return parser.parse_args(list(flags))
+        except SystemExit as ended:
+            raise PlanError([Conflict("command", "--help", "it prints, and trains nothing", "leave it out")]) from ended
+        except (ArithmeticError, AttributeError, LookupError) as problem:
+            # A flag's own reader: of what it raises, argparse knows two kinds.
+            raise PlanError([_rejected(parser, f"{type(problem).__name__}: {problem}")]) from problem
 
 
 def parser_of(module: str) -> argparse.ArgumentParser:
@@ -41,13 +54,14 @@ def parser_of(module: str) -> argparse.ArgumentParser:
 
     Raises:
         PlanError: the module is not installed, or builds its parser in another way.
+        SourceError: it cannot be read as Python.
     """
     source = Installed().read(module)
     if source is None:
         raise PlanError([Conflict("command", module, "no such module is installed", "pip install openrlhf")])
     try:
         return _built(ast.parse(source), module)
-    except (StopIteration, NameError, KeyError) as problem:
+    except Exception as problem:  # what a fork does there may fail in any way
         reason = f"its parser is not where OpenRLHF's are ({problem!r})"
         raise PlanError([Conflict("command", module, reason, "install a release of the support table")]) from problem
 
@@ -81,7 +95,9 @@ def _built(tree: ast.Module, module: str) -> argparse.ArgumentParser:
     statements = [node for node in tree.body if _is_of_standard_library(node)] + main.body[:at]
     names: dict[str, Any] = {}
     exec(compile(ast.Module(statements, []), module, "exec"), names)
-    parser: argparse.ArgumentParser = names[call.value.id]  # type: ignore[attr-defined]
+    parser = names[call.value.id]  # type: ignore[attr-defined]
+    if not isinstance(parser, argparse.ArgumentParser):
+        raise TypeError(f"{call.value.id} is a {type(parser).__name__}")  # type: ignore[attr-defined]
     return parser
 
 

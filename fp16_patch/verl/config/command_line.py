@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 import ast
 import difflib
+import io
+import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from fp16_patch.patching.sources import installed_file
+from fp16_patch.patching.sources import installed_file, source_of
 from fp16_patch.plan.errors import Conflict, PlanError
+from fp16_patch.untrusted.paths import is_file, is_folder, problem_of
 
 _NO_RUN = {
     "help": "--help",
@@ -29,8 +33,8 @@ Compose = Callable[[Sequence[str]], Any]
 class Declared(NamedTuple):
     """What `@hydra.main` of a program says: the folder of its configurations, and the one that it starts from."""
 
-    config_path: str | None
-    config_name: str | None
+    config_path: str | None = None
+    config_name: str | None = None
 
 
 def composed(module: str, arguments: Sequence[str], script: Path | None = None) -> Any:
@@ -43,8 +47,9 @@ def composed(module: str, arguments: Sequence[str], script: Path | None = None) 
 
     Raises:
         PlanError: it is not installed, or hydra rejects an argument: which one, and why.
+        SourceError: the program cannot be read as Python.
     """
-    file = script if script is not None and script.is_file() else installed_file(module)
+    file = script if script is not None and is_file(script) else installed_file(module)
     if file is None:
         fix = "use a main of this release, or install the one that has it"
         raise PlanError([Conflict("command", module, "the installed verl has no such program", fix)])
@@ -55,16 +60,28 @@ def composed(module: str, arguments: Sequence[str], script: Path | None = None) 
 
 
 def declared_in(file: Path) -> Declared:
-    """Read the arguments of `@hydra.main` from a program's source."""
+    """Read the arguments of `@hydra.main` from a program's source.
+
+    Raises:
+        PlanError: it computes them.
+        SourceError: it cannot be read as Python.
+    """
     calls = (
         call
-        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        for node in ast.walk(ast.parse(source_of(file).python(file)))
         if isinstance(node, ast.FunctionDef)
         for call in node.decorator_list
         if isinstance(call, ast.Call) and ast.unparse(call.func) in ("hydra.main", "main")
     )
-    given = {word.arg: ast.literal_eval(word.value) for call in calls for word in call.keywords}
-    return Declared(given.get("config_path"), given.get("config_name"))
+    given = {word.arg: word.value for call in calls for word in call.keywords if word.arg in Declared._fields}
+    return Declared(**{str(name): _literal(value, str(name), file) for name, value in given.items()})
+
+
+def _literal(value: ast.expr, name: str, file: Path) -> str | None:
+    if isinstance(value, ast.Constant) and isinstance(value.value, str | None):
+        return value.value
+    reason, fix = f"{file} computes it, and is not run to see", "write it there, or give it as an option"
+    raise PlanError([Conflict(f"@hydra.main({name})", ast.unparse(value), reason, fix)])
 
 
 def _options(arguments: Sequence[str]) -> argparse.Namespace:
@@ -77,7 +94,7 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
         raise PlanError([_no_option(message)])
 
     parser.error = refuse  # type: ignore[method-assign]
-    options = parser.parse_args(list(arguments))
+    options = _parsed(parser, arguments)
     for name, flag in _NO_RUN.items():
         if getattr(options, name):
             raise PlanError([Conflict("command", flag, "it prints, and trains nothing", "leave it out")])
@@ -85,6 +102,15 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
         fix = "leave it out, and give the command of one run"
         raise PlanError([Conflict("command", "--multirun", "a sweep is several runs", fix)])
     return options
+
+
+def _parsed(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.Namespace:
+    with redirect_stdout(io.StringIO()):
+        try:
+            return parser.parse_args(list(arguments))
+        except SystemExit as ended:
+            conflict = Conflict("command", "--version", "it prints, and trains nothing", "leave it out")
+            raise PlanError([conflict]) from ended
 
 
 def _no_option(message: str) -> Conflict:
@@ -137,10 +163,11 @@ def _folder(config_path: str | None, file: Path) -> Path | str:
     """
     if config_path is not None and config_path.startswith("pkg://"):
         return config_path.removeprefix("pkg://").replace("/", ".")
-    folder = (file.resolve().parent / (config_path or "")).resolve()
-    if not folder.is_dir():
+    start = Path(os.path.realpath(file)).parent
+    folder = _real(start / (config_path or ""), "--config-path", config_path)
+    if not is_folder(folder):
         reason = f"there is no folder {folder} on this machine"
-        fix = f"a relative path starts from {file.resolve().parent}; --config-dir takes one of the shell's"
+        fix = f"a relative path starts from {start}; --config-dir takes one of the shell's"
         if config_path is not None and Path(config_path).is_absolute():
             fix = "ask where the run will start, or give a copy of that folder"
         raise PlanError([Conflict("--config-path", config_path, reason, fix)])
@@ -153,22 +180,32 @@ def _extra_folder(config_dir: str) -> Path:
     Raises:
         PlanError: there is no such folder here.
     """
-    folder = Path(config_dir).resolve()
-    if not folder.is_dir():
+    folder = _real(Path(config_dir), "--config-dir", config_dir)
+    if not is_folder(folder):
         reason = f"there is no folder {folder} on this machine"
         raise PlanError([Conflict("--config-dir", config_dir, reason, "give a folder that is here")])
     return folder
 
 
-def _composed(compose: Compose, overrides: Sequence[str]) -> Any:
-    from hydra.errors import HydraException, MissingConfigException
-    from omegaconf.errors import OmegaConfBaseException
+def _real(path: Path, option: str, given: str | None) -> Path:
+    """Resolve a path, its links and its `..`.
 
-    rejections = (HydraException, OmegaConfBaseException)
+    Raises:
+        PlanError: nothing can lie there.
+    """
+    problem = problem_of(path)
+    if problem is not None:
+        raise PlanError([Conflict(option, given, problem, "give a folder that is here")])
+    return Path(os.path.realpath(path))
+
+
+def _composed(compose: Compose, overrides: Sequence[str]) -> Any:
+    from hydra.errors import MissingConfigException
+
     try:
         return compose(overrides)
-    except rejections as problem:
-        culprit, reason = _culprit(compose, overrides, rejections, problem)
+    except Exception as problem:  # of a damaged YAML or override, hydra and its parsers raise whatever comes
+        culprit, reason = _culprit(compose, overrides, problem)
         if culprit is not None:
             raise PlanError([_rejected(culprit, reason, compose)]) from problem
         key = "--config-name" if isinstance(reason, MissingConfigException) else "command"
@@ -176,9 +213,7 @@ def _composed(compose: Compose, overrides: Sequence[str]) -> Any:
         raise PlanError([Conflict(key, _name_of(reason), _reason(reason), fix)]) from problem
 
 
-def _culprit(
-    compose: Compose, overrides: Sequence[str], rejections: tuple[type[Exception], ...], problem: Exception
-) -> tuple[str | None, Exception]:
+def _culprit(compose: Compose, overrides: Sequence[str], problem: Exception) -> tuple[str | None, Exception]:
     """Find the first override that hydra rejects: the last of the shortest rejected beginning.
 
     Returns:
@@ -190,7 +225,7 @@ def _culprit(
         try:
             compose(overrides[:middle])
             accepted = middle
-        except rejections as earlier:
+        except Exception as earlier:
             rejected, problem = middle, earlier
     return (overrides[rejected - 1] if rejected else None), problem
 
@@ -228,9 +263,13 @@ _REJECTIONS: tuple[tuple[str, str | None, str], ...] = (
 
 def _nearest_key(key: str, compose: Compose) -> str | None:
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
     parent, _, name = key.rpartition(".")
-    section = OmegaConf.select(compose([]), parent) if parent else compose([])
+    try:
+        section = OmegaConf.select(compose([]), parent) if parent else compose([])
+    except OmegaConfBaseException:
+        return None  # what is in front of the last dot is no key
     known = list(section) if OmegaConf.is_dict(section) else []
     # One slip is a typo; a key that differs by more is another key.
     near = difflib.get_close_matches(name, map(str, known), n=1, cutoff=max(0.5, 1 - 1.5 / len(name or "?")))
@@ -244,7 +283,7 @@ def _reason(problem: Exception) -> str:
         line for line in lines if line.strip("^ ") and not line.startswith(("See https://", "full_key", "object_type"))
     ]
     search_path = next((at for at, line in enumerate(said) if line.startswith("Config search path")), len(said))
-    text = "; ".join(said[:search_path])
+    text = "; ".join(said[:search_path]) or type(problem).__name__
     return text if len(text) <= _LONGEST_REASON else f"{text[: _LONGEST_REASON - 1]}…"
 
 

@@ -144,3 +144,44 @@ def test_training_on_a_data_set_is_judged_as_what_it_is(trainer: str, roles: lis
     assert not arguments.is_supervised(sampling)
     (conflict,) = arguments.conflicts_of(sampling, Plan())
     assert conflict.key == lora
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_a_command_line_that_only_prints_is_no_training(
+    flag: str, parser: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(PlanError, match="--help: it prints, and trains nothing"):
+        parser.parsed(PPO, [flag])
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("main", "said"),
+    [
+        ("def main(:", "invalid syntax"),
+        ("x = 1", "StopIteration"),
+        ("if __name__ == '__main__':\n    1 / 0\n    parser.parse_args()", "ZeroDivisionError"),
+        ("if __name__ == '__main__':\n    parser = 5\n    parser.parse_args()", "parser is a int"),
+    ],
+)
+def test_a_main_of_another_making_is_a_sentence(
+    main: str, said: str, parser: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "a_fork").mkdir()
+    (tmp_path / "a_fork" / "__init__.py").touch()
+    (tmp_path / "a_fork" / "train.py").write_text(main + "\n")
+    with pytest.raises(PlanError, match=said):
+        parser.parsed("a_fork.train", ["--flag"])
+
+
+def test_a_flag_whose_reader_fails_is_named(parser: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "another_fork").mkdir()
+    (tmp_path / "another_fork" / "__init__.py").touch()
+    (tmp_path / "another_fork" / "train.py").write_text(
+        "import argparse\nif __name__ == '__main__':\n    parser = argparse.ArgumentParser()\n"
+        "    parser.add_argument('--gpus', type=lambda text: {}[text])\n    args = parser.parse_args()\n"
+    )
+    with pytest.raises(PlanError, match="argparse rejects it: KeyError: 'four'"):
+        parser.parsed("another_fork.train", ["--gpus", "four"])

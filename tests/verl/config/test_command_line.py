@@ -14,7 +14,7 @@ pytest.importorskip("hydra")
 pytestmark = pytest.mark.verl
 
 import fp16_patch
-from fp16_patch import PlanError
+from fp16_patch import Fp16PatchError, PlanError
 
 PROGRAM = """
 import hydra
@@ -184,3 +184,61 @@ print([name for name in ("torch", "ray", "vllm", "verl", "transformers") if name
     env = {"FP16_PATCH": "off", "PYTHONPATH": root, "PATH": "/usr/bin:/bin"}
     said = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True, check=True)
     assert said.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--config-path", "a\0b"], "--config-path=a\\x00b: a path holds no NUL character"),
+        (["--config-dir", "a\0b"], "--config-dir=a\\x00b: a path holds no NUL character"),
+        (["--config-path", "n" * 5000], "file name too long"),
+        (["--config-dir", "n" * 5000], "file name too long"),
+        (["--config-name", "n" * 5000], "File name too long"),
+        (["--config-path", "pkg://no.such"], "Fix: "),
+        (["--config-path", "pkg://"], "Fix: "),
+        (["--version"], "--version: it prints, and trains nothing"),
+        (["a[.b=1"], "a[.b=1"),
+        (["steps=" + "[" * 300], "hydra cannot read the value"),
+        (["optim=a\0b"], "optim=a\\x00b"),
+        (["\x1b]0;title\x07=1"], r"\x1b]0;title\x07=1"),
+    ],
+    ids=lambda value: repr(value)[:40],
+)
+def test_any_argument_is_refused_in_a_sentence(arguments: list[str], said: str, compose: Any) -> None:
+    message = rejected(compose, *arguments)
+    assert said in message
+    assert message.isprintable()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"a: [1, ", b"a: \xff\xfe", b"a: " + b"[" * 3000, b"5\n", b"a: !!python/object:os.x {}\n"],
+    ids=lambda content: repr(content)[:30],
+)
+def test_a_damaged_configuration_is_a_sentence(content: bytes, compose: Any, app: Path) -> None:
+    (app.parent / "config" / "job.yaml").write_bytes(content)
+    message = rejected(compose, "+steps=1")
+    assert "Fix: " in message
+    assert message.isprintable()
+
+
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [
+        (b"def main(:\n", "not read as Python: invalid syntax"),
+        (b"x = 1\0\n", "not read as Python"),
+        ("# größer\n".encode("latin-1"), "not read as Python"),
+        (PROGRAM.replace('"config"', "WHERE").encode(), "@hydra.main(config_path)=WHERE: "),
+    ],
+)
+def test_a_program_that_cannot_be_read_is_named(program: bytes, said: str, compose: Any, app: Path) -> None:
+    app.write_bytes(program)
+    with pytest.raises(Fp16PatchError) as refusal:
+        compose()
+    assert str(app) in str(refusal.value)
+    assert said in str(refusal.value)
+
+
+def test_a_program_with_a_declared_encoding_is_read(compose: Any, app: Path) -> None:
+    app.write_bytes(f"# coding: latin-1\n# größer\n{PROGRAM}".encode("latin-1"))
+    assert compose("name=a").where == "config"

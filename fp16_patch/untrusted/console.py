@@ -17,7 +17,8 @@ from fp16_patch.untrusted.text import printable, printable_lines
 class TextConsole(Console):
     r"""Prints strings as one line of text, also those in tables: brackets are brackets, and a line end is a `\n`.
 
-    What has several lines, or a style, is a `Text`; its control characters are escaped, too.
+    What has several lines, or a style, is a `Text`; its control characters are escaped, too. The title of a `Panel` has
+    to be one: of a string, rich reads markup without asking the console.
 
     Args:
         piped_width: columns where the output is no terminal and nobody set COLUMNS; rich's own if None.

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fp16_patch.untrusted.text import quoted
+
 
 class Fp16PatchError(Exception):
     """Base of all errors raised by fp16_patch."""
@@ -21,7 +23,15 @@ class Conflict:
     fix: str
 
     def __str__(self) -> str:
-        return f"{self.key}={self.value}: {self.reason}. Fix: {self.fix}"
+        return f"{quoted(self.key)}={_shown(self.value)}: {self.reason}. Fix: {self.fix}"
+
+
+def _shown(value: object) -> str:
+    try:
+        return quoted(value)
+    except (RecursionError, ValueError):
+        # Nested too deep for Python to write, or a whole number of more digits than it writes.
+        return f"({type(value).__name__})"
 
 
 class PlanError(Fp16PatchError, ValueError):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fp16_patch import Plan, PlanError
+from fp16_patch.plan.plan import PLAN_ENV
 from fp16_patch.plan.settings import HIGHEST_SCALE, LOWEST_SCALE, MOST_STEPS, SETTINGS
 from fp16_patch.untrusted.text import printable
 
@@ -96,6 +99,19 @@ def test_counts_fit_the_counters_that_they_become(name: str) -> None:
 @pytest.mark.parametrize("value", [1e39, 2.0**127, 1e300, 2.0**-127, 1e-46, 0, -4])
 def test_a_scale_is_a_normal_number_of_fp32(name: str, value: float) -> None:
     assert "out of range. Fix: use a scale of 2⁻¹²⁶ to 2¹²⁶" in refusal(name, value)
+
+
+@pytest.mark.parametrize("scale", [1e300, -4.0, math.nan, math.inf, 0])
+def test_no_scale_that_is_none_comes_from_a_probe_or_a_carried_plan(tmp_path: Path, scale: float) -> None:
+    probe = tmp_path / "probe.json"
+    advice = {"precision": "fp16", "init_scale": scale, "reasons": [], "fp32_modules": []}
+    probe.write_text(json.dumps({"version": 1, "recommendation": advice}))
+    for environ in (
+        {"FP16_PATCH": "1", "FP16_PATCH_PROBE": str(probe)},
+        {PLAN_ENV: json.dumps({"mode": "fp16", "init_scale": scale})},
+    ):
+        with pytest.raises(PlanError):
+            Plan.from_environment(environ)
 
 
 def test_the_ends_of_a_scale_and_their_reciprocals_are_normal_in_fp32() -> None:

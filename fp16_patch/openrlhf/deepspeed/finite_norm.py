@@ -1,8 +1,8 @@
 """Keeps DeepSpeed's ZeRO optimizers from a step whose gradients' norm is not finite.
 
-DeepSpeed looks for gradients that are not finite, and in FP16 only. Of a group's norm that is not finite it makes -1,
-clips by that, and takes the step. So NaN is stepped with in BF16, and in FP16 what only the sum of squares does not
-hold: ZeRO 2 adds it up in FP32, ZeRO 3 in FP64.
+DeepSpeed looks for gradients that are not finite, under ZeRO 3 in FP16 only. Of a group's norm that is not finite it
+makes -1, clips by that, and takes the step. So ZeRO 3 steps with NaN in BF16. And ZeRO 2 adds the squares up in FP32:
+where these overflow, it steps with finite gradients of any size. ZeRO 3 adds them up in FP64.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class FiniteNormsOnly:
         for name in self._own:
             delattr(self.optimizer, name)
         if self.refused:
-            # In BF16 nothing else sets it back, and DeepSpeed takes no step while it stands.
+            # DeepSpeed takes no step while it stands, and sets it back only where it looks for overflows itself.
             self.optimizer.overflow = False
 
     def _noted(self, norm_of: Callable[..., Any]) -> Callable[..., Any]:

@@ -669,6 +669,7 @@ def two_counted_steps(learner: Learner) -> dict[str, Any]:
 
     learner.engine.optimizer_step = counted_step
     norms = [learner.step()["grad_norm"] for _ in range(2)]
+    learner.engine.optimizer_step = take
     return {"passes": counts, "norms": norms, "parameters": learner.parameters()}
 
 

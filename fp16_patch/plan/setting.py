@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import math
+import os
+import re
 from collections.abc import Callable
 from dataclasses import Field, dataclass, field
+from numbers import Real
 from typing import Any, Protocol
 
 EVERYWHERE = "everywhere"
@@ -78,16 +80,42 @@ class Modes:
         return ", ".join(f"`{mode}`" for mode in self.dtypes)
 
 
-def positive(value: float) -> bool:
-    return math.isfinite(value) and value > 0
+@dataclass(frozen=True)
+class PathText:
+    """A path that a file system may hold, if it is given."""
+
+    def problem(self, value: Any, default: Any) -> tuple[str, str] | None:
+        if value is None:
+            return None
+        if "\0" in value:
+            return "no path holds a NUL", "give a path without it"
+        if len(value) > _LONGEST_PATH:
+            return f"longer than {_LONGEST_PATH} characters", "give a shorter path"
+        return None
+
+    def text(self) -> str:
+        return "a path"
 
 
-def not_negative(value: float) -> bool:
-    return math.isfinite(value) and value >= 0
+def between(least: float, most: float) -> Callable[[float], bool]:
+    """Return whether a number lies there, both ends included; NaN does not."""
+    return lambda value: least <= value <= most
 
 
-def at_least_one(value: float) -> bool:
-    return value >= 1
+def above(least: float, most: float) -> Callable[[float], bool]:
+    """Return whether a number lies there, the lower end left out; NaN does not."""
+    return lambda value: least < value <= most
+
+
+def parse_word(value: Any) -> str:
+    """Read a word, in small letters. YAML makes bools and numbers of `on`, `off` and `1`.
+
+    Raises:
+        ValueError: it is nothing that YAML makes of a word.
+    """
+    if not isinstance(value, str | bool | int):
+        raise ValueError(type(value))
+    return str(value).strip().lower()
 
 
 def parse_bool(value: Any) -> bool:
@@ -96,30 +124,66 @@ def parse_bool(value: Any) -> bool:
     Raises:
         ValueError: it is another word.
     """
-    word = str(value).strip().lower()
+    word = parse_word(value)
     if word not in TRUE_WORDS + FALSE_WORDS:
-        raise ValueError(value)
+        raise ValueError(type(value))
     return word in TRUE_WORDS
+
+
+def parse_float(value: Any) -> float:
+    """Read a number. A text is decimal: Python would also take `1_000` and the digits of every script.
+
+    Raises:
+        OverflowError: a whole number that no float holds.
+        ValueError: it is no number; a bool is none.
+    """
+    if isinstance(value, str):
+        text = value.strip(" ")
+        if len(text) > _LONGEST_NUMBER or not _NUMBER.fullmatch(text):
+            raise ValueError(type(value))
+        return float(text)
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ValueError(type(value))
+    return float(value)
 
 
 def parse_int(value: Any) -> int:
     """Read a whole number, also from `400.0` and `4e2`.
 
     Raises:
+        OverflowError: it is infinite.
         ValueError: it is not whole, or not a number.
     """
-    if float(value) != int(float(value)):
-        raise ValueError(value)
-    return int(float(value))
+    number = parse_float(value)
+    if number != int(number):
+        raise ValueError(type(value))
+    return int(number)
 
 
-# By the annotation of the setting: how a value is read, and what it is called.
-_PARSERS: dict[str, tuple[Callable[[Any], Any], str]] = {
-    "str": (lambda value: str(value).strip().lower(), "a word"),
-    "str | None": (lambda value: None if value is None else str(value), "a path"),
-    "float": (float, "a number"),
-    "int": (parse_int, "a whole number"),
-    "bool": (parse_bool, "true or false"),
+def parse_path(value: Any) -> str | None:
+    """Read a path. YAML makes a number of a folder called `2026`.
+
+    Raises:
+        ValueError: it is no text, and nothing that stands for one.
+    """
+    if value is None:
+        return None
+    path = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if isinstance(path, bool) or not isinstance(path, str | int):
+        raise ValueError(type(value))
+    return str(path)
+
+
+_LONGEST_NUMBER, _LONGEST_PATH = 64, 4096
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?|[+-]?inf(inity)?|nan", re.ASCII | re.IGNORECASE)
+
+# By the annotation of the setting: how a value is read, what it is called, and what it then is.
+_PARSERS: dict[str, tuple[Callable[[Any], Any], str, Callable[[Any], bool]]] = {
+    "str": (parse_word, "a word", lambda value: isinstance(value, str)),
+    "str | None": (parse_path, "a path", lambda value: value is None or isinstance(value, str)),
+    "float": (parse_float, "a number", lambda value: isinstance(value, int | float) and not isinstance(value, bool)),
+    "int": (parse_int, "a whole number", lambda value: isinstance(value, int) and not isinstance(value, bool)),
+    "bool": (parse_bool, "true or false", lambda value: isinstance(value, bool)),
 }
 
 
@@ -155,7 +219,7 @@ class Setting:
         """Read a value of the setting's type, from a string as well.
 
         Raises:
-            OverflowError, TypeError, ValueError: the value cannot be read so.
+            OverflowError, ValueError: the value cannot be read so.
         """
         read = _PARSERS[self.type][0](value)
         return self.aliases.get(read, read) if self.aliases else read
@@ -171,7 +235,9 @@ class Setting:
         return self.check.text() if self.check is not None else self.wanted
 
     def problem(self, value: Any) -> tuple[str, str] | None:
-        """Return what is wrong with a value that was read, and the fix; None if it is good."""
+        """Return what is wrong with a value, of any type, and the fix; None if it is good."""
+        if not _PARSERS[self.type][2](value):
+            return f"not {self.wanted}", f"give {self.wanted}"
         return None if self.check is None else self.check.problem(value, self.default)
 
     def show(self, value: Any) -> str:

@@ -6,7 +6,7 @@ force.
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -17,11 +17,11 @@ from fp16_patch.plan.setting import (
     TRUE_WORDS,
     Choice,
     Modes,
+    PathText,
     Range,
     Setting,
-    at_least_one,
-    not_negative,
-    positive,
+    above,
+    between,
     setting,
 )
 
@@ -29,6 +29,10 @@ DTYPE_OF_MODE = {**{dtype.short: dtype.torch for dtype in DTYPES}, "observe": No
 """Torch's name of the dtype that a mode decides; None if it decides none."""
 FIRST_SCALE = 65536.0
 """The first loss scale of torch and of DeepSpeed."""
+LOWEST_SCALE, HIGHEST_SCALE = 2.0**-126, 2.0**126
+"""Between them a scale and its reciprocal are normal numbers of FP32, which scalers keep them in."""
+MOST_STEPS = 2**31 - 1
+"""Counters of torch's scaler and of frameworks have 32 bits."""
 
 _OTHER_WORDS = {
     **{dtype.torch: dtype.short for dtype in DTYPES},
@@ -42,7 +46,14 @@ _MONITOR, _ALERTS = "Mismatch monitor", "Alerts"
 _VERL_FSDP = "verl's FSDP engine"
 _RETRYING = "verl's FSDP engine, OpenRLHF's PPO"
 _RL = "RL runs"
-_THRESHOLD = Range(not_negative, "a threshold of 0 (no such alert) or above")
+# From the highest scale to the lowest it takes 252 halvings.
+_MOST_TRIES = 1000
+_SCALES = Range(between(LOWEST_SCALE, HIGHEST_SCALE), "a scale of 2⁻¹²⁶ to 2¹²⁶")
+_THRESHOLD = Range(between(0, sys.float_info.max), "a finite threshold of 0 (no such alert) or above")
+
+
+def _counted(things: str, least: int = 1, most: int = MOST_STEPS, zero: str | None = None) -> Range:
+    return Range(between(least, most), f"{least} to {most} {things}", zero)
 
 
 @dataclass(frozen=True)
@@ -62,13 +73,14 @@ class Settings:
         "file that `fp16-patch probe` wrote: the run starts at the loss scale measured there, and does not start if "
         "the model was found unsafe in FP16",
         group=_PRECISION,
+        check=PathText(),
     )
     init_scale: float = setting(
         FIRST_SCALE,
         "first loss scale; giving one sets `first_scale=fixed`",
         group=_SCALE,
         default_text="measured, else 65536",
-        check=Range(positive, "a finite scale above 0"),
+        check=_SCALES,
     )
     first_scale: str = setting(
         "measured",
@@ -81,33 +93,33 @@ class Settings:
         400,
         "optimizer steps without overflow before the scale grows",
         group=_SCALE,
-        check=Range(at_least_one, "at least 1 step"),
+        check=_counted("steps"),
     )
     growth_factor: float = setting(
         2.0,
         "factor by which the scale grows (DeepSpeed: 2 only)",
         group=_SCALE,
-        check=Range(lambda value: math.isfinite(value) and value > 1, "a factor above 1"),
+        check=Range(between(1.001, 1024), "a factor of 1.001 to 1024"),
     )
     backoff_factor: float = setting(
         0.5,
         "factor by which an overflow lowers the scale (DeepSpeed: 0.5 only)",
         group=_SCALE,
-        check=Range(lambda value: 0 < value < 1, "a factor between 0 and 1"),
+        check=Range(between(0.001, 0.999), "a factor of 0.001 to 0.999"),
     )
     hysteresis: int = setting(
         1,
         "overflows before the scale is lowered; torch's scaler lowers it at the first",
         group=_SCALE,
         where="DeepSpeed, Megatron",
-        check=Range(at_least_one, "at least 1 overflow"),
+        check=_counted("overflows", most=_MOST_TRIES),
     )
     min_scale: float = setting(
         1.0,
         "floor of the scale. An overflow there stops the run; after the first step that was taken, only if the update "
         "began there",
         group=_SCALE,
-        check=Range(positive, "a finite scale above 0"),
+        check=_SCALES,
     )
     on_overflow: str = setting(
         "retry",
@@ -121,7 +133,7 @@ class Settings:
         "retries of one optimizer step; then it is skipped",
         group=_SCALE,
         where=_RETRYING,
-        check=Range(not_negative, "a number of retries", zero="none"),
+        check=_counted("retries", least=0, most=_MOST_TRIES, zero="none"),
     )
     scale_rule: str = setting(
         "ahead",
@@ -137,13 +149,13 @@ class Settings:
         "takes its own in any case",
         group=_SCALE,
         where=_VERL_FSDP,
-        check=Range(not_negative, "a number of steps", zero="never"),
+        check=_counted("steps", least=0, zero="never"),
     )
     max_consecutive_skips: int = setting(
         20,
         "skipped steps in a row that stop the run",
         group=_SCALE,
-        check=Range(at_least_one, "at least 1 step"),
+        check=_counted("steps"),
     )
     fused_step: bool = setting(
         True,
@@ -163,13 +175,14 @@ class Settings:
         "optimizer steps between checks of every process's dtypes. The first two updates are always checked",
         group=_PROOF,
         where=_RL,
-        check=Range(at_least_one, "at least 1 step"),
+        check=_counted("steps"),
     )
     out_dir: str | None = setting(
         None,
         "folder where the measurements go",
         group=_MONITOR,
         where=_RL,
+        check=PathText(),
         default_text="`fp16_patch` in `trainer.default_local_dir` (verl), in `--ckpt.path` (OpenRLHF)",
     )
     monitor: bool = setting(True, "measure the mismatch of sampler and learner", group=_MONITOR, where=_RL)
@@ -178,21 +191,21 @@ class Settings:
         "longest wait of a step for its own figures; without them it goes on",
         group=_MONITOR,
         where=_RL,
-        check=Range(positive, "a finite number of seconds above 0"),
+        check=Range(above(0, 3600), "a number of seconds above 0, at most 3600"),
     )
     noise_floor_every: int = setting(
         10,
         "steps between comparisons of the learner with itself",
         group=_MONITOR,
         where=_RL,
-        check=Range(not_negative, "a number of steps", zero="never"),
+        check=_counted("steps", least=0, zero="never"),
     )
     noise_floor_share: float = setting(
         0.03,
         "share of the sequences that the learner scores once more for that",
         group=_MONITOR,
         where=_RL,
-        check=Range(lambda value: 0 < value <= 1, "a share of the sequences, above 0 and at most 1"),
+        check=Range(above(0, 1), "a share of the sequences, above 0 and at most 1"),
     )
     on_alert: str = setting(
         "log",
@@ -227,14 +240,18 @@ class Settings:
         check=_THRESHOLD,
     )
     alert_doubling_steps: int = setting(
-        100, "alert if mean |d| has doubled within so many steps", group=_ALERTS, where=_RL, check=_THRESHOLD
+        100,
+        "alert if mean |d| has doubled within so many steps",
+        group=_ALERTS,
+        where=_RL,
+        check=_counted("steps", least=0, zero="no such alert"),
     )
     alert_after: int = setting(
         2,
         "steps in a row beyond a threshold before its alert fires, and within it before it clears",
         group=_ALERTS,
         where=_RL,
-        check=Range(at_least_one, "at least 1 step"),
+        check=_counted("steps"),
     )
 
 

@@ -19,6 +19,7 @@ import torch
 from torch.optim import Adam, AdamW, Optimizer
 
 from fp16_patch.runtime import torch_private
+from fp16_patch.scaling.ranks import max_over_ranks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -94,19 +95,15 @@ def step(scaler: GradScaler, optimizer: Optimizer, scaled_norm: Tensor, max_norm
     scale = torch_private.scale_on_device(scaler)
     norm = scaled_norm.to(scale) / scale
     clip = (max_norm / (norm + _EPSILON)).clamp(max=1.0)
-    # 0-dim, as GradScaler's: ShardedGradScaler's own (1,) does not go with the fused kernels' 0-dim step counters.
-    torch_private.mark_unscaled(scaler, optimizer, found_inf=_on_any_rank(norm.isfinite().logical_not().to(scale)))
+    # A negative one comes of a negative scale. 0-dim, as GradScaler's: ShardedGradScaler's own (1,) does not go with
+    # the fused kernels' 0-dim step counters.
+    unusable = norm.isfinite().logical_and(norm >= 0).logical_not().to(scale)
+    # As torch's ShardedGradScaler: ranks whose groups share no gradient share the scale all the same.
+    torch_private.mark_unscaled(scaler, optimizer, found_inf=max_over_ranks(unusable))
     optimizer.grad_scale = scale / clip
     scaler.step(optimizer)
     scaler.update()
     return norm
-
-
-def _on_any_rank(found: Tensor) -> Tensor:
-    # As torch's ShardedGradScaler: ranks whose groups share no gradient share the scale all the same.
-    if torch.distributed.is_initialized():
-        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
-    return found
 
 
 def norm_of(gradients: Iterable[Tensor]) -> Tensor:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -14,8 +15,18 @@ import torch
 from fp16_patch.plan.errors import LossScaleCollapse
 from fp16_patch.runtime import preflight
 from fp16_patch.runtime.activation import current_plan
+from fp16_patch.scaling.norm_first import float_of
 from fp16_patch.scaling.ranks import gather
-from fp16_patch.scaling.scaler import StepHistory, StepOutcome, collapse_reason, hold_floor, scale_of, step_outcome
+from fp16_patch.scaling.scaler import (
+    StepHistory,
+    StepOutcome,
+    at_floor,
+    collapse_reason,
+    scale_of,
+    set_scale,
+    step_outcome,
+    usable_scale,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -93,10 +104,8 @@ class OptimizerStep(ABC):
         # Looked for before the step: clipping by a NaN norm makes every gradient NaN.
         culprits = self.nonfinite_gradients() if self._may_collapse(scale) else []
         returned = self.take(step)
-        outcome = self.outcome_of(returned, scale)
+        outcome = self._with_usable_scale(self.outcome_of(returned, scale))
         self.settle(Attempt(outcome, scale, culprits))
-        if outcome.skipped and current_plan().overrides_dtype:
-            hold_floor(self.scaler, current_plan().min_scale)
         return outcome, returned
 
     # How a framework differs.
@@ -118,13 +127,18 @@ class OptimizerStep(ABC):
         """Return the scale in force; None without a scaler."""
         return scale_of(self.scaler)
 
+    def set_loss_scale(self, scale: float) -> None:
+        """Go on at this scale."""
+        set_scale(self.scaler, scale)
+
     def take(self, step: Callable[[], Any]) -> Any:
         """Take the framework's step, with what must be done right before and after."""
         return step()
 
     def outcome_of(self, returned: Any, scale_before: float | None) -> StepOutcome:
         """Return what became of a step that returned this; by default the norm of the unscaled gradients."""
-        return step_outcome(self.scaler, scale_before, float(returned))
+        prevented = current_plan().overrides_dtype
+        return step_outcome(self.scaler, scale_before, float_of(returned), needs_finite_norm=prevented)
 
     # What is recorded.
 
@@ -166,10 +180,22 @@ class OptimizerStep(ABC):
         """Go on with the history of a checkpoint."""
         self.history.load_state_dict(history)
 
+    def _with_usable_scale(self, outcome: StepOutcome) -> StepOutcome:
+        """Bring the scale back where a step has left it out of its bounds, or it was none to begin with."""
+        plan, scale = current_plan(), outcome.loss_scale
+        if not plan.overrides_dtype or scale is None or scale == (usable := usable_scale(scale, plan)):
+            return outcome
+        if not 0 < scale < math.inf and torch.distributed.get_rank() == 0:
+            logger.warning(
+                "%s: the loss scale was %g, with which nothing can be computed; it is now %g", self.role, scale, usable
+            )
+        self.set_loss_scale(usable)
+        return replace(outcome, loss_scale=usable)
+
     def _may_collapse(self, scale: float | None) -> bool:
         plan = current_plan()
         last_chance = self.history.consecutive_skips + 1 >= plan.max_consecutive_skips
-        return plan.overrides_dtype and (last_chance or (scale is not None and scale <= plan.min_scale))
+        return plan.overrides_dtype and (last_chance or at_floor(scale, plan))
 
     def _announce_skip(self, scale: float | None, retries: int) -> None:
         if torch.distributed.get_rank() != 0:

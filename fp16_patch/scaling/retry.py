@@ -20,7 +20,8 @@ from torch import nn
 from fp16_patch.runtime.activation import current_plan
 from fp16_patch.scaling.optimizer_step import Attempt, OptimizerStep
 from fp16_patch.scaling.ranks import all_ranks, gather
-from fp16_patch.scaling.scaler import set_scale
+from fp16_patch.scaling.saved_state import is_scale
+from fp16_patch.scaling.scaler import at_floor
 from fp16_patch.scaling.tensor_range import AbsMaxHooks, first_nonfinite, forward_is_nan
 
 logger = logging.getLogger(__name__)
@@ -73,10 +74,6 @@ class RepeatableUpdate(OptimizerStep):
     def module(self) -> nn.Module:
         """Return the model that is trained."""
 
-    def set_loss_scale(self, scale: float) -> None:
-        """Compute the next attempt at this scale."""
-        set_scale(self.scaler, scale)
-
     def rollback_counters(self) -> None:
         """Take back what the framework has counted for an attempt that will be repeated."""
 
@@ -126,7 +123,7 @@ class RepeatableUpdate(OptimizerStep):
         retries, plan = self._retries, current_plan()
         if retries is None or not attempt.outcome.skipped:
             self.record(attempt)
-        elif attempt.scale is not None and attempt.scale > plan.min_scale and retries.count < plan.max_retries:
+        elif is_scale(attempt.scale) and not at_floor(attempt.scale, plan) and retries.count < plan.max_retries:
             self.rollback_counters()
             retries.overflow = attempt
             retries.first = retries.first or attempt

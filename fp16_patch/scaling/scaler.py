@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fp16_patch.plan.plan import Plan
-from fp16_patch.plan.settings import FIRST_SCALE
+from fp16_patch.plan.settings import FIRST_SCALE, HIGHEST_SCALE
+from fp16_patch.scaling.saved_state import HISTORY, is_scale
 
 if TYPE_CHECKING:
     import torch
@@ -43,9 +44,9 @@ def sharded_scaler(plan: Plan, device: str) -> ShardedGradScaler:
         device: device type, as `cuda`, `npu` or `cpu`. torch's default is `cuda`, and on any other machine the scaler
             then silently disables itself.
     """
-    from fp16_patch.scaling.offloaded_gradients import HostReadingScaler
+    from fp16_patch.scaling.norm_first import PatientScaler
 
-    scaler = HostReadingScaler(
+    scaler = PatientScaler(
         device=device,
         init_scale=plan.init_scale,
         growth_factor=plan.growth_factor,
@@ -148,13 +149,12 @@ class StepHistory:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        saved = asdict(self)
-        saved.pop("last")
-        return saved
+        return {name: getattr(self, name) for name in HISTORY}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        for name, value in state.items():
-            setattr(self, name, value)
+        """Take over what `state_dict` returned, here or in an earlier release; other names are left alone."""
+        for name in HISTORY.keys() & state.keys():
+            setattr(self, name, state[name])
 
 
 def scale_of(scaler: Any) -> float | None:
@@ -163,31 +163,45 @@ def scale_of(scaler: Any) -> float | None:
 
 
 def set_scale(scaler: Any, scale: float) -> None:
-    """Go on at this scale, also before the scaler has scaled anything."""
+    """Go on at this scale, also before the scaler has scaled anything.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if not is_scale(scale):
+        raise ValueError(f"{scale} is no loss scale: it has to be a positive number that FP32 holds")
     scaler.load_state_dict({**scaler.state_dict(), "scale": float(scale)})
 
 
-def hold_floor(scaler: Any, floor: float) -> None:
-    """Raise the scale to the floor if an overflow has taken it below."""
-    scale = scale_of(scaler)
-    if scale is not None and scale < floor:
-        scaler.update(float(floor))
+def usable_scale(scale: float, plan: Plan) -> float:
+    """Return the scale to go on with from this one: within its bounds, or the plan's first where this one is none."""
+    return min(max(scale, plan.min_scale), HIGHEST_SCALE) if 0 < scale < math.inf else plan.init_scale
 
 
-def step_outcome(scaler: Any, scale_before: float | None, grad_norm: float) -> StepOutcome:
+def at_floor(scale: float | None, plan: Plan) -> bool:
+    """Return whether it is the lowest scale allowed; one that is none, as NaN or 0, says nothing of the gradients."""
+    return scale is not None and 0 < scale <= plan.min_scale
+
+
+def step_outcome(
+    scaler: Any, scale_before: float | None, grad_norm: float, *, needs_finite_norm: bool = True
+) -> StepOutcome:
     """Return what became of a step that torch's scaler took or skipped; without one, of a step skipped by its norm.
 
     Args:
         scaler: torch's, or None.
         scale_before: the loss scale that the gradients were computed with.
         grad_norm: norm of the unscaled gradients before clipping.
+        needs_finite_norm: no step was taken whose norm is not finite. torch's scaler alone looks at each gradient, and
+            takes one whose norm overflows in their sum.
     """
-    scale = scale_of(scaler)
-    if scaler is None:
-        return StepOutcome(scale, not math.isfinite(grad_norm), grad_norm)
-    # torch lowers the scale after an overflow and never otherwise; a scaler it has disabled skips nothing.
-    lowered = scale_before is not None and scale is not None and scale < scale_before
-    return StepOutcome(scale, lowered, grad_norm)
+    scale, finite = scale_of(scaler), math.isfinite(grad_norm)
+    if scaler is None or scale is None or scale_before is None:
+        # A scaler that torch has disabled skips nothing.
+        return StepOutcome(scale, scaler is None and not finite, grad_norm)
+    # torch lowers the scale after an overflow and never otherwise; one that is none, as NaN or 0, cannot fall.
+    skipped = scale < scale_before or (not finite and (needs_finite_norm or not is_scale(scale_before)))
+    return StepOutcome(scale, skipped, grad_norm)
 
 
 def collapse_reason(plan: Plan, history: StepHistory, scale_before: float | None) -> str | None:
@@ -198,7 +212,7 @@ def collapse_reason(plan: Plan, history: StepHistory, scale_before: float | None
     """
     if history.last is None or not history.last.skipped:
         return None
-    if scale_before is not None and scale_before <= plan.min_scale:
+    if at_floor(scale_before, plan):
         return f"overflow at the smallest loss scale allowed (setting min_scale={plan.min_scale:g})"
     if history.consecutive_skips >= plan.max_consecutive_skips:
         return (

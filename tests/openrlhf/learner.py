@@ -11,6 +11,7 @@ import copy
 import hashlib
 import inspect
 import json
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -204,6 +205,36 @@ def overflow_on_one_rank(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def infinite_norm(arguments: argparse.Namespace) -> dict[str, Any]:
+    """An update of finite gradients, the norm of which is not, between good ones; and what became of it."""
+    learner = Learner(arguments)
+    learner.step()
+    learner.step()
+    before, lr, scale = learner.masters(), learner.lr(), learner.scale()
+    take = learner.strategy.optimizer_step
+
+    def huge_gradients(*args: Any, **kwargs: Any) -> None:
+        if learner.engine.is_gradient_accumulation_boundary():
+            for gradients in learner.engine.optimizer.averaged_gradients.values():
+                for gradient in gradients:
+                    gradient.fill_(1e30)
+        take(*args, **kwargs)
+
+    learner.strategy.optimizer_step = huge_gradients
+    learner.step()
+    learner.strategy.optimizer_step = take
+    after, lowered = learner.masters(), learner.scale()
+    held = learner.lr() == lr
+    learner.step()
+    return {
+        "unchanged_on_every_rank": everywhere(torch.equal(before, after)),
+        "lr_held": held,
+        "halved": scale / lowered,
+        "skipped_of_attempted": [learner.engine.skipped_steps, learner.engine.global_steps],
+        "trains_again": everywhere(not torch.equal(after, learner.masters())),
+    }
+
+
 def endless_overflow(arguments: argparse.Namespace) -> dict[str, Any]:
     """Updates that overflow until something stops them, 40 at most; how it ended."""
     learner = Learner(arguments)
@@ -247,7 +278,7 @@ def resume(arguments: argparse.Namespace) -> dict[str, Any]:
     fresh = resumed.scale()
     _, states = resumed.strategy.load_ckpt(resumed.engine, folder)
     scaler = resumed.engine.optimizer.loss_scaler
-    return {
+    facts = {
         "saved": saved,
         "fresh": fresh,
         "resumed": {"scale": resumed.scale(), "iteration": scaler.cur_iter},
@@ -256,6 +287,13 @@ def resume(arguments: argparse.Namespace) -> dict[str, Any]:
         "counted": {name: states.get("fp16_patch", {}).get("history", {}).get(name) for name in COUNTERS},
         "trains": trains(resumed),
     }
+    if dist.get_rank() == 0:
+        learner.engine.optimizer.loss_scaler.cur_scale = math.nan
+    learner.strategy.save_ckpt(learner.engine, folder, "damaged")
+    resumed.strategy.load_ckpt(resumed.engine, folder)
+    # With one rank there is no other's scale to go on at.
+    good = saved["scale"] if dist.get_world_size() > 1 else scaler.cur_scale
+    return {**facts, "undamaged_everywhere": everywhere(math.isfinite(good) and resumed.scale() == good)}
 
 
 # With gradients that overflow a few halvings below it.
@@ -483,6 +521,7 @@ SCENARIOS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
         configuration,
         frozen,
         overflow_on_one_rank,
+        infinite_norm,
         endless_overflow,
         growing_scale,
         resume,

@@ -112,6 +112,31 @@ def test_an_overflow_changes_nothing_and_halves_the_scale(bad: float) -> None:
     assert all(map(torch.equal, before, state(optimizer, held)))
 
 
+@pytest.mark.parametrize("scale", [float("nan"), 0.0, -4.0])
+def test_a_scale_that_is_none_changes_nothing(scale: float) -> None:
+    held = parameters()
+    optimizer = torch.optim.AdamW(held, fused=True)
+    scaling = scaler()
+    give_gradients(held, 2.0**12, seed=0)
+    folded_step(scaling, optimizer, held, 1.0)
+    before = copy.deepcopy(state(optimizer, held))
+    scaling._scale.fill_(scale)
+    give_gradients(held, scale, seed=1)
+    folded_step(scaling, optimizer, held, 1.0)
+    assert all(map(torch.equal, before, state(optimizer, held)))
+
+
+def test_finite_gradients_of_an_infinite_norm_change_nothing() -> None:
+    held = parameters()
+    optimizer = torch.optim.AdamW(held, fused=True)
+    before = copy.deepcopy([parameter.detach() for parameter in held])
+    give_gradients(held, 1e25, seed=0)
+    scaling = scaler()
+    assert not folded_step(scaling, optimizer, held, float("inf")).isfinite()
+    assert all(map(torch.equal, before, held))
+    assert scaling.get_scale() == 2.0**11
+
+
 def passes_of(step: Callable[..., Tensor]) -> GradientPasses:
     held = parameters()
     optimizer = torch.optim.AdamW(held, fused=True)

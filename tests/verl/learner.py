@@ -450,16 +450,37 @@ def infinite_loss(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def resume_from_stock(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Loading a checkpoint that holds no scaler state."""
+    """Loading a checkpoint that holds no scaler state; then one in which that of some ranks is damaged."""
     path = Path(arguments.out) / "checkpoint"
-    dist.barrier()
-    if dist.get_rank() == 0:
-        for state in path.glob("fp16_patch_*"):
-            state.unlink()
-    dist.barrier()
+    states = {state: state.read_bytes() for state in sorted(path.glob("fp16_patch_*"))}
+    whole = dict(states)
+    write(dict.fromkeys(states))
     fresh = Learner(arguments)
     fresh.engine.load_checkpoint(str(path), del_local_after_load=False)
-    return scaler_facts(fresh)
+    facts = scaler_facts(fresh)
+    first, *_, last = *states, *states
+    damage = {"first": {first: b"[1]"}, "last": {last: whole[last][:40]}, "all": dict.fromkeys(states, b"")}
+    return {**facts, "damaged": {name: scale_after(fresh, path, {**whole, **files}) for name, files in damage.items()}}
+
+
+def scale_after(learner: Learner, path: Path, states: dict[Path, bytes | None]) -> list[float]:
+    """Load a checkpoint with these state files from a scale of 4096: the scale on each rank then."""
+    write(states)
+    start_at(learner, 4096.0)
+    learner.engine.load_checkpoint(str(path), del_local_after_load=False)
+    scales = [0.0] * dist.get_world_size()
+    dist.all_gather_object(scales, scale(learner))
+    return scales
+
+
+def write(states: dict[Path, bytes | None]) -> None:
+    dist.barrier()
+    if dist.get_rank() == 0:
+        for path, content in states.items():
+            path.unlink(missing_ok=True)
+            if content is not None:
+                path.write_bytes(content)
+    dist.barrier()
 
 
 def endless_overflow(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -618,9 +639,22 @@ def full(tensor: torch.Tensor) -> torch.Tensor:
 def kernels(arguments: argparse.Namespace) -> dict[str, Any]:
     """Two steps with the kernel that the learner takes by itself and with torch's many-tensor one."""
     chosen = {"default": None, "foreach": {"foreach": True}}
-    found = {name: two_counted_steps(Learner(arguments, optimizer=kernel)) for name, kernel in chosen.items()}
+    learners = {name: Learner(arguments, optimizer=kernel) for name, kernel in chosen.items()}
+    found = {name: two_counted_steps(learner) for name, learner in learners.items()}
     apart = (found["default"].pop("parameters") - found["foreach"].pop("parameters")).abs().max()
-    return {**found, "apart": float(apart)}
+    infinite = {name: infinite_norm(learner) for name, learner in learners.items()}
+    return {**found, "apart": float(apart), "infinite_norm": infinite}
+
+
+def infinite_norm(learner: Learner) -> dict[str, Any]:
+    """A step of finite gradients, the norm of which is not."""
+    before, scale_before = learner.state(), scale(learner)
+    learner.engine.optimizer_zero_grad()
+    for parameter in learner.engine.module.parameters():
+        parameter.grad = torch.full_like(parameter, 1e30)
+    norm = learner.engine.optimizer_step()
+    unchanged = on_every_rank(torch.equal(before, learner.state()))
+    return {"norm": str(norm), "unchanged_on_every_rank": unchanged, "halved": scale_before / scale(learner)}
 
 
 def two_counted_steps(learner: Learner) -> dict[str, Any]:
@@ -635,6 +669,7 @@ def two_counted_steps(learner: Learner) -> dict[str, Any]:
 
     learner.engine.optimizer_step = counted_step
     norms = [learner.step()["grad_norm"] for _ in range(2)]
+    learner.engine.optimizer_step = take
     return {"passes": counts, "norms": norms, "parameters": learner.parameters()}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from fp16_patch.openrlhf.deepspeed.engines import inner
+from fp16_patch.openrlhf.deepspeed.finite_norm import FiniteNormsOnly
 from fp16_patch.patching.call_arguments import argument
 from fp16_patch.runtime.activation import current_plan, ledger
 from fp16_patch.scaling.retry import RepeatableUpdate
@@ -32,7 +34,7 @@ class DeepSpeedStep(RepeatableUpdate):
         super().__init__(engine, role)
         self.micro_batches: list[Any] = []
         self._counters: dict[str, Any] = {}
-        self._at_floor = False
+        self._at_floor = self._norm_refused = False
 
     def loss_scale(self) -> float | None:
         return float(self.engine.optimizer.loss_scale) if self.engine.fp16_enabled() else None
@@ -42,9 +44,9 @@ class DeepSpeedStep(RepeatableUpdate):
 
     def take(self, step: Callable[[], Any]) -> None:
         self._counters = {name: getattr(self.engine, name) for name in _COUNTERS if hasattr(self.engine, name)}
-        self._at_floor = False
+        self._at_floor = self._norm_refused = False
         try:
-            step()
+            self._step_with_finite_norms(step)
         except Exception as failure:
             # DeepSpeed's own end of the run says neither which role, nor which step, nor which parameter.
             self._at_floor = current_plan().overrides_dtype and "already at minimum" in str(failure)
@@ -52,8 +54,21 @@ class DeepSpeedStep(RepeatableUpdate):
                 raise
         _grow(self.engine.optimizer)
 
+    def _step_with_finite_norms(self, step: Callable[[], Any]) -> None:
+        if not current_plan().overrides_dtype:
+            step()
+            return
+        with FiniteNormsOnly(self.engine.optimizer) as guard:
+            step()
+        if guard.refused:
+            self._norm_refused = True
+            # The scale was adapted before the norm was known.
+            scaler = self.engine.optimizer.loss_scaler
+            vars(scaler).pop(_GROWN, None)
+            scaler.update_scale(True)
+
     def outcome_of(self, returned: Any, scale_before: float | None) -> StepOutcome:
-        norm = self.engine.get_global_grad_norm()
+        norm = math.inf if self._norm_refused else self.engine.get_global_grad_norm()
         skipped = self._at_floor or self.engine.skipped_steps > self._counters["skipped_steps"]
         return StepOutcome(self.loss_scale(), skipped, 0.0 if norm is None else float(norm))
 

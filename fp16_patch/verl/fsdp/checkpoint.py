@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -12,13 +12,29 @@ import torch
 
 from fp16_patch.patching.call_arguments import argument
 from fp16_patch.runtime.activation import current_plan
+from fp16_patch.scaling.agreed_state import agree
 from fp16_patch.scaling.optimizer_step import OptimizerStep
+from fp16_patch.scaling.saved_state import (
+    TORCH_SCALER,
+    Kind,
+    SavedState,
+    Values,
+    history_of,
+    values_of,
+    write_whole,
+)
+from fp16_patch.untrusted.reading import read_json
+from fp16_patch.untrusted.text import quoted
 from fp16_patch.verl.fsdp.update import FSDPUpdate
 
 logger = logging.getLogger(__name__)
 
 _VERSION = 1
-_STATE = ("scale", "_growth_tracker")
+_OF_THIS_VERSION = {"version": Kind((int,), _VERSION, _VERSION, f"version {_VERSION}")}
+_PREFIX, _SUFFIX = "fp16_patch_scaler_", ".json"
+_MOST_BYTES = 2**16
+# Beside a rank's own; each would be read by every rank.
+_MOST_OTHERS = 16
 
 
 def save_checkpoint(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
@@ -32,17 +48,24 @@ def load_checkpoint(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
 
 
 def save_with_scaler(step: OptimizerStep | None, save: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """Save as verl does, and beside it the history of an engine's steps and the state of its scaler, if it has one."""
+    """Save as verl does, and beside it the history of an engine's steps and the state of its scaler, if it has one.
+
+    Where that cannot be written the run goes on: it has all that verl saves, and resumes with another rank's scale or
+    a new one.
+    """
     result = save(*args, **kwargs)
     if _has_scaler(step):
         state = step.scaler.state_dict()
         saved = {
             "version": _VERSION,
-            "scaler": {name: state[name] for name in _STATE},
+            "scaler": {name: state[name] for name in TORCH_SCALER},
             "history": step.history.state_dict(),
         }
         path = _state_file(argument(save, args, kwargs, "local_path"))
-        path.write_text(json.dumps(saved), encoding="utf-8")
+        try:
+            write_whole(path, saved)
+        except OSError as problem:
+            logger.warning("the loss-scaler state is not in the checkpoint, training goes on: %s", problem)
     return result
 
 
@@ -50,11 +73,11 @@ def load_with_scaler(step: OptimizerStep | None, load: Callable[..., Any], args:
     """Load as verl does, and what was saved beside it into the scaler and the history of an engine's steps."""
     path = argument(load, args, kwargs, "local_path")
     # Read first: verl may delete the local copy after loading it.
-    saved = _agreed_state(path) if path is not None and _has_scaler(step) else None
+    saved = _agreed_state(path) if path is not None and _has_scaler(step) else SavedState()
     result = load(*args, **kwargs)
-    if saved is not None and _has_scaler(step):
-        step.scaler.load_state_dict({**step.scaler.state_dict(), **saved["scaler"]})
-        step.resume(saved["history"])
+    if saved.scaler is not None and saved.history is not None and _has_scaler(step):
+        step.scaler.load_state_dict({**step.scaler.state_dict(), **_under_the_plan(saved.scaler)})
+        step.resume(saved.history)
     return result
 
 
@@ -62,30 +85,74 @@ def _has_scaler(step: OptimizerStep | None) -> TypeGuard[OptimizerStep]:
     return step is not None and step.scaler is not None and current_plan().overrides_dtype
 
 
+def _under_the_plan(saved: Values) -> dict[str, Any]:
+    # torch's scale grows when the count equals the interval: one beyond it would grow never.
+    plan = current_plan()
+    return {
+        "scale": max(saved["scale"], plan.min_scale),
+        "_growth_tracker": min(saved["_growth_tracker"], plan.growth_interval - 1),
+    }
+
+
 def _state_file(local_path: str) -> Path:
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return Path(local_path) / f"fp16_patch_scaler_world_size_{world_size}_rank_{rank}.json"
+    return Path(local_path) / f"{_PREFIX}world_size_{world_size}_rank_{rank}{_SUFFIX}"
 
 
-def _agreed_state(local_path: str) -> dict[str, Any] | None:
-    """Return what rank 0 finds, on every rank: with different scales they would add up gradients of different size."""
-    found = [_read_state(Path(local_path)) if torch.distributed.get_rank() == 0 else None]
-    torch.distributed.broadcast_object_list(found, src=0)
-    return found[0]
+def _agreed_state(local_path: str) -> SavedState:
+    """Return what every rank goes on with; one warning says what was damaged, and what it means."""
+    saved, differ = agree(_found_in(local_path))
+    if torch.distributed.get_rank() == 0:
+        _warn(local_path, saved, differ)
+    return saved
 
 
-def _read_state(local_path: Path) -> dict[str, Any] | None:
-    # The scale is the same on all ranks, so a run resumed on another number of ranks can take any of the files.
-    for path in [_state_file(str(local_path)), *sorted(local_path.glob("fp16_patch_scaler_*.json"))]:
-        if path.is_file():
-            saved: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            if saved["version"] == _VERSION:
-                return saved
-    logger.warning(
-        "no loss-scaler state in %s that this version can read (saved without fp16_patch?); the scale starts as in a "
-        "new run (first_scale=%s, init_scale=%g)",
-        local_path,
-        current_plan().first_scale,
-        current_plan().init_scale,
-    )
-    return None
+def _found_in(local_path: str) -> SavedState:
+    """Return the state in this rank's file, else in the first of another rank's that can be read.
+
+    The scale is the same on all ranks, so a run resumed on another number of ranks can take any of the files.
+    """
+    problems: dict[str, str] = {}
+    own = _state_file(local_path)
+    for path in [own, *_others(own)]:
+        try:
+            return replace(_read(path), problems=problems)
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError) as problem:
+            problems[str(path)] = getattr(problem, "strerror", None) or str(problem)
+    return SavedState(problems=problems)
+
+
+def _read(path: Path) -> SavedState:
+    content = read_json(path, _MOST_BYTES)
+    values_of(content, _OF_THIS_VERSION)
+    return SavedState(values_of(content.get("scaler"), TORCH_SCALER), history_of(content.get("history")))
+
+
+def _others(own: Path) -> list[Path]:
+    try:
+        found = sorted(path for path in own.parent.iterdir() if path.match(f"{_PREFIX}*{_SUFFIX}"))
+    except OSError:
+        return []
+    return [path for path in found if path != own][:_MOST_OTHERS]
+
+
+def _warn(local_path: str, saved: SavedState, differ: bool) -> None:
+    plan, problems = current_plan(), saved.listed_problems()
+    if saved.scaler is None:
+        logger.warning(
+            "no loss-scaler state in %s that this version can read (saved without fp16_patch?); the scale starts as in "
+            "a new run (first_scale=%s, init_scale=%g)%s",
+            quoted(local_path),
+            plan.first_scale,
+            plan.init_scale,
+            f". {problems}" if problems else "",
+        )
+    elif problems or differ:
+        reasons = [problems, "ranks read different states" if differ else ""]
+        logger.warning(
+            "the loss-scaler state is that of the lowest rank that could read one, on every rank: scale %g. %s",
+            saved.scaler["scale"],
+            "; ".join(filter(None, reasons)),
+        )

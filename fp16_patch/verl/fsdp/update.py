@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from fp16_patch.runtime.activation import current_plan
+from fp16_patch.scaling import norm_first
 from fp16_patch.scaling.lr_hold import holds_lr
 from fp16_patch.scaling.optimizer_step import step_of
 from fp16_patch.scaling.scaler import nonfinite_parameters
@@ -78,7 +80,8 @@ def optimizer_step(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> float:
     if update.measuring:
         return 0.0
     fuses = fused_step.possible(engine)
-    outcome, _ = update.run(lambda: fused_step.take(engine) if fuses else wrapped(*args, **kwargs))
+    stock = partial(wrapped, *args, **kwargs)
+    outcome, _ = update.run(lambda: fused_step.take(engine) if fuses else norm_first.take(update.scaler, stock))
     return outcome.grad_norm
 
 

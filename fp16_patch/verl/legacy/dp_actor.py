@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 
 from fp16_patch.patching.call_arguments import argument
 from fp16_patch.runtime.activation import current_plan, ledger
+from fp16_patch.scaling import norm_first
+from fp16_patch.scaling.norm_first import float_of, skip_unless_finite
 from fp16_patch.scaling.optimizer_step import OptimizerStep
 from fp16_patch.scaling.retry import say_no_retries
 from fp16_patch.scaling.scaler import StepOutcome, nonfinite_parameters, sharded_scaler
@@ -112,10 +115,10 @@ class LearnerStep(OptimizerStep):
         return getattr(self.engine, "scaler", None)
 
     def outcome_of(self, returned: Any, scale_before: float | None) -> StepOutcome:
-        norm = float(returned.full_tensor() if hasattr(returned, "full_tensor") else returned)
         if self.skips_by_norm:
+            norm = float_of(returned)
             return StepOutcome(self.loss_scale(), not math.isfinite(norm), norm)
-        return super().outcome_of(norm, scale_before)
+        return super().outcome_of(returned, scale_before)
 
     def note_dtypes(self) -> None:
         note_gradients(module_of(self.engine), self.role)
@@ -126,7 +129,8 @@ class LearnerStep(OptimizerStep):
 
 def step_with_scaler(wrapped: Any, learner: Any, args: Any, kwargs: Any) -> Any:
     """`_optimizer_step` of an actor that has a scaler: step only if allowed, record it, raise at a collapse."""
-    _, grad_norm = LearnerStep.of(learner).run(lambda: wrapped(*args, **kwargs))
+    step = LearnerStep.of(learner)
+    _, grad_norm = step.run(lambda: norm_first.take(step.scaler, partial(wrapped, *args, **kwargs)))
     return grad_norm
 
 
@@ -139,8 +143,10 @@ def step_without_scaler(wrapped: Any, learner: Any, args: Any, kwargs: Any) -> A
         scaler = step.scaler if current_plan().overrides_dtype else None
         if scaler is None:
             return wrapped(*args, **kwargs)
-        scaler.unscale_(_optimizer_of(learner))
+        optimizer = _optimizer_of(learner)
+        scaler.unscale_(optimizer)
         grad_norm = wrapped(*args, **kwargs)
+        skip_unless_finite(scaler, [optimizer], float_of(grad_norm))
         scaler.update()
         return grad_norm
 

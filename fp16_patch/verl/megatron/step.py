@@ -16,9 +16,14 @@ from fp16_patch.patching.call_arguments import argument
 from fp16_patch.runtime.activation import current_plan, ledger
 from fp16_patch.scaling.lr_hold import HeldScheduleStep
 from fp16_patch.scaling.optimizer_step import OptimizerStep
+from fp16_patch.scaling.saved_state import is_scale
 from fp16_patch.scaling.scaler import StepOutcome, nonfinite_parameters
 from fp16_patch.verl.fsdp.step_metrics import add_steps
 from fp16_patch.verl.megatron.dtypes import parts_of, role_of, scalers_of
+
+_SKIPPED = (False, None, None)
+# Methods of Megatron's optimizers that their `step` calls, in this order: one of these, then the step itself.
+_NORMS, _INNER_STEP = ("clip_grad_norm", "get_grad_norm"), "step_with_ready_grads"
 
 
 class MegatronStep(OptimizerStep):
@@ -36,16 +41,30 @@ class MegatronStep(OptimizerStep):
     def loss_scale(self) -> float | None:
         return float(self.scalers[0].scale.item()) if self.scalers else None
 
+    def set_loss_scale(self, scale: float) -> None:
+        for scaler in self.scalers:
+            scaler._scale = torch.full_like(scaler.scale, scale)
+
     def take(self, step: Callable[[], Any]) -> Any:
-        answer = step()
-        if self.scalers and current_plan().overrides_dtype:
+        if not current_plan().overrides_dtype:
+            return step()
+        if any(not is_scale(float(scaler.scale.item())) for scaler in self.scalers):
+            # As of a damaged checkpoint. A scale of 0 makes NaN of gradients that Megatron has found finite.
+            return _SKIPPED
+        with _finite_norms_only(self.engine) as refused:
+            answer = step()
+        if self.scalers:
+            if refused:
+                # They were adapted before the norm was known.
+                for scaler in self.scalers:
+                    scaler.update(True)
             _level(self.scalers)
         return answer
 
     def outcome_of(self, returned: Any, scale_before: float | None) -> StepOutcome:
         taken, grad_norm, _ = returned
         norm = float(grad_norm) if taken and grad_norm is not None else math.inf
-        return StepOutcome(self.loss_scale(), bool(self.scalers) and not taken, norm)
+        return StepOutcome(self.loss_scale(), not taken, norm)
 
     def nonfinite_gradients(self) -> list[str]:
         return nonfinite_parameters(_gradients(self.chunks))
@@ -109,6 +128,37 @@ def _with_outcomes(step: MegatronStep, update: Callable[[], dict[str, Any]]) -> 
         metrics = update()
     add_steps(metrics, step.role, steps)
     return metrics
+
+
+@contextmanager
+def _finite_norms_only(optimizer: Any) -> Iterator[list[float]]:
+    """Keep Megatron from a step whose gradients' norm is not finite; the list is of such norms.
+
+    It looks at each gradient, and only where the loss is scaled. Finite ones whose norm overflows are clipped to zero,
+    and the step is taken with them. The norm is the same on all ranks, which clip by it.
+    """
+    refused: list[float] = []
+    own = {name: getattr(optimizer, name) for name in (*_NORMS, _INNER_STEP) if hasattr(optimizer, name)}
+
+    def noted(norm_of: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            norm = norm_of(*args, **kwargs)
+            if norm is not None and not math.isfinite(norm):
+                refused.append(float(norm))
+            return norm
+
+        return call
+
+    def inner_step(*args: Any, **kwargs: Any) -> bool:
+        return not refused and own[_INNER_STEP](*args, **kwargs)
+
+    for name, method in own.items():
+        setattr(optimizer, name, inner_step if name == _INNER_STEP else noted(method))
+    try:
+        yield refused
+    finally:
+        for name in own:
+            delattr(optimizer, name)
 
 
 def _level(scalers: list[Any]) -> None:

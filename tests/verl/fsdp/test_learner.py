@@ -198,6 +198,13 @@ def test_the_step_in_two_passes_is_the_same(learner: Callable[..., Facts], strat
     assert facts["apart"] < 1e-7
 
 
+def test_finite_gradients_of_an_infinite_norm_are_a_skipped_step_on_any_kernel(
+    learner: Callable[..., Facts], strategy: str, ranks: int
+) -> None:
+    for facts in learner("retry", strategy, ranks)["kernels"]["infinite_norm"].values():
+        assert facts == {"norm": "inf", "unchanged_on_every_rank": True, "halved": 2.0}
+
+
 def test_stock_fails_on_the_fused_kernel(learner: Callable[..., Facts], strategy: str) -> None:
     error = learner("stock-with-scaler", strategy, 2)["fused_chosen"]["error"]
     assert error and "doesn't match the broadcast shape" in error
@@ -302,7 +309,23 @@ def test_a_checkpoint_without_scaler_state_resumes_with_one_warning(
 ) -> None:
     facts = learner("plan", strategy, ranks)
     assert facts["resume_from_stock"]["scale"] == 65536.0
-    assert (facts["out"] / "log.txt").read_text().count("no loss-scaler state in") == 1
+    # And one for each time that what every rank had was damaged.
+    damaged = {1: 3, 2: 1}[ranks]
+    assert (facts["out"] / "log.txt").read_text().count("no loss-scaler state in") == 1 + damaged
+
+
+def test_ranks_go_on_at_one_scale_whichever_of_their_files_are_damaged(
+    learner: Callable[..., Facts], strategy: str
+) -> None:
+    facts = learner("plan", strategy, 2)
+    assert facts["resume_from_stock"]["damaged"] == {"first": [32768.0] * 2, "last": [32768.0] * 2, "all": [4096.0] * 2}
+    warnings = [
+        line for line in (facts["out"] / "log.txt").read_text().splitlines() if "rank that could read one" in line
+    ]
+    assert [("rank_0.json: it holds a list" in line, "rank_1.json: it is not JSON" in line) for line in warnings] == [
+        (True, False),
+        (False, True),
+    ]
 
 
 def test_stock_lets_the_scale_fall_to_zero_in_silence(learner: Callable[..., Facts], strategy: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,7 +32,10 @@ class Scaler:
 
 
 class Optimizer:
-    """Answers `(update_successful, grad_norm, num_zeros)`; after an overflow `(False, None, None)`."""
+    """Answers `(update_successful, grad_norm, num_zeros)`; after an overflow `(False, None, None)`.
+
+    It decays its weights, so that a step of zero gradients moves them.
+    """
 
     def __init__(self, chunk: nn.Module, scaled: bool = True) -> None:
         self.parameters = list(chunk.parameters())
@@ -47,7 +51,7 @@ class Optimizer:
         for parameter in self.parameters:
             parameter.main_grad.zero_()
 
-    def prepare(self) -> bool:
+    def prepare_grads(self) -> bool:
         overflow = any(not parameter.main_grad.isfinite().all() for parameter in self.parameters)
         if self.grad_scaler is not None:
             for parameter in self.parameters:
@@ -55,13 +59,29 @@ class Optimizer:
             self.grad_scaler.update(overflow)
         return overflow and self.grad_scaler is not None
 
-    def step(self) -> tuple[bool, float | None, int | None]:
-        if self.prepare():
-            return False, None, None
-        norm = torch.cat([parameter.main_grad.flatten() for parameter in self.parameters]).norm().item()
+    def get_grad_norm(self) -> float:
+        return torch.cat([parameter.main_grad.flatten() for parameter in self.parameters]).norm().item()
+
+    def clip_grad_norm(self, clip_grad: float) -> float:
+        norm = self.get_grad_norm()
+        self.clip(clip_grad, norm)
+        return norm
+
+    def clip(self, most: float, norm: float) -> None:
+        if (coefficient := most / (norm + 1e-6)) < 1:
+            for parameter in self.parameters:
+                parameter.main_grad *= coefficient
+
+    def step_with_ready_grads(self) -> bool:
         for master, parameter in zip(self.masters, self.parameters, strict=True):
-            master -= self.param_groups[0]["lr"] * parameter.main_grad
-        return True, norm, 0
+            master -= self.param_groups[0]["lr"] * (parameter.main_grad + 0.1 * master)
+        return True
+
+    def step(self) -> tuple[bool, float | None, int | None]:
+        if self.prepare_grads():
+            return False, None, None
+        norm = self.clip_grad_norm(1.0)
+        return self.step_with_ready_grads(), norm, 0
 
 
 class Chained:
@@ -79,11 +99,22 @@ class Chained:
         for optimizer in self.chained_optimizers:
             optimizer.zero_grad()
 
+    def get_grad_norm(self) -> float:
+        return math.hypot(*(optimizer.get_grad_norm() for optimizer in self.chained_optimizers))
+
+    def step_with_ready_grads(self) -> bool:
+        for optimizer in self.chained_optimizers:
+            optimizer.step_with_ready_grads()
+        return True
+
     def step(self) -> tuple[bool, float | None, int | None]:
-        found = [optimizer.prepare() for optimizer in self.chained_optimizers]  # each one, as Megatron does
+        found = [optimizer.prepare_grads() for optimizer in self.chained_optimizers]  # each one, as Megatron does
         if any(found):
             return False, None, None
-        return True, 1.0, 0
+        norm = self.get_grad_norm()
+        for optimizer in self.chained_optimizers:
+            optimizer.clip(1.0, norm)
+        return self.step_with_ready_grads(), norm, 0
 
 
 class ColumnParallelLinear(nn.Module):

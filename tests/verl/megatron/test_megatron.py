@@ -17,6 +17,7 @@ pytestmark = pytest.mark.verl
 torch = pytest.importorskip("torch")
 
 from fp16_patch.patching.declarations import Status, declared_patches
+from fp16_patch.scaling.scaler import StepOutcome
 from integration.cpu import megatron_stand_in
 from tests.verl.megatron import megatron_parts as parts
 
@@ -181,6 +182,82 @@ def test_skips_that_do_not_end_stop_the_run_and_name_the_layer(
     engine.forward_backward_batch()
     with pytest.raises(LossScaleCollapse, match=r"decoder\.layers\.0\.weight"):
         engine.optimizer_step()
+
+
+def fill(engine: Any, gradient: float) -> None:
+    """Give every parameter a gradient, unscaled so much, in the FP32 buffers in which ranks' gradients add up."""
+    for optimizer in getattr(engine.optimizer, "chained_optimizers", [engine.optimizer]):
+        for parameter in optimizer.parameters:
+            parameter.main_grad.fill_(gradient * optimizer.grad_scaler.scale.item())
+
+
+def masters_of(engine: Any) -> list[torch.Tensor]:
+    optimizers = getattr(engine.optimizer, "chained_optimizers", [engine.optimizer])
+    return [master.clone() for optimizer in optimizers for master in optimizer.masters]
+
+
+@pytest.mark.parametrize("chained", [False, True], ids=["one", "chained"])
+def test_megatron_takes_a_step_of_finite_gradients_whose_norm_is_not(
+    make_engine: Callable[..., Any], chained: bool
+) -> None:
+    engine = make_engine()
+    if chained:
+        experts(engine)
+    before = masters_of(engine)
+    fill(engine, 1e30)
+    taken, norm, _ = engine.optimizer.step()
+    assert (taken, norm) == (True, float("inf"))
+    assert not any(map(torch.equal, masters_of(engine), before))
+
+
+@pytest.mark.parametrize("chained", [False, True], ids=["one", "chained"])
+def test_finite_gradients_of_an_infinite_norm_are_a_skipped_step(
+    activated: Activate, make_engine: Callable[..., Any], chained: bool
+) -> None:
+    from fp16_patch.scaling.optimizer_step import history_of
+
+    activated()
+    engine = make_engine()
+    if chained:
+        experts(engine)
+    before = masters_of(engine)
+    fill(engine, 1e30)
+    assert engine.optimizer_step() == float("inf")
+    assert all(map(torch.equal, masters_of(engine), before))
+    assert history_of(engine).last == StepOutcome(2.0**15, True, float("inf"))
+    fill(engine, 0.5)
+    assert engine.optimizer_step() < 10
+    assert not any(map(torch.equal, masters_of(engine), before))
+    assert not {"step", "clip_grad_norm", "get_grad_norm", "step_with_ready_grads"} & vars(engine.optimizer).keys()
+
+
+def test_in_bfloat16_too_a_norm_of_nan_is_a_skipped_step(activated: Activate, make_engine: Callable[..., Any]) -> None:
+    activated(mode="bf16")
+    engine = make_engine()
+    engine.optimizer.grad_scaler = None
+    before = masters_of(engine)
+    for parameter in engine.optimizer.parameters:
+        parameter.main_grad.fill_(float("nan"))
+    engine.optimizer_step()
+    assert all(map(torch.equal, masters_of(engine), before))
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), 0.0, -4.0])
+def test_a_scale_that_is_none_costs_one_step_and_starts_anew(
+    activated: Activate, make_engine: Callable[..., Any], scale: float
+) -> None:
+    activated(init_scale=1024)
+    engine = make_engine(0.5, 0.5)
+    engine.optimizer.grad_scaler._scale.fill_(scale)
+    before = masters_of(engine)
+    engine.optimizer_zero_grad()
+    engine.forward_backward_batch()
+    assert engine.optimizer_step() == float("inf")
+    assert all(map(torch.equal, masters_of(engine), before))
+    assert engine.optimizer.grad_scaler.scale.item() == 1024
+    engine.optimizer_zero_grad()
+    engine.forward_backward_batch()
+    assert engine.optimizer_step() == pytest.approx(0.5 * 32**0.5)
 
 
 def test_in_mode_observe_a_skip_stays_verls_error(activated: Activate, make_engine: Callable[..., Any]) -> None:

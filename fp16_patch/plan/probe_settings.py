@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from fp16_patch.plan import stored_config
 from fp16_patch.plan.errors import Conflict, PlanError
+from fp16_patch.plan.settings import HIGHEST_SCALE, LOWEST_SCALE
 from fp16_patch.untrusted.paths import from_home, is_file, reason_of
 from fp16_patch.untrusted.reading import Unreadable, read_bytes, read_json
 from fp16_patch.untrusted.text import quoted
@@ -19,7 +20,6 @@ FP16, FP16_WITH_FP32_MODULES, BF16 = "fp16", "fp16_with_fp32_modules", "bf16"
 
 MAX_BYTES = 16 * 2**20
 """Of a result, which has a row for each module of a model."""
-_LARGEST_FP32 = (2 - 2**-23) * 2.0**127
 _WRITTEN_BY = "give what `fp16-patch probe MODEL --json FILE` wrote"
 
 
@@ -61,8 +61,8 @@ _FIELDS = (
     _Field("recommendation.fp32_modules", "a list of texts", _are_texts),
     _Field(
         "recommendation.init_scale",
-        "a number above 0 that FP32 holds",
-        lambda value: _is_number(value) and 0 < value <= _LARGEST_FP32,
+        "a scale of 2⁻¹²⁶ to 2¹²⁶",
+        lambda value: _is_number(value) and LOWEST_SCALE <= value <= HIGHEST_SCALE,
     ),
 )
 """In this order: a section before what is in it."""

@@ -146,7 +146,8 @@ def _activate(plan: Plan | None) -> Plan:
     given, plan = plan, plan or Plan.from_environment(os.environ, default_mode="fp16")
     if not plan.active:
         if given is None and PLAN_ENV in os.environ:
-            _state.inactive = f"{MODE_ENV}={os.environ[MODE_ENV]} here counts, not the plan carried to this process"
+            word = os.environ.get(MODE_ENV, plan.mode)
+            _state.inactive = f"{MODE_ENV}={word} here counts, not the plan carried to this process"
             logger.warning("fp16_patch: %s; it computes as its framework does", _state.inactive)
         return plan
     propagation.check_carried()

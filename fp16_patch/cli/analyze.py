@@ -9,12 +9,12 @@ from pathlib import Path
 import click
 
 from fp16_patch.cli.group import Failure
-from fp16_patch.cli.options import FormerlyOption, OutputFile
+from fp16_patch.cli.options import FormerlyOption, InputPath, OutputFile, check_folder, print_text, writing
 from fp16_patch.cli.runs import require_for_page, show
 
 
 @click.command("analyze")
-@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FILE...")
+@click.argument("files", nargs=-1, required=True, type=InputPath(), metavar="FILE...")
 @click.option("--html", type=OutputFile(), help="Write a self-contained page with plots here.")
 @click.option("--json", "as_json", is_flag=True, help="Print the figures as JSON instead of the table.")
 @click.option("--sampler-key", help="Name of the sampler's log-probs in FILE, where it is none of the known ones.")
@@ -22,7 +22,7 @@ from fp16_patch.cli.runs import require_for_page, show
 @click.option(
     "--tokenizer",
     metavar="FOLDER",
-    type=click.Path(path_type=Path),
+    type=InputPath(),
     help="Name the worst tokens by this tokenizer.",
 )
 @click.option(
@@ -30,10 +30,12 @@ from fp16_patch.cli.runs import require_for_page, show
     cls=FormerlyOption,
     formerly=["--out"],
     metavar="FOLDER",
-    type=click.Path(path_type=Path),
+    type=InputPath(),
     help="Write a run record here, for `report`; of several FILEs, one a folder.",
 )
+@click.pass_context
 def command(
+    ctx: click.Context,
     files: tuple[Path, ...],
     html: Path | None,
     as_json: bool,
@@ -70,14 +72,16 @@ def command(
     folders = {} if output is None else _folders(output, [*paths])
     try:
         for folder in folders.values():
+            check_folder(folder, ctx.fail)
             offline.require_no_record(folder)
         records = {label: offline.analyze(path, sampler_key, learner_key) for label, path in paths.items()}
         for label, folder in folders.items():
-            offline.write_record(records[label], folder)
+            with writing(folder):
+                offline.write_record(records[label], folder)
     except (DumpError, FileNotFoundError, FileExistsError) as problem:
         raise Failure(problem) from problem
     if as_json:
-        click.echo(json.dumps({label: offline.figures(record) for label, record in records.items()}, indent=1))
+        print_text(json.dumps({label: offline.figures(record) for label, record in records.items()}, indent=1))
     show(records, html, tokenizer, quiet=as_json)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from fp16_patch.cli.options import FormerlyOption, OutputFile, one_mode
+from fp16_patch.cli.options import FormerlyOption, InputPath, OutputFile, one_mode, print_text, writing
 from fp16_patch.cli.plan_of_command import plan_of
 
 
@@ -16,7 +16,7 @@ from fp16_patch.cli.plan_of_command import plan_of
     "--source",
     required=True,
     metavar="FOLDER",
-    type=click.Path(path_type=Path),
+    type=InputPath(),
     help="The source tree, which itself is left alone.",
 )
 @click.option(
@@ -40,17 +40,17 @@ def command(source: Path, mode: str | None, output: Path | None) -> None:
       fp16-patch diff --source ../our_verl | patch -p1 -d ../our_verl
       fp16-patch diff --source ../our_verl --mode bf16 --output bf16.diff
     """
-    from rich.console import Console
-
     from fp16_patch.releases import tables, tree_diff
+    from fp16_patch.untrusted.console import TextConsole
 
     plan = plan_of(mode)
     if not plan.overrides_dtype:
         raise click.UsageError(f"FP16_PATCH={plan.mode} decides no dtype to write. Fix: give --mode fp16")
     text, outcomes = tree_diff.diff_of(source, plan)
     if output is None:
-        click.echo(text.encode(), nl=False)
+        print_text(tree_diff.as_bytes(text))
     else:
-        tree_diff.write(text, output)
-    tables.print_outcomes(str(source), outcomes, Console(stderr=True))
+        with writing(output):
+            tree_diff.write(text, output)
+    tables.print_outcomes(str(source), outcomes, TextConsole(stderr=True))
     sys.exit(0 if tree_diff.complete(outcomes) else 1)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from fp16_patch.cli.options import InputPath, print_text
 from fp16_patch.cli.plan_of_command import plan_of
 
 
@@ -17,7 +18,7 @@ from fp16_patch.cli.plan_of_command import plan_of
 @click.option(
     "--source",
     metavar="FOLDER",
-    type=click.Path(path_type=Path),
+    type=InputPath(),
     help="Say which patches hold for this source tree, a fork for example, and nothing of this machine.",
 )
 @click.argument("training_command", nargs=-1, type=click.UNPROCESSED, metavar="[-- COMMAND]")
@@ -41,17 +42,16 @@ def command(as_json: bool, verbose: bool, source: Path | None, training_command:
 
     examination = examine(plan_of(), training_command)
     if as_json:
-        click.echo(json.dumps(examination.as_dict(), indent=1))
+        print_text(json.dumps(examination.as_dict(), indent=1))
     else:
         print_examination(examination, verbose)
     sys.exit(0 if examination.fit else 1)
 
 
 def _check_source(path: Path) -> None:
-    from rich.console import Console
-
     from fp16_patch.releases import matrix, tables
+    from fp16_patch.untrusted.console import TextConsole
 
     verdicts = matrix.check_tree(path)
-    tables.print_verdicts(str(path), verdicts, Console())
+    tables.print_verdicts(str(path), verdicts, TextConsole())
     sys.exit(0 if matrix.covered(verdicts) else 1)

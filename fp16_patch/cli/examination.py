@@ -2,39 +2,39 @@
 
 from __future__ import annotations
 
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from fp16_patch.doctor import Examination
+from fp16_patch.untrusted.console import TextConsole
+from fp16_patch.untrusted.text import printable
 
 
 def print_examination(examination: Examination, verbose: bool = False) -> None:
     """Print it; `verbose` lists every patch instead of their number."""
-    console = Console(soft_wrap=True)
-    for line in _verdict(examination):
-        console.print(line, highlight=False)
+    console = TextConsole(soft_wrap=True)
+    for verdict in _verdict(examination):
+        console.print(verdict)
     if examination.roles:
         console.print(_roles(examination))
-    for line in examination.overridden:
-        console.print(f"overrides {line}", highlight=False, markup=False)
+    for key in examination.overridden:
+        console.print(f"overrides {key}")
     for caveat in examination.caveats:
-        console.print(f"note: {caveat}", highlight=False, markup=False)
+        console.print(f"note: {caveat}")
     found = ", ".join(f"{name} {release}" for name, release in examination.versions.items() if release)
-    console.print(f"installed: {found}", highlight=False, markup=False)
+    console.print(f"installed: {found}")
     for device in examination.hardware:
-        console.print(f"device: {device['name']} ({device['facts']})", highlight=False, markup=False)
+        console.print(f"device: {device['name']} ({device['facts']})")
     for line in _patches(examination, verbose) if examination.mode != "off" or verbose else ():
-        console.print(line, highlight=False, markup=False)
+        console.print(line)
 
 
-def _verdict(examination: Examination) -> list[str]:
-    from rich.markup import escape
-
+def _verdict(examination: Examination) -> list[Text]:
     if examination.mode == "off":
-        return ["[bold yellow]off[/]: nothing will change"]
+        return [Text.assemble(("off", "bold yellow"), ": nothing will change")]
     if examination.fit:
-        return [f"[bold green]fit[/] for {examination.mode}"]
-    return [f"[bold red]not fit[/]: {escape(problem)}" for problem in examination.problems]
+        return [Text.assemble(("fit", "bold green"), f" for {examination.mode}")]
+    return [Text.assemble(("not fit", "bold red"), f": {printable(problem)}") for problem in examination.problems]
 
 
 def _roles(examination: Examination) -> Table:

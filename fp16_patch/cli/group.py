@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import click
 
 from fp16_patch.plan.errors import Fp16PatchError
+from fp16_patch.untrusted.paths import reason_of
+from fp16_patch.untrusted.text import printable_lines
 
 # The extra that brings what a command needs beside our own dependencies.
 _EXTRAS = {"report": "report", "analyze": "report", "watch": "report", "probe": "probe", "settings": "verl"}
@@ -27,15 +35,61 @@ class Group(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(self.commands)
 
+    def make_context(self, *arguments: Any, **settings: Any) -> click.Context:
+        with _shown_as_text():
+            return super().make_context(*arguments, **settings)
+
     def invoke(self, ctx: click.Context) -> Any:
-        try:
+        _encode_anything()
+        with _shown_as_text(), _in_one_line(ctx):
             return super().invoke(ctx)
-        except Fp16PatchError as problem:
-            raise Failure(problem) from problem
-        except ModuleNotFoundError as missing:
-            if is_ours(missing):
-                raise
-            raise Failure(what_is_missing(missing, str(ctx.invoked_subcommand))) from missing
+
+
+@contextmanager
+def _shown_as_text() -> Iterator[None]:
+    """Let what an error quotes, of the command line or of a file, reach the terminal as text."""
+    try:
+        yield
+    except click.ClickException as problem:
+        # click declares it for good.
+        vars(problem)["message"] = printable_lines(problem.message)
+        raise
+
+
+@contextmanager
+def _in_one_line(ctx: click.Context) -> Iterator[None]:
+    try:
+        yield
+    except Fp16PatchError as problem:
+        raise Failure(problem) from problem
+    except ModuleNotFoundError as missing:
+        if is_ours(missing):
+            raise
+        raise Failure(what_is_missing(missing, str(ctx.invoked_subcommand))) from missing
+    except OSError as problem:
+        if problem.errno == errno.EPIPE:
+            raise  # click ends it without a word: whoever was to read the output has left
+        raise Failure(_sentence(problem)) from problem
+
+
+def _sentence(problem: OSError) -> str:
+    if problem.filename is not None:
+        return f"{problem.filename}: {reason_of(problem)}"
+    if problem.errno not in _FULL:
+        return str(problem)
+    # Commands say themselves which file is full. What standard output still holds goes nowhere at the end.
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return f"standard output cannot be written: {reason_of(problem)}"
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def _encode_anything() -> None:
+    """Write an escape for what the terminal's encoding does not have, and for the odd bytes of a path."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def is_ours(missing: ModuleNotFoundError) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
 import click
@@ -29,19 +28,18 @@ def command(checked: tuple[str, ...], added: tuple[str, ...]) -> None:
       fp16-patch matrix --check verl==0.9.0 --check openrlhf==0.11.1
       fp16-patch matrix --add verl==0.9.2
     """
-    from rich.console import Console
-
     from fp16_patch.patching.declarations import declared_patches
     from fp16_patch.releases import matrix as releases
     from fp16_patch.releases import tables
+    from fp16_patch.untrusted.console import TextConsole
 
-    # In a file, a table is as wide as it needs to be.
-    console, hold = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160), True
-    asked = [releases.Release.parse(text) for text in checked]
+    console, hold = TextConsole(piped_width=160), True
+    # All of them first: what is refused is said before anything is judged, or written.
+    asked, new = ([releases.Release.parse(text) for text in texts] for texts in (checked, added))
     for release, verdicts in zip(asked, releases.check_releases(asked), strict=True):
         tables.print_verdicts(str(release), verdicts, console)
         hold &= releases.covered(verdicts)
-    for release in map(releases.Release.parse, added):
+    for release in new:
         verdicts, diffs = releases.add_release(release)
         tables.print_verdicts(str(release), verdicts, console)
         tables.print_diffs(diffs, console)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,18 +10,18 @@ from typing import Any
 import click
 
 from fp16_patch.cli.group import Failure, is_ours, what_is_missing
-from fp16_patch.cli.options import FormerlyOption, OutputFile, several_modes
+from fp16_patch.cli.options import FormerlyOption, InputPath, OutputFile, print_text, several_modes, writing
 from fp16_patch.plan.errors import Fp16PatchError
 
 _UNPROBED = 2
 
 
 @click.command("probe")
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=InputPath())
 @click.option(
     "--prompts",
     metavar="FILE",
-    type=click.Path(path_type=Path),
+    type=InputPath(),
     help="Lines of text, JSON lines or parquet, as your data set has them [default: 16 of ours].",
 )
 @click.option("--count", default=32, show_default=True, help="Responses in each of the sampler's dtypes.")
@@ -65,10 +64,9 @@ def command(json_path: Path | None, html: Path | None, device: str | None, **set
       fp16-patch probe models/Qwen2.5-0.5B --json probe.json --html probe.html
       fp16-patch probe models/my_model --prompts data/train.parquet --count 64
     """
-    from rich.console import Console
+    from fp16_patch.untrusted.console import TextConsole
 
-    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 120
-    console = Console(stderr=json_path == Path("-"), width=width)
+    console = TextConsole(stderr=json_path == Path("-"), piped_width=120)
     try:
         from fp16_patch.probe.request import ProbeRequest
 
@@ -94,9 +92,11 @@ def command(json_path: Path | None, html: Path | None, device: str | None, **set
         raise Failure(problem, _UNPROBED) from problem
     print_result(result, console)
     if json_path == Path("-"):
-        click.echo(json.dumps(result.as_dict(), indent=1))
+        print_text(json.dumps(result.as_dict(), indent=1))
     elif json_path is not None:
-        result.write(json_path)
+        with writing(json_path, _UNPROBED):
+            result.write(json_path)
     if html is not None:
-        write_page(result, html)
+        with writing(html, _UNPROBED):
+            write_page(result, html)
     sys.exit(0 if result.recommendation.precision == "fp16" else 1)

@@ -7,17 +7,17 @@ from pathlib import Path
 import click
 
 from fp16_patch.cli.group import Failure
-from fp16_patch.cli.options import OutputFile, check_folder
+from fp16_patch.cli.options import InputPath, OutputFile, check_file
 from fp16_patch.cli.runs import require_folders, require_for_page, show
 
 
 @click.command("report")
-@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="RUN...")
+@click.argument("runs", nargs=-1, required=True, type=InputPath(), metavar="RUN...")
 @click.option("--html", type=OutputFile(), help="Write the page here [default: report.html in the first RUN].")
 @click.option(
     "--tokenizer",
     metavar="FOLDER",
-    type=click.Path(path_type=Path),
+    type=InputPath(),
     help="Name the worst tokens by this tokenizer [default: the plan's model, if it is on this machine].",
 )
 @click.pass_context
@@ -34,7 +34,7 @@ def command(ctx: click.Context, runs: tuple[Path, ...], html: Path | None, token
     """
     require_folders(runs)
     page = html or runs[0] / "report.html"
-    check_folder(page.parent, ctx.fail)
+    check_file(page, lambda problem: ctx.fail(problem if html else f"{problem}, as --html FILE"))
     from fp16_patch.mismatch.record.reading import load_run
     from fp16_patch.mismatch.report.labels import labelled
 

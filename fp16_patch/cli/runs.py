@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING
 import click
 
 from fp16_patch.cli.group import Failure
+from fp16_patch.cli.options import writing
+from fp16_patch.untrusted.paths import is_folder
+from fp16_patch.untrusted.text import printable
 
 if TYPE_CHECKING:
     from fp16_patch.mismatch.record.reading import RunRecord
@@ -21,7 +24,7 @@ def require_folders(paths: Sequence[Path]) -> None:
         Failure: with the path.
     """
     for path in paths:
-        if not path.is_dir():
+        if not is_folder(path):
             raise Failure(f"{path}: no such directory. Give the output directory of a run")
 
 
@@ -42,12 +45,11 @@ def require_for_page(html: Path | None, tokenizer: Path | None) -> None:
 
 def show(records: Mapping[str, RunRecord], html: Path | None, tokenizer: Path | None, quiet: bool = False) -> None:
     """Print the runs side by side with a diagnosis of each, unless `quiet`, and write the page if `html` is given."""
-    from rich.console import Console
-
     if not quiet:
         from fp16_patch.mismatch.report.comparison import print_comparison, print_diagnosis
+        from fp16_patch.untrusted.console import TextConsole
 
-        console = Console()
+        console = TextConsole()
         print_comparison(records, console)
         print_diagnosis(records, console)
     if html is not None:
@@ -55,7 +57,8 @@ def show(records: Mapping[str, RunRecord], html: Path | None, tokenizer: Path | 
         from fp16_patch.mismatch.report.rendering import ReportExtraMissing
 
         try:
-            write_html(records, html, "Sampler against learner", tokenizer)
-            click.echo(f"page: {html}", err=quiet)
+            with writing(html):
+                write_html(records, html, "Sampler against learner", tokenizer)
+            click.echo(f"page: {printable(html)}", err=quiet)
         except ReportExtraMissing as missing:
             click.echo(f"no page was written: {missing}", err=True)

@@ -6,6 +6,7 @@ import json
 
 import click
 
+from fp16_patch.cli.options import print_text
 from fp16_patch.cli.plan_of_command import plan_and_origins
 
 
@@ -38,11 +39,10 @@ def command(mode: str | None, verbose: bool, as_json: bool, training_command: tu
         origins = {**origins, **configured}
     settings = settings_in_force(plan, origins)
     if as_json:
-        click.echo(json.dumps({each.setting.name: each.as_dict() for each in settings}, indent=1))
+        print_text(json.dumps({each.setting.name: each.as_dict() for each in settings}, indent=1))
         return
-    from rich.console import Console
-
     from fp16_patch.cli.settings_table import print_meanings, print_settings
+    from fp16_patch.untrusted.console import TextConsole
 
     show = print_meanings if verbose else print_settings
-    show(settings, Console())
+    show(settings, TextConsole())

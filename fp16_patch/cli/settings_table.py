@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fp16_patch.plan.in_force import DEFAULT, SettingInForce
+from fp16_patch.untrusted.text import printable
 
 _FOOTNOTE = "set one by FP16_PATCH_<SETTING>=…; `fp16-patch settings --verbose` says what each means"
 
@@ -26,7 +27,8 @@ def print_settings(settings: Sequence[SettingInForce], console: Console) -> None
         for each in members:
             table.add_row(*_cells(each), style="" if each.origin == DEFAULT else "bold")
     console.print(table)
-    console.print(f"\n{_FOOTNOTE}", style="dim", markup=False, highlight=False)
+    console.print()
+    console.print(_FOOTNOTE, style="dim")
 
 
 def print_meanings(settings: Sequence[SettingInForce], console: Console) -> None:
@@ -43,4 +45,4 @@ def print_meanings(settings: Sequence[SettingInForce], console: Console) -> None
 
 def _cells(each: SettingInForce) -> tuple[str, str, str, str]:
     setting = each.setting
-    return setting.name, setting.show(each.value), setting.show(setting.default), each.origin
+    return setting.name, printable(setting.show(each.value)), setting.show(setting.default), printable(each.origin)

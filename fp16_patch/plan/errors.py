@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fp16_patch.untrusted.text import printable, quoted
+
 
 class Fp16PatchError(Exception):
     """Base of all errors raised by fp16_patch."""
@@ -21,7 +23,8 @@ class Conflict:
     fix: str
 
     def __str__(self) -> str:
-        return f"{self.key}={self.value}: {self.reason}. Fix: {self.fix}"
+        # Values, and reasons with a library's words in them, may be a file's or a stranger's.
+        return f"{quoted(self.key)}={quoted(self.value)}: {printable(self.reason)}. Fix: {printable(self.fix)}"
 
 
 class PlanError(Fp16PatchError, ValueError):

@@ -6,14 +6,13 @@ import io
 import json
 from pathlib import Path
 
-from rich.console import Console
-from rich.text import Text
-
 from fp16_patch.mismatch.record.reading import RunRecord
 from fp16_patch.mismatch.report.distributions import distribution_charts, length_maps, probability_maps
 from fp16_patch.mismatch.report.rendering import render
 from fp16_patch.probe.result import ProbeResult
 from fp16_patch.probe.terminal import VERDICTS, print_result
+from fp16_patch.untrusted.console import TextConsole
+from fp16_patch.untrusted.text import printable
 
 TEMPLATE = Path(__file__).with_name("page.html.j2")
 WIDTH = 150
@@ -28,9 +27,9 @@ def write_page(result: ProbeResult, path: Path) -> None:
     runs = _equal_pairs(result)
     page = render(
         TEMPLATE,
-        title=f"Probe of {result.model['path']}",
+        title=f"Probe of {printable(result.model['path'])}",
         runs=[*runs],
-        verdict=Text.from_markup(VERDICTS[result.recommendation.precision]).plain,
+        verdict=VERDICTS[result.recommendation.precision][0],
         reasons=result.recommendation.reasons,
         text=_text(result),
         probabilities=probability_maps(runs),
@@ -51,6 +50,6 @@ def _equal_pairs(result: ProbeResult) -> dict[str, RunRecord]:
 
 
 def _text(result: ProbeResult) -> str:
-    console = Console(file=io.StringIO(), width=WIDTH, record=True)
+    console = TextConsole(file=io.StringIO(), width=WIDTH, record=True)
     print_result(result, console)
     return console.export_text()

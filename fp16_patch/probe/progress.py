@@ -15,7 +15,7 @@ Phases = Callable[[str, int | None], AbstractContextManager[Advance]]
 
 @contextmanager
 def on_terminal(console: Console) -> Iterator[Phases]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as bars:
 
         @contextmanager

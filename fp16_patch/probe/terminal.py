@@ -7,6 +7,7 @@ import math
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from fp16_patch.probe.comparing import LOW_LOG_PROB
 from fp16_patch.probe.judging import BF16, FP16, FP16_WITH_FP32_MODULES
@@ -15,16 +16,17 @@ from fp16_patch.probe.watching import Site
 
 SHOWN_ROWS = 5
 VERDICTS = {
-    FP16: "[bold green]fp16[/]",
-    FP16_WITH_FP32_MODULES: "[bold yellow]fp16, with modules in fp32 on both sides[/]",
-    BF16: "[bold red]bf16[/]",
+    FP16: ("fp16", "bold green"),
+    FP16_WITH_FP32_MODULES: ("fp16, with modules in fp32 on both sides", "bold yellow"),
+    BF16: ("bf16", "bold red"),
 }
+"""What is recommended, in words and in the colour of a terminal."""
 
 
 def print_result(result: ProbeResult, console: Console) -> None:
     console.print(mismatch_table(result))
     for line in _measured_lines(result):
-        console.print(line, highlight=False, markup=False)
+        console.print(line)
     console.print(headroom_table(result))
     _print_recommendation(result, console)
 
@@ -37,7 +39,8 @@ def mismatch_table(result: ProbeResult) -> Table:
     for name, figures in result.mismatch.items():
         shown = [figures[metric] for metric in ("max_abs", "seq_mean_abs", "k3", "abs_p99")]
         numbers = (f"{value:.1e}" for value in (*shown, figures["low_probability"]["mean_abs"]))
-        table.add_row(name, f"{figures['mean_abs']:.2e}\n{_interval_text(*figures['mean_abs_interval'])}", *numbers)
+        mean = Text(f"{figures['mean_abs']:.2e}\n{_interval_text(*figures['mean_abs_interval'])}")
+        table.add_row(name, mean, *numbers)
     return table
 
 
@@ -77,13 +80,13 @@ def headroom_table(result: ProbeResult) -> Table:
 
 def _print_recommendation(result: ProbeResult, console: Console) -> None:
     advice = result.recommendation
-    console.print(f"recommended: {VERDICTS[advice.precision]}", highlight=False)
+    console.print(Text.assemble("recommended: ", VERDICTS[advice.precision]))
     for reason in advice.reasons:
-        console.print(f"  {reason}", highlight=False, markup=False)
+        console.print(f"  {reason}")
     if advice.fp32_modules:
-        console.print(f"  in fp32: {', '.join(advice.fp32_modules)}", highlight=False, markup=False)
-        console.print("  fp16_patch does not do that: it would have to hold in the sampler, too", highlight=False)
+        console.print(f"  in fp32: {', '.join(advice.fp32_modules)}")
+        console.print("  fp16_patch does not do that: it would have to hold in the sampler, too")
     if advice.precision != BF16:
-        console.print(f"  first loss scale: {advice.init_scale:g}", highlight=False)
+        console.print(f"  first loss scale: {advice.init_scale:g}")
     for warning in advice.warnings:
-        console.print(f"  warning: {warning}", highlight=False, markup=False)
+        console.print(f"  warning: {warning}")

@@ -14,15 +14,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from tokenize import TokenError
 
 from packaging.requirements import InvalidRequirement, Requirement
-from packaging.version import Version
+from packaging.utils import canonicalize_name
+from packaging.version import InvalidVersion, Version
 
 from fp16_patch.patching.declarations import Patch, Status, Variant, Verdict, declared_patches, nearest, patches_dir
 from fp16_patch.patching.fingerprint import definition
 from fp16_patch.patching.sources import Sources, Tree
 from fp16_patch.plan.errors import SourceError
 from fp16_patch.releases.wheels import download, newest
+from fp16_patch.untrusted.text import quoted
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -53,18 +56,50 @@ class Release:
         packages = sorted({patch.package for patch in declared_patches()})
         fix = f"give one release of {', '.join(packages)}, such as {packages[-1]}==1.2.3"
         try:
-            requirement = Requirement(text)
-        except InvalidRequirement as problem:
-            raise SourceError(f"{text}: not a requirement. Fix: {fix}") from problem
-        if requirement.name in packages and not requirement.specifier:
-            return cls(requirement.name, newest(requirement.name))
-        pinned = [specifier.version for specifier in requirement.specifier if specifier.operator == "=="]
-        if requirement.name not in packages or len(pinned) != 1 or len(requirement.specifier) != 1:
-            raise SourceError(f"{text}: not one release of a patched package. Fix: {fix}")
-        return cls(requirement.name, pinned[0])
+            return cls(*_pinned(text, packages))
+        except ValueError as problem:
+            raise SourceError(f"{quoted(text)}: {problem}. Fix: {fix}") from problem
 
     def __str__(self) -> str:
         return f"{self.package}=={self.version}"
+
+
+def _pinned(text: str, packages: Sequence[str]) -> tuple[str, str]:
+    """Return package and release of a requirement that says nothing else; extras only bring other packages.
+
+    Raises:
+        ValueError: it says more, or something else.
+        SourceError: pip finds no release.
+    """
+    try:
+        requirement = Requirement(_COMMENT.sub("", text))
+    except InvalidRequirement as problem:
+        option = _PIPS_OPTION.search(text)
+        raise ValueError("not a requirement" + (f": {option[1]} is an option of pip" if option else "")) from problem
+    if requirement.url:
+        raise ValueError("a URL names no release; of a source tree, ask `fp16-patch doctor --source FOLDER`")
+    if requirement.marker:
+        raise ValueError("behind the `;` it says where it holds, and a release is the same everywhere")
+    package = canonicalize_name(requirement.name)
+    operators = [specifier.operator for specifier in requirement.specifier]
+    if package not in packages or operators not in ([], ["=="]):
+        raise ValueError("not one release of a patched package")
+    if not operators:
+        return package, newest(package)
+    (specifier,) = requirement.specifier
+    return package, str(_version(specifier.version))
+
+
+# As pip reads a line of requirements.
+_COMMENT = re.compile(r"(^|\s+)#.*$")
+_PIPS_OPTION = re.compile(r"(?:^|\s)(-[a-zA-Z]\b|--[a-z-]+)")
+
+
+def _version(text: str) -> Version:
+    try:
+        return Version(text)
+    except InvalidVersion as problem:  # 0.9.*
+        raise ValueError("not one release of a patched package") from problem
 
 
 def known_releases(patches: Iterable[Patch]) -> list[str]:
@@ -89,7 +124,14 @@ def tested_levels() -> dict[Release, str]:
 
 def check(sources: Sources, patches: Iterable[Patch], release: str | None) -> list[Verdict]:
     """Compare the targets there with those that the patches were written for; imports nothing."""
-    return [patch.judge(sources, release) for patch in patches]
+    return [_judge(patch, sources, release) for patch in patches]
+
+
+def _judge(patch: Patch, sources: Sources, release: str | None) -> Verdict:
+    try:
+        return patch.judge(sources, release)
+    except (SyntaxError, TokenError) as problem:
+        raise SourceError(f"{patch.variants[0].target}: its code cannot be compared: {problem}") from problem
 
 
 def check_releases(releases: Sequence[Release]) -> list[list[Verdict]]:

@@ -8,16 +8,19 @@ from typing import TypeVar
 
 from rich.box import SIMPLE
 from rich.console import Console
-from rich.markup import escape
 from rich.padding import Padding
 from rich.syntax import Syntax
 from rich.table import Table
+from rich.text import Text
 
 from fp16_patch.patching.declarations import NoThread, Patch, Reason, Status, Verdict
 from fp16_patch.releases.matrix import Release, known_releases, tested_levels
 from fp16_patch.releases.tree_diff import Done, Outcome
+from fp16_patch.untrusted.text import printable
 
 T = TypeVar("T")
+Cell = tuple[str, str]
+"""A sign and its colour."""
 
 
 def print_verdicts(title: str, verdicts: Sequence[Verdict], console: Console) -> None:
@@ -33,8 +36,8 @@ def print_verdicts(title: str, verdicts: Sequence[Verdict], console: Console) ->
             needless.setdefault(str(verdict.exemption), []).append(verdict.patch.name)
     console.print(table)
     for why, names in needless.items():
-        console.print(f"[green]not needed[/], {escape(why)}", highlight=False)
-        console.print(Padding(", ".join(names), (0, 0, 1, 4)), highlight=False)
+        console.print(Text.assemble(("not needed", "green"), f", {printable(why)}"))
+        console.print(Padding(", ".join(names), (0, 0, 1, 4)))
     _print_counts(title, [verdict.status for verdict in verdicts], _COUNTED, console)
 
 
@@ -46,11 +49,11 @@ _COUNTED = {
 }
 
 
-def _says(verdict: Verdict) -> str:
+def _says(verdict: Verdict) -> Text:
     if verdict.status is Status.APPLIES:
-        return f"[green]as in {verdict.like}[/]"
+        return Text(f"as in {verdict.like}", "green")
     fingerprint = f" ({verdict.fingerprint})" if verdict.fingerprint else ""
-    return f"[red]{verdict.status.value}{fingerprint}[/] {verdict.variant.target}"
+    return Text.assemble((f"{verdict.status.value}{fingerprint}", "red"), f" {verdict.variant.target}")
 
 
 def print_outcomes(title: str, outcomes: Sequence[Outcome], console: Console) -> None:
@@ -60,7 +63,7 @@ def print_outcomes(title: str, outcomes: Sequence[Outcome], console: Console) ->
     table.add_column("what is lost, and why", overflow="fold")
     for done in Done:
         for outcome in (each for each in outcomes if each.done is done):
-            table.add_row(outcome.verdict.patch.name, f"[{_COLOURS[done]}]{done.value}[/]", outcome.text)
+            table.add_row(outcome.verdict.patch.name, Text(done.value, _COLOURS[done]), outcome.text)
     console.print(table)
     _print_counts(title, [outcome.done for outcome in outcomes], {done: done.value for done in Done}, console)
 
@@ -83,7 +86,7 @@ def _table_of_patches(title: str) -> Table:
 def _print_counts(title: str, found: Sequence[T], words: Mapping[T, str], console: Console) -> None:
     """Print how many patches each word holds for, in the order of the words."""
     counts = ", ".join(f"{count} {word}" for kind, word in words.items() if (count := found.count(kind)))
-    console.print(f"{title}: of {len(found)} patches, {counts}", highlight=False)
+    console.print(f"{title}: of {len(found)} patches, {counts}")
 
 
 def print_diffs(diffs: Mapping[str, str], console: Console) -> None:
@@ -104,13 +107,13 @@ def print_matrix(patches: Iterable[Patch], console: Console) -> None:
         by_package.setdefault(patch.package, []).append(patch)
     for package, those in by_package.items():
         repository = _repository(those)
-        title = f"[bold]{package}[/]" + (f", upstream {repository}" if repository else "")
+        title = Text.assemble((package, "bold"), f", upstream {repository}" if repository else "")
         for line in (title, *_matrix(package, those, repository), ""):
-            console.print(line, highlight=False, no_wrap=True, overflow="ignore", crop=False)
-    console.print(_LEGEND, highlight=False)
+            console.print(line, no_wrap=True, overflow="ignore", crop=False)
+    console.print(_legend())
 
 
-def _matrix(package: str, patches: Sequence[Patch], repository: str | None) -> Iterator[str]:
+def _matrix(package: str, patches: Sequence[Patch], repository: str | None) -> Iterator[Text]:
     levels = tested_levels()
     columns = {
         release: [_cell(patch, release, levels.get(Release(package, release))) for patch in patches]
@@ -120,13 +123,14 @@ def _matrix(package: str, patches: Sequence[Patch], repository: str | None) -> I
     width = max(len(patch.name) for patch in patches)
     for index, (_, releases) in enumerate(alike):
         heading = " – ".join(dict.fromkeys((releases[0], releases[-1])))
-        yield f"{'':{width}}  {_STAIR * index}{heading}"
-    yield f"{'patch':{width}}  {_STAIR * len(alike)}upstream"
+        yield Text.assemble(f"{'':{width}}  ", *[_STAIR] * index, heading)
+    yield Text.assemble(f"{'patch':{width}}  ", *[_STAIR] * len(alike), "upstream")
     for patch, *cells in zip(patches, *(cells for cells, _ in alike), strict=True):
-        yield f"{patch.name:{width}}  {'  '.join([*cells, _upstream(patch, repository)])}"
+        shown = Text("  ").join([*(Text(*cell) for cell in cells), _upstream(patch, repository)])
+        yield Text.assemble(f"{patch.name:{width}}  ", shown)
 
 
-_STAIR = "[dim]│[/]  "
+_STAIR = Text.assemble(("│", "dim"), "  ")
 
 
 def _repository(patches: Iterable[Patch]) -> str | None:
@@ -135,41 +139,50 @@ def _repository(patches: Iterable[Patch]) -> str | None:
     return max(named, key=named.count, default=None)
 
 
-def _upstream(patch: Patch, repository: str | None = None) -> str:
+def _upstream(patch: Patch, repository: str | None = None) -> Text:
     """Link the framework's threads about the defect; those of `repository` by their number alone."""
     if isinstance(patch.upstream, NoThread):
-        return f"[dim]{patch.upstream.value}[/]"
+        return Text(patch.upstream.value, "dim")
     shown = []
     for thread in patch.upstream:
         there, _, number = thread.partition("#")
         name = "" if there == repository else there.rpartition("/")[2]
-        shown.append(f"[link=https://github.com/{there}/issues/{number}]{name}#{number}[/link]")
+        shown.append(Text(f"{name}#{number}", f"link https://github.com/{there}/issues/{number}"))
         repository = there
-    return ", ".join(shown)
+    return Text(", ").join(shown)
 
 
 _TESTED = {"end to end": "E", "worker": "W", "contract": "C", "fingerprint": "F", None: "●"}
 _EXEMPT = {
-    Reason.FIXED_BY: "[green]↑[/]",
-    Reason.NATIVE: "[green]=[/]",
-    Reason.UNAFFECTED: "[dim]·[/]",
-    Reason.REFUSED: "[yellow]✕[/]",
+    Reason.FIXED_BY: ("↑", "green"),
+    Reason.NATIVE: ("=", "green"),
+    Reason.UNAFFECTED: ("·", "dim"),
+    Reason.REFUSED: ("✕", "yellow"),
 }
-_NOBODY = "[red]?[/]"
-_LEGEND = f"""\
+_NOBODY = ("?", "red")
+_LEGEND_TEXT = """\
 Fixed here, and how far the release is tested: E end to end, W its workers on
 several ranks, F its code is compared; C by contract: cannot run in the tests,
 the function's own code runs between stand-ins; ● no framework's package
-{_EXEMPT[Reason.FIXED_BY]} fixed by another patch   {_EXEMPT[Reason.NATIVE]} native: the release does it right
-{_EXEMPT[Reason.UNAFFECTED]} has nothing that could go wrong
-{_EXEMPT[Reason.REFUSED]} settings that need it stop the run   {_NOBODY} nobody looked: the release is refused
+↑ fixed by another patch   = native: the release does it right
+· has nothing that could go wrong
+✕ settings that need it stop the run   ? nobody looked: the release is refused
 Upstream: the framework's issues and pull requests about the defect; ours: the
 patch watches or checks a run, and nothing in the framework is wrong
 Why a patch is not needed: fp16-patch matrix --check PACKAGE==RELEASE"""
 
 
-def _cell(patch: Patch, release: str, level: str | None) -> str:
+def _legend() -> Text:
+    """Return the legend, its signs in the colours that they have in the matrix."""
+    legend = Text(_LEGEND_TEXT)
+    for sign, colour in (*_EXEMPT.values(), _NOBODY):
+        at = _LEGEND_TEXT.index(f"{sign} ")
+        legend.stylize(colour, at, at + 1)
+    return legend
+
+
+def _cell(patch: Patch, release: str, level: str | None) -> Cell:
     if release in patch.releases:
-        return f"[green]{_TESTED[patch.tested or level]}[/]"
+        return _TESTED[patch.tested or level], "green"
     exemption = patch.exemption_in(release)
     return _NOBODY if exemption is None else _EXEMPT[exemption.reason]

@@ -10,7 +10,7 @@ from enum import Enum
 from pathlib import Path
 
 from fp16_patch.patching.declarations import Status, Verdict, patches_dir
-from fp16_patch.patching.sources import Tree
+from fp16_patch.patching.sources import Tree, source_of
 from fp16_patch.plan.errors import PatchError, SourceError
 from fp16_patch.plan.plan import Plan
 from fp16_patch.releases.matrix import check_tree
@@ -66,7 +66,7 @@ def write(diff: str, output: Path) -> None:
     checkout = patches_dir().parent.resolve()
     if output.resolve().is_relative_to(checkout):
         raise SourceError(f"{output}: a diff holds code of a framework. Fix: write it outside {checkout}")
-    output.write_bytes(diff.encode())
+    output.write_bytes(as_bytes(diff))
 
 
 def _outcome(verdict: Verdict, tree: Tree, plan: Plan, edited: dict[Path, str]) -> Outcome:
@@ -84,21 +84,25 @@ def _outcome(verdict: Verdict, tree: Tree, plan: Plan, edited: dict[Path, str]) 
         return Outcome(verdict, Done.LOADED, edit.no)
     try:
         # Two patches may edit one file, and even one function.
-        text = edited[file] if file in edited else _text_of(file)
+        text = edited[file] if file in edited else source_of(file).text
         edited[file] = rewritten(text, verdict.variant.qualname, edit, plan)
     except PatchError as problem:
         return Outcome(verdict, Done.UNWRITTEN, f"{problem}. {why}")
     return Outcome(verdict, Done.EDITED, f"but not: {edit.lost}" if edit.lost else "")
 
 
-def _text_of(file: Path) -> str:
-    # Not read_text: line ends stay what they are.
-    return file.read_bytes().decode("utf-8")
-
-
 def _diff(file: Path, root: Path, text: str) -> str:
-    name = file.relative_to(root).as_posix()
-    return unified(_text_of(file), text, name)
+    """Return what differs, as text that `as_bytes` makes the very bytes of the file again, of whatever encoding."""
+    before = source_of(file)
+    mark = "\ufeff" if before.encoding == "utf-8-sig" else ""
+    difference = unified(mark + before.text, mark + text, file.relative_to(root).as_posix())
+    encoded = difference.encode("utf-8" if mark else before.encoding)
+    return encoded.decode("utf-8", "surrogateescape")
+
+
+def as_bytes(diff: str) -> bytes:
+    """Return a diff as `patch` reads it: each file's lines in that file's encoding."""
+    return diff.encode("utf-8", "surrogateescape")
 
 
 def unified(before: str, after: str, name: str) -> str:

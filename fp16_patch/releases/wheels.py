@@ -10,23 +10,35 @@ from tempfile import TemporaryDirectory
 
 from packaging.utils import parse_wheel_filename
 
-from fp16_patch.patching.sources import file_names
+from fp16_patch.patching.sources import MAX_SOURCE_BYTES, Source, file_names
 from fp16_patch.plan.errors import SourceError
 
 
 class Wheel:
-    """Holds the modules of a wheel that is not installed."""
+    """Holds the modules of a wheel that is not installed.
+
+    Raises:
+        SourceError: it is none, or a module in it is larger than any of a framework.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._archive = zipfile.ZipFile(path)
+        try:
+            self._archive = zipfile.ZipFile(path)
+        except zipfile.BadZipFile as problem:
+            raise SourceError(f"{path.name}: no wheel: {problem}. {_FIX}") from problem
         # Some wheels keep their packages under `name-release.data/purelib/`.
         self._members = {name.partition(".data/purelib/")[2] or name: name for name in self._archive.namelist()}
 
     def read(self, module: str) -> str | None:
         for name in file_names(module.split(".")):
             if name in self._members:
-                return self._archive.read(self._members[name]).decode("utf-8")
+                return Source.of(self._content(self._members[name]), name).python(name)
         return None
+
+    def _content(self, member: str) -> bytes:
+        if self._archive.getinfo(member).file_size > MAX_SOURCE_BYTES:
+            raise SourceError(f"{member}: larger than {MAX_SOURCE_BYTES} bytes, and no module of a framework")
+        return self._archive.read(member)
 
 
 def download(package: str, release: str, into: Path) -> Wheel:

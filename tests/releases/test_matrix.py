@@ -344,3 +344,70 @@ def test_a_patch_for_no_release_yet_is_shown_its_fingerprint(declared: Path, rel
     release("0.9.1")
     shown = CliRunner().invoke(main, ["matrix", "--add", "verl==0.9.1"], env={"COLUMNS": "200"})
     assert f"changed ({fingerprint(ENGINE.format('', '1'), 'Engine.load')})" in shown.output
+
+
+@pytest.mark.parametrize(
+    ("text", "version"),
+    [
+        ("verl==0.9.2", "0.9.2"),
+        (" verl == 0.9.2 ", "0.9.2"),
+        ("VERL==0.9.2", "0.9.2"),
+        ("verl==v0.9.2", "0.9.2"),
+        ("verl==0.9.2  # pinned", "0.9.2"),
+        ("verl[vllm,gpu]==0.9.2", "0.9.2"),
+        ("verl", "0.9.3"),
+        ("verl # the newest", "0.9.3"),
+    ],
+)
+def test_a_requirement_is_the_release_that_it_names(
+    declared: Path, release: Callable[..., Path], text: str, version: str
+) -> None:
+    release("0.9.2")
+    release("0.9.3")
+    assert Release.parse(text) == Release("verl", version)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("verl @ file:///srv/our_verl", "a URL names no release"),
+        ("verl @ https://example.com/verl-0.9.2-py3-none-any.whl", "a URL names no release"),
+        ("verl[vllm] @ git+https://example.com/verl.git@main", "a URL names no release"),
+        ("verl@file:///srv/our_verl", "a URL names no release"),
+        ("verl==0.9.2; python_version < '3'", "behind the `;` it says where it holds"),
+        ("verl; sys_platform == 'win32'", "behind the `;` it says where it holds"),
+        ("verl>=0.9", "not one release"),
+        ("verl==0.9.*", "not one release"),
+        ("verl===0.9.2", "not one release"),
+        ("verl==0.9.2,!=0.9.3", "not one release"),
+        ("torch==2.9.0", "not one release of a patched package"),
+        ("-r other.txt", "not a requirement: -r is an option of pip"),
+        ("-e .", "not a requirement: -e is an option of pip"),
+        ("verl==0.9.2 --hash=sha256:00", "not a requirement: --hash is an option of pip"),
+        ("./our_verl", "not a requirement"),
+        ("file:///srv/our_verl", "not a requirement"),
+        ("# verl==0.9.2", "not a requirement"),
+        ("", "not a requirement"),
+    ],
+)
+def test_what_is_no_release_is_refused_by_name_and_not_judged(
+    declared: Path, release: Callable[..., Path], text: str, why: str
+) -> None:
+    release("0.9.2")
+    for option in ("--check", "--add"):
+        ended = CliRunner().invoke(main, ["matrix", option, "verl==0.9.2", option, text])
+        assert ended.exit_code == 1
+        assert ended.output.startswith(f"Error: {text}: ") or not text
+        assert why in ended.output
+        assert "Fix: give one release of" in ended.output
+
+
+def test_a_wheel_that_is_none_is_named(declared: Path, release: Callable[..., Path]) -> None:
+    wheel = release("0.9.2")
+    with zipfile.ZipFile(wheel, "a") as archive:
+        archive.writestr("verl/workers/engine.py", "def step(:\n")
+    with pytest.raises(SourceError, match=r"verl/workers/engine.py: not read as Python: invalid syntax"):
+        matrix.check_releases([Release("verl", "0.9.2")])
+    wheel.write_bytes(b"no zip")
+    with pytest.raises(SourceError, match=r"verl==0.9.2: pip cannot download|verl-0.9.2.*: no wheel"):
+        matrix.check_releases([Release("verl", "0.9.2")])

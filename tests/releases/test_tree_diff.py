@@ -163,6 +163,39 @@ def test_openrlhf_has_no_float32(tmp_path: Path) -> None:
     assert "OpenRLHF trains in bf16 or fp16 only" in result.stderr
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "latin-1", "cp1252"])
+def test_a_diff_is_in_the_encoding_of_the_file(declare: Declare, tree: Path, tmp_path: Path, encoding: str) -> None:
+    declared = "" if encoding.startswith("utf") else f"# coding: {encoding}\n"
+    before = f"{declared}# größer\n{ENGINE}# später\n".encode(encoding)
+    (tree / "src" / "verl" / "engine.py").write_bytes(before)
+    declare("build", "engine:Engine.build", how='edit = ["torch.bfloat16"]')
+    diff(tree, "--output", str(tmp_path / "made.diff"))
+    subprocess.run(["patch", "-p1", "-s", "-d", str(tree), "-i", str(tmp_path / "made.diff")], check=True)
+    after = (tree / "src" / "verl" / "engine.py").read_bytes()
+    assert after == before.replace(b"torch.bfloat16", b"torch.float16")
+
+
+@pytest.mark.parametrize("arguments", [("doctor", "--source"), ("diff", "--source")], ids=" ".join)
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"def build(:\n", "invalid syntax"),
+        (b"x = 1\0\n", "null byte"),
+        (ENGINE.encode("utf-16"), "encoding declaration"),
+    ],
+)
+def test_a_file_that_is_no_python_is_one_sentence(
+    declare: Declare, tree: Path, arguments: tuple[str, ...], content: bytes, why: str
+) -> None:
+    declare("build", "engine:Engine.build", how='edit = ["torch.bfloat16"]')
+    (tree / "src" / "verl" / "engine.py").write_bytes(content)
+    ended = CliRunner().invoke(main, [*arguments, str(tree)])
+    assert ended.exit_code == 1
+    assert ended.output.startswith(f"Error: {tree / 'src' / 'verl' / 'engine.py'}: not read as Python: ")
+    assert why in ended.output
+    assert ended.output.count("\n") == 1
+
+
 def newest(package: str) -> str:
     releases = [release for patch in declared_patches() if patch.package == package for release in patch.releases]
     return max(releases, key=Version)

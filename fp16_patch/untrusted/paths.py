@@ -1,0 +1,44 @@
+"""Looks where a path that anybody may have written leads to: no path raises, however long or odd."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+_NOWHERE = (errno.ENAMETOOLONG, errno.ELOOP)
+
+
+def is_file(path: str | Path) -> bool:
+    """Return whether a regular file lies there; False too of what is no path, and where nobody may look."""
+    # Unlike pathlib's, this one answers for names that are too long, for NUL in one, and for folders that are closed.
+    return os.path.isfile(path)  # noqa: PTH113
+
+
+def is_folder(path: str | Path) -> bool:
+    """Return whether a folder lies there, in the same way."""
+    return os.path.isdir(path)  # noqa: PTH112
+
+
+def from_home(path: str | Path) -> Path:
+    """Return a path with `~` as the home that it stands for, and as it is where there is no such home."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
+def problem_of(path: str | Path) -> str | None:
+    """Say why nothing can lie at a path; None if something could."""
+    try:
+        Path(path).stat()
+    except OSError as problem:
+        return reason_of(problem) if problem.errno in _NOWHERE else None
+    except ValueError:
+        return "a path holds no NUL character"
+    return None
+
+
+def reason_of(problem: OSError) -> str:
+    """Say in the system's words, without the path, why a file cannot be had."""
+    return (problem.strerror or type(problem).__name__).lower()

@@ -17,6 +17,8 @@ from fp16_patch.untrusted.paths import reason_of
 from fp16_patch.untrusted.text import printable_lines
 
 # The extra that brings what a command needs beside our own dependencies.
+_EXIT_CODES = {"probe": 2}
+"""Of an error, where the command documents another than 1."""
 _EXTRAS = {"report": "report", "analyze": "report", "watch": "report", "probe": "probe", "settings": "verl"}
 
 
@@ -61,15 +63,19 @@ def _in_one_line(ctx: click.Context) -> Iterator[None]:
     try:
         yield
     except Fp16PatchError as problem:
-        raise Failure(problem) from problem
+        raise Failure(problem, _exit_code(ctx)) from problem
     except ModuleNotFoundError as missing:
         if is_ours(missing):
             raise
-        raise Failure(what_is_missing(missing, str(ctx.invoked_subcommand))) from missing
+        raise Failure(what_is_missing(missing, str(ctx.invoked_subcommand)), _exit_code(ctx)) from missing
     except OSError as problem:
         if problem.errno == errno.EPIPE:
             raise  # click ends it without a word: whoever was to read the output has left
-        raise Failure(_sentence(problem)) from problem
+        raise Failure(_sentence(problem), _exit_code(ctx)) from problem
+
+
+def _exit_code(ctx: click.Context) -> int:
+    return _EXIT_CODES.get(str(ctx.invoked_subcommand), 1)
 
 
 def _sentence(problem: OSError) -> str:

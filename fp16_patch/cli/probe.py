@@ -9,9 +9,7 @@ from typing import Any
 
 import click
 
-from fp16_patch.cli.group import Failure, is_ours, what_is_missing
 from fp16_patch.cli.options import FormerlyOption, InputPath, OutputFile, print_text, several_modes, writing
-from fp16_patch.plan.errors import Fp16PatchError
 
 _UNPROBED = 2
 
@@ -67,29 +65,22 @@ def command(json_path: Path | None, html: Path | None, device: str | None, **set
     from fp16_patch.untrusted.console import TextConsole
 
     console = TextConsole(stderr=json_path == Path("-"), piped_width=120)
-    try:
-        from fp16_patch.probe.request import ProbeRequest
+    from fp16_patch.probe.request import ProbeRequest
 
-        if device is not None:
-            settings["device"] = device
-        request = ProbeRequest(**settings)
-        from fp16_patch.probe.examining import examine
-        from fp16_patch.probe.progress import on_terminal
-        from fp16_patch.probe.terminal import print_result
+    if device is not None:
+        settings["device"] = device
+    request = ProbeRequest(**settings)
+    from fp16_patch.probe.examining import examine
+    from fp16_patch.probe.progress import on_terminal
+    from fp16_patch.probe.terminal import print_result
 
-        if html is not None:
-            from fp16_patch.mismatch.report.rendering import require_report_extra
-            from fp16_patch.probe.page import write_page
+    if html is not None:
+        from fp16_patch.mismatch.report.rendering import require_report_extra
+        from fp16_patch.probe.page import write_page
 
-            require_report_extra()
-        with on_terminal(console) as phases:
-            result = examine(request, phases)
-    except ModuleNotFoundError as missing:
-        if is_ours(missing):
-            raise
-        raise Failure(what_is_missing(missing, "probe"), _UNPROBED) from missing
-    except Fp16PatchError as problem:
-        raise Failure(problem, _UNPROBED) from problem
+        require_report_extra()
+    with on_terminal(console) as phases:
+        result = examine(request, phases)
     print_result(result, console)
     if json_path == Path("-"):
         print_text(json.dumps(result.as_dict(), indent=1))

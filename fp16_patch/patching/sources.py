@@ -5,6 +5,7 @@ A wheel is one too, see `releases.wheels`.
 
 from __future__ import annotations
 
+import errno
 import io
 import stat
 import tokenize
@@ -84,10 +85,8 @@ def source_of(file: Path) -> Source:
     """
     try:
         return Source.of(read_bytes(file, MAX_SOURCE_BYTES), file)
-    except OSError as problem:
+    except (OSError, Unreadable) as problem:
         raise SourceError(f"{file}: {reason_of(problem)}. {_MEND}") from problem
-    except Unreadable as problem:
-        raise SourceError(f"{file}: {problem}. {_MEND}") from problem
 
 
 class Installed:
@@ -144,6 +143,8 @@ def _is_module(file: Path) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError as problem:
+        if problem.errno == errno.ENAMETOOLONG:
+            return False
         raise SourceError(f"{file}: {reason_of(problem)}. {_MEND}") from problem
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from fp16_patch.plan.dtypes import torch_name
+from fp16_patch.untrusted.paths import from_home, is_folder
+from fp16_patch.untrusted.reading import Unreadable, read_bytes, read_json
 
 CONFIG = "config.json"
 QUANTIZATIONS = ("quantization_config", "compression_config")
+MAX_BYTES = 16 * 2**20
+"""Of a configuration."""
+_MAX_NAME_BYTES = 4096
 _EXPORTED = "hf_quant_config.json"  # where NVIDIA's exporter writes it, and vLLM reads it, if CONFIG has none
 
 
@@ -43,32 +47,40 @@ def quantization_of(stored: Mapping[str, Any]) -> str | None:
 
 
 def parts_of(stored: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Yield a configuration and those nested in it, such as `text_config`."""
-    yield stored
-    for name, value in stored.items():
-        if isinstance(value, Mapping) and name.endswith("_config") and name not in QUANTIZATIONS:
-            yield from parts_of(value)
+    """Yield a configuration and those nested in it, such as `text_config`, however deep they are."""
+    left = [stored]
+    while left:
+        part = left.pop()
+        yield part
+        left += [value for name, value in reversed([*part.items()]) if isinstance(value, Mapping) and _is_part(name)]
+
+
+def _is_part(name: object) -> bool:
+    return str(name).endswith("_config") and name not in QUANTIZATIONS
 
 
 def _folder(model: str) -> Path:
     """Return where a model lies: the folder itself, or the newest snapshot of the hub's cache."""
-    folder = Path(model).expanduser()
-    if folder.is_dir() or model.count("/") != 1:
+    folder = from_home(model)
+    if is_folder(folder) or model.count("/") != 1:
         return folder
     cached = _hub_cache() / f"models--{model.replace('/', '--')}"
     head = cached / "refs" / "main"
-    return cached / "snapshots" / head.read_text(encoding="utf-8").strip() if head.is_file() else folder
+    try:
+        return cached / "snapshots" / read_bytes(head, _MAX_NAME_BYTES).decode("utf-8").strip()
+    except (OSError, ValueError):
+        return folder
 
 
 def _hub_cache() -> Path:
     cache = os.environ.get("XDG_CACHE_HOME", "~/.cache")
     home = os.environ.get("HF_HOME", f"{cache}/huggingface")
-    return Path(os.environ.get("HF_HUB_CACHE", f"{home}/hub")).expanduser()
+    return from_home(os.environ.get("HF_HUB_CACHE", f"{home}/hub"))
 
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        read = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        read = read_json(path, MAX_BYTES)
+    except (OSError, Unreadable):
         return {}  # the framework says what is wrong with it
     return dict(read) if isinstance(read, dict) else {}

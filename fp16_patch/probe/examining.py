@@ -29,6 +29,7 @@ from fp16_patch.probe.loading import (
     load_model,
     refusing_to_overflow,
     stop_ids,
+    vocabulary_of,
 )
 from fp16_patch.probe.memory import give_memory_back, giving_memory_back, peak_memory
 from fp16_patch.probe.precision import DTYPES, in_dtype
@@ -69,9 +70,11 @@ def examine(request: ProbeRequest, phases: Phases = silent) -> ProbeResult:
 def _examine(request: ProbeRequest, phases: Phases) -> ProbeResult:
     started = time.monotonic()
     config, tokenizer = load_config_and_tokenizer(request.model)
+    vocabulary = vocabulary_of(request.model, config)
     prompts = read_prompts(request.prompts, request.count, tokenizer)
+    _require_known(max(map(max, prompts)), vocabulary, request.model)
     sampling = Sampling(request.temperature, request.max_new_tokens, stop_ids(request.model, tokenizer), request.seed)
-    probe = _Probe(request, prompts, sampling, phases, batch_tokens=batch_tokens(config))
+    probe = _Probe(request, prompts, sampling, phases, batch_tokens=batch_tokens(vocabulary))
     # vLLM first: it gives its memory back before the model is loaded here.
     if request.uses_vllm:
         probe.sample_by_vllm()
@@ -81,6 +84,12 @@ def _examine(request: ProbeRequest, phases: Phases) -> ProbeResult:
     probe.look_at_ranges(model)
     probe.compare(model)
     return probe.result(model, config, started)
+
+
+def _require_known(token: int, vocabulary: int, model: Path) -> None:
+    if token >= vocabulary:
+        reason = f"its tokenizer gives token {token}, its configuration knows {vocabulary}"
+        raise PlanError([Conflict("MODEL", model, reason, "give a tokenizer and a config.json of one model")])
 
 
 class _Probe:

@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fp16_patch.plan.probe_settings import BF16, FP16, FP16_WITH_FP32_MODULES
 from fp16_patch.plan.settings import FIRST_SCALE
 from fp16_patch.probe.families import Family
 from fp16_patch.probe.headroom import GradientFit, Overflow
 from fp16_patch.scaling.scaler import GRADIENT_MARGIN
 
-FP16, FP16_WITH_FP32_MODULES, BF16 = "fp16", "fp16_with_fp32_modules", "bf16"
 NARROW = 2.0
 """Activations within this factor of 65504 fit today; training moves them, and other prompts reach further."""
 

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from fp16_patch.plan.errors import Conflict, PlanError
+from fp16_patch.untrusted.text import quoted
 
 BATCH_TOKENS = 2048
 BATCH_LOGITS = 1 << 27
@@ -46,9 +47,14 @@ def _loaded(kind: Any, path: Path, **settings: Any) -> Any:
     try:
         # Without it, transformers asks at the terminal, and a yes runs code of the folder.
         return kind.from_pretrained(path, trust_remote_code=False, **settings)
-    except (ImportError, OSError, ValueError, RuntimeError, KeyError, TypeError) as problem:
-        fix = "give a causal language model that transformers loads by itself"
-        raise PlanError([Conflict("MODEL", path, f"cannot be loaded: {problem}", fix)]) from problem
+    except Exception as problem:  # of a damaged folder, transformers raises whatever comes
+        raise _not_loaded(path, problem) from problem
+
+
+def _not_loaded(path: Path, problem: Exception) -> PlanError:
+    said = " ".join(f"{problem}".split()) or "it says nothing"
+    fix = "give a causal language model that transformers loads by itself"
+    return PlanError([Conflict("MODEL", path, f"cannot be loaded: {type(problem).__name__}: {quoted(said)}", fix)])
 
 
 @contextmanager
@@ -79,17 +85,41 @@ def by_its_parts(model: Any) -> Iterator[None]:
             setattr(model.config, name, value)
 
 
-def batch_tokens(config: Any) -> int:
+def vocabulary_of(path: Path, config: Any) -> int:
+    """Return how many tokens a model knows.
+
+    Raises:
+        PlanError: its configuration does not say.
+    """
+    try:
+        size = int(config.get_text_config().vocab_size)
+    except Exception as problem:  # a damaged configuration may hold anything
+        raise _not_loaded(path, problem) from problem
+    if size < 1:
+        raise PlanError([Conflict("MODEL", path, f"its configuration says vocab_size={size}", "mend its config.json")])
+    return size
+
+
+def batch_tokens(vocabulary: int) -> int:
     """Bound the tokens of a forward, so that its logits stay within ``BATCH_LOGITS`` numbers."""
-    vocabulary = int(config.get_text_config().vocab_size)
     return max(1, min(BATCH_TOKENS, BATCH_LOGITS // vocabulary))
 
 
 def stop_ids(model: Path, tokenizer: Any) -> frozenset[int]:
-    """Return the tokens that end a response: those of the model's generation settings, else of its tokenizer."""
+    """Return the tokens that end a response: those of the model's generation settings, else of its tokenizer.
+
+    Raises:
+        PlanError: these settings are damaged.
+    """
     try:
         ends = transformers.GenerationConfig.from_pretrained(model).eos_token_id
     except OSError:
         ends = None
+    except Exception as problem:  # a damaged file may hold anything
+        raise _not_loaded(model, problem) from problem
     ends = tokenizer.eos_token_id if ends is None else ends
-    return frozenset(() if ends is None else [ends] if isinstance(ends, int) else ends)
+    ids = () if ends is None else (ends,) if isinstance(ends, int) else ends
+    if not isinstance(ids, list | tuple) or not all(isinstance(end, int) and 0 <= end < 2**63 for end in ids):
+        reason = f"its generation_config.json says eos_token_id={quoted(ends)}"
+        raise PlanError([Conflict("MODEL", model, reason, "give one token's id, or a list of them")])
+    return frozenset(ids)

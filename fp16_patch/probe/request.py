@@ -5,14 +5,24 @@ torch is asked for the device, and only once all else is right: whoever mistypes
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 from fp16_patch.plan.dtypes import DTYPES
 from fp16_patch.plan.errors import Conflict, PlanError
+from fp16_patch.plan.stored_config import CONFIG, MAX_BYTES
+from fp16_patch.untrusted.paths import is_file, reason_of
+from fp16_patch.untrusted.reading import Unreadable, read_json
 
 AUTO = "auto"
+MOST_RESPONSES = 100_000
+MOST_TOKENS = 1_000_000
+TEMPERATURES = (0.01, 100.0)
+"""vLLM takes what is below for a choice of the likeliest token."""
+LAST_SEED = 2**32 - 1
+"""NumPy's, which vLLM seeds as well."""
 _KNOWN = tuple(dtype.short for dtype in DTYPES)
 
 
@@ -43,29 +53,33 @@ class ProbeRequest:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        conflicts = [conflict for conflict in self._conflicts() if conflict is not None]
+        conflicts = [*self._conflicts()]
         if conflicts:
             raise PlanError(conflicts)
         if self.device == AUTO:
             object.__setattr__(self, "device", _device_here())
+        elif (conflict := _device_conflict(self.device)) is not None:
+            raise PlanError([conflict])
 
-    def _conflicts(self) -> list[Conflict | None]:
+    def _conflicts(self) -> Iterator[Conflict]:
+        yield from _model_conflicts(self.model)
         unknown = [dtype for dtype in self.dtypes if dtype not in _KNOWN]
-        has_config = (self.model / "config.json").is_file()
-        fix = "give the folder of a model on this machine; names of the Hugging Face hub are not looked up"
-        return [
-            None if has_config else Conflict("MODEL", self.model, "no config.json there", fix),
-            Conflict("--mode", unknown, "no such dtype", "use fp32, fp16, bf16") if unknown else None,
-            None if self.dtypes else Conflict("--mode", "", "none", "use fp32, fp16, bf16"),
-            None if self.count > 0 else Conflict("--count", self.count, "nothing to sample", "use at least 1"),
-            None
-            if self.max_new_tokens > 0
-            else Conflict("--max-new-tokens", self.max_new_tokens, "no response", "use at least 1"),
-            None if self.temperature > 0 else Conflict("--temperature", self.temperature, "no sampling", "use 1"),
-            Conflict("--sampler", self.sampler, "vLLM is not installed here", "use hf")
-            if self.sampler == "vllm" and not _has_vllm()
-            else None,
-        ]
+        if unknown or not self.dtypes:
+            yield Conflict("--mode", unknown or "", "no such dtype" if unknown else "none", "use fp32, fp16, bf16")
+        for option, (value, least, most, reason) in self._numbers().items():
+            if not least <= value <= most:
+                yield Conflict(option, value, reason, f"use a number from {least:g} to {most}")
+        if self.sampler == "vllm" and not _has_vllm():
+            yield Conflict("--sampler", self.sampler, "vLLM is not installed here", "use hf")
+
+    def _numbers(self) -> dict[str, tuple[float, float, float, str]]:
+        """Return of each number that is asked for: option → value, least, most, what is wrong with any other."""
+        return {
+            "--count": (self.count, 1, MOST_RESPONSES, "no number of responses that can be held"),
+            "--max-new-tokens": (self.max_new_tokens, 1, MOST_TOKENS, "no length of a response"),
+            "--temperature": (self.temperature, *TEMPERATURES, "no sampling"),
+            "--seed": (self.seed, 0, LAST_SEED, "no seed that every library takes"),
+        }
 
     @property
     def uses_vllm(self) -> bool:
@@ -80,3 +94,34 @@ def _device_here() -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _model_conflicts(model: Path) -> Iterator[Conflict]:
+    """Yield why a folder holds no model, as far as its configuration tells."""
+    file = model / CONFIG
+    if not is_file(file):
+        fix = "give the folder of a model on this machine; names of the Hugging Face hub are not looked up"
+        yield Conflict("MODEL", model, f"no {CONFIG} there", fix)
+        return
+    try:
+        why = None if isinstance(read_json(file, MAX_BYTES), dict) else "it is not an object"
+    except (OSError, Unreadable) as problem:
+        why = reason_of(problem)
+    if why is not None:
+        yield Conflict(
+            "MODEL", model, f"its {CONFIG} is no configuration: {why}", "mend it, or download the model again"
+        )
+
+
+def _device_conflict(device: str) -> Conflict | None:
+    """Return why nothing can be computed on a device; None if it can."""
+    import torch
+
+    try:
+        torch.ones(1, device=device).item()
+    except Exception as problem:  # each kind of device has its own
+        said = (str(problem).splitlines() or [type(problem).__name__])[0]
+        return Conflict(
+            "--device", device, f"torch cannot compute there: {said}", "use cpu, or cuda where there is one"
+        )
+    return None

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fp16_patch.plan.probe_settings import BF16, FP16, FP16_WITH_FP32_MODULES
 from fp16_patch.probe.comparing import LOW_LOG_PROB
-from fp16_patch.probe.judging import BF16, FP16, FP16_WITH_FP32_MODULES
 from fp16_patch.probe.result import ProbeResult
 from fp16_patch.probe.watching import Site
 

@@ -39,6 +39,8 @@ def problem_of(path: str | Path) -> str | None:
     return None
 
 
-def reason_of(problem: OSError) -> str:
-    """Say in the system's words, without the path, why a file cannot be had."""
-    return (problem.strerror or type(problem).__name__).lower()
+def reason_of(problem: OSError | ValueError) -> str:
+    """Say without the path why a file cannot be had: in the system's words, or in those of `Unreadable`."""
+    if isinstance(problem, OSError):
+        return (problem.strerror or type(problem).__name__).lower()
+    return str(problem)

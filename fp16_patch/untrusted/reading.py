@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 MAX_DEPTH = 64
 """Nothing that is read nests so deeply; what does would exhaust the stack of whatever walks it."""
@@ -21,6 +23,26 @@ class Unreadable(ValueError):
     """Says in one sentence, without the file's name, why a text is not read."""
 
 
+@contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for reading.
+
+    Raises:
+        OSError: it cannot be opened.
+        Unreadable: it is a pipe, a device or a folder; or the path holds a NUL.
+    """
+    if "\0" in str(path):
+        raise Unreadable("a path holds no NUL character")
+    # A pipe without a writer would keep `open` waiting.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    # Python opens no folder, and would leave it to the system to close it.
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise Unreadable("it is not a regular file")
+    with os.fdopen(descriptor, "rb") as file:
+        yield file
+
+
 def read_bytes(path: Path, most: int = MAX_DOCUMENT_BYTES) -> bytes:
     """Return what a file holds.
 
@@ -29,14 +51,12 @@ def read_bytes(path: Path, most: int = MAX_DOCUMENT_BYTES) -> bytes:
 
     Raises:
         OSError: it cannot be opened or read.
-        Unreadable: it is a pipe, a device or a folder, or larger than `most`.
+        Unreadable: it is a pipe, a device or a folder, or larger than `most`; or the path holds a NUL.
     """
-    # A pipe without a writer would keep `open` waiting.
-    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise Unreadable("it is not a regular file")
-        content = file.read(most + 1)
-    if len(content) > most:
+    with opened(path) as file:
+        # The size is asked first, so that nothing is read in vain; it may be wrong, as in /proc, or grow.
+        content = file.read(most + 1) if os.fstat(file.fileno()).st_size <= most else None
+    if content is None or len(content) > most:
         raise Unreadable(f"it is larger than {most} bytes")
     return content
 

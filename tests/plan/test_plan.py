@@ -148,7 +148,8 @@ def test_all_wrong_settings_are_named_at_once() -> None:
 def test_a_setting_says_where_its_value_came_from(tmp_path: Path) -> None:
     probe = tmp_path / "probe.json"
     advice = {"precision": "fp16", "init_scale": 512.0, "reasons": [], "fp32_modules": []}
-    probe.write_text(json.dumps({"version": 1, "recommendation": advice}))
+    model = {"path": "/models/tiny", "config_digest": "0" * 16}
+    probe.write_text(json.dumps({"version": 1, "model": model, "recommendation": advice}))
     environ = {"FP16_PATCH_PROBE": str(probe), "FP16_PATCH_STRICT": "0"}
 
     plan, origins = resolve_environment(environ, "fp16")

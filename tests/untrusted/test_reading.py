@@ -69,9 +69,13 @@ def test_depth_counts_lists_and_dicts() -> None:
 
 def test_devices_pipes_and_folders_are_not_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
+    before = len([*Path("/proc/self/fd").iterdir()])
     for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path):
-        with pytest.raises((Unreadable, OSError)):
+        with pytest.raises(Unreadable, match="not a regular file"):
             read_bytes(path)
+    with pytest.raises(Unreadable, match="NUL"):
+        read_bytes(tmp_path / "a\0b")
+    assert len([*Path("/proc/self/fd").iterdir()]) == before
 
 
 def test_of_a_file_no_more_is_read_than_asked_for(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ COMPILED := torch transformers vllm ray verl openrlhf deepspeed
 # which come first.
 PYTEST := -m pytest -n 2
 
-.PHONY: demo demo-openrlhf test test-verl test-openrlhf fingerprints test-learners test-releases matrix session unit lint dist bench bench-full bench-mismatch bench-monitor bench-step clean
+.PHONY: demo demo-openrlhf test test-verl test-openrlhf fingerprints test-learners test-releases matrix session unit lint dist bench bench-full bench-mismatch bench-monitor bench-reading bench-step clean
 
 demo: $(READY)
 	$(BIN)/python -m integration.demo.run
@@ -95,6 +95,9 @@ bench-mismatch: $(READY)
 
 bench-monitor: $(READY)
 	$(BIN)/python -m integration.bench.monitor
+
+bench-reading: $(READY)
+	$(BIN)/python -m integration.bench.reading
 
 bench-step: $(READY)
 	$(BIN)/python -m integration.bench.step

@@ -32,11 +32,11 @@ def read_plan(path: Path, notes: list[str]) -> dict[str, Any]:
 def read_ledger(path: Path, notes: list[str]) -> tuple[Ledger, int]:
     """Return role → quantity → dtypes, by torch's names, and how many processes answered."""
     document = _document(path, MAX_LEDGER_BYTES, notes)
-    processes = document.get("processes")
-    processes = processes if isinstance(processes, list) else []
+    processes = document.get("processes", [])
+    wrong = 0 if isinstance(processes, list) else 1
+    processes = [] if wrong else processes
     tables = [document["roles"]] if document.get("roles") else [_roles_of(process) for process in processes]
     merged: dict[str, dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
-    wrong = 0
     for role, quantity, dtype in (entry for table in tables for entry in _entries(table)):
         if not isinstance(dtype, str) or not _has_room(merged, role, quantity):
             wrong += 1
@@ -44,9 +44,8 @@ def read_ledger(path: Path, notes: list[str]) -> tuple[Ledger, int]:
         merged[quoted(role)][quoted(quantity)].add(quoted(torch_name(dtype)))
     if wrong:
         notes.append(f"{path.name}: {wrong} entries are no dtypes, or too many, and left out")
-    return {role: {quantity: sorted(seen) for quantity, seen in row.items()} for role, row in merged.items()}, len(
-        processes
-    )
+    ledger = {role: {quantity: sorted(seen) for quantity, seen in row.items()} for role, row in merged.items()}
+    return ledger, len(processes)
 
 
 def _roles_of(process: object) -> object:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, BinaryIO
 
 from fp16_patch.untrusted.reading import Unreadable
@@ -13,6 +15,18 @@ SKIPPED_AT_ONCE = 1 << 20
 
 MOST_LISTS = 1 << 20
 """Lists and objects in a line: each takes far more memory than text."""
+
+
+@contextmanager
+def without_collector() -> Iterator[None]:
+    """Let the collector of cycles rest: JSON has none, and it would look through every list that was just read."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def lines_of(file: BinaryIO, most: int) -> Iterator[tuple[int, bytes | None]]:

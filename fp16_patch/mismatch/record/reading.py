@@ -19,6 +19,7 @@ from fp16_patch.mismatch.record.step_lines import MAX_LINE_BYTES, StepLines
 from fp16_patch.mismatch.record.step_metrics import MOST_METRICS, StepMetrics
 from fp16_patch.mismatch.statistics.summary import MismatchStats, WorstToken
 from fp16_patch.plan.dtypes import COMPUTE_OR_FP32, STAYS_FP32, torch_name
+from fp16_patch.untrusted.lines import without_collector
 from fp16_patch.untrusted.paths import is_file, is_folder, reason_of
 from fp16_patch.untrusted.reading import Unreadable, opened
 
@@ -163,9 +164,10 @@ def load_run(path: str | Path) -> RunRecord:
     folder = record_folder(Path(path))
     notes = [f"{name} is missing" for name in RECORD_FILES if not is_file(folder / name)]
     ledger, processes = read_ledger(folder / LEDGER, notes)
-    steps, trained = _read_steps(folder / STEPS, notes)
     mismatch = _Mismatch()
-    mismatch.read(folder / MISMATCH, notes)
+    with without_collector():
+        steps, trained = _read_steps(folder / STEPS, notes)
+        mismatch.read(folder / MISMATCH, notes)
     starts = _first_of(mismatch.progress.starts, trained.starts)
     return RunRecord(
         path=folder,

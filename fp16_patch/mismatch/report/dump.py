@@ -23,7 +23,7 @@ from fp16_patch.mismatch.report.step_stretches import FIRST_STEPS, MOST_STRETCHE
 from fp16_patch.mismatch.statistics.layout import NO_TOKEN, WORST_COLUMNS, WORST_PART
 from fp16_patch.mismatch.statistics.summary import MismatchStats
 from fp16_patch.mismatch.statistics.tokens import POSITIVE_FROM
-from fp16_patch.untrusted.lines import lines_of
+from fp16_patch.untrusted.lines import lines_of, without_collector
 from fp16_patch.untrusted.paths import is_file, is_folder, reason_of
 from fp16_patch.untrusted.text import quoted
 
@@ -88,10 +88,10 @@ def read_dump(path: str | Path, sampler_key: str | None = None, learner_key: str
     known, given = dialects(sampler_key, learner_key), [key for key in (sampler_key, learner_key) if key]
     files, others = dump_files(Path(path))
     too_long: list[str] = []
-    for file in files:
-        for row in _rows(file, known, given, too_long):
+    with without_collector():
+        for row in (row for file in files for row in _rows(file, known, given, too_long)):
             batches.add(row)
-    steps = batches.finish()
+        steps = batches.finish()
     left_out = [f"not a regular file, and left out: {quoted(file.name)}" for file in others[:MOST_LISTED]]
     steps.notes += _counted(too_long) + left_out
     if not steps:

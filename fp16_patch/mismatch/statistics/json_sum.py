@@ -96,11 +96,11 @@ def _kinds() -> _Kinds:
 
 def _scalars(states: Sequence[dict[str, Any]]) -> Tensor:
     """Return the single figures, (states, figures)."""
-    numbers = array("d")
+    numbers: list[Any] = []
     for state in states:
         _require(serial.has_fields(state))
-        numbers.extend([state.get(name, start) for name, start in _STARTS])
-    scalars, kinds = _tensor(numbers).view(len(states), -1), _kinds()
+        numbers += [state.get(name, start) for name, start in _STARTS]
+    scalars, kinds = _tensor(array("d", numbers)).view(len(states), -1), _kinds()
     least, greatest = serial.bounds()
     _require_between(scalars, least[kinds.places], greatest[kinds.places])
     counts = scalars[:, kinds.is_count]
@@ -121,18 +121,21 @@ class _Cells(NamedTuple):
 
 
 def _cells(states: Sequence[dict[str, Any]]) -> _Cells:
-    tables, cells, numbers = array("q"), array("q"), array("d")
+    # Lists grow faster than arrays, and become arrays faster at once: that is where a long record's time goes.
+    tables: list[int] = []
+    cells: list[Any] = []
+    numbers: list[Any] = []
     for index, state in enumerate(states):
         for name, kind in _KINDS.items():
             if name in state:
                 table_cells, table_numbers = serial.lists_of(name, state[name])
                 _require(len(table_cells) == len(table_numbers))
-                tables.extend((index, kind, len(table_cells)))
-                cells.extend(table_cells)
-                numbers.extend(table_numbers)
-    owners = _tensor(tables).view(-1, 3)
+                tables += (index, kind, len(table_cells))
+                cells += table_cells
+                numbers += table_numbers
+    owners = _tensor(array("q", tables)).view(-1, 3)
     of_states, of_kinds = owners[:, :2].repeat_interleave(owners[:, 2], dim=0).unbind(1)
-    at, values, kinds = _tensor(cells), _tensor(numbers), _kinds()
+    at, values, kinds = _tensor(array("q", cells)), _tensor(array("d", numbers)), _kinds()
     _require_between(at, kinds.lows[of_kinds], kinds.highs[of_kinds] - 1)
     places = at + kinds.starts[of_kinds]
     least, greatest = serial.bounds()
@@ -145,12 +148,18 @@ def _cells(states: Sequence[dict[str, Any]]) -> _Cells:
 def _worst(states: Sequence[dict[str, Any]]) -> Tensor:
     """Return the worst tokens of all, as they lie in the vector."""
     width = len(WORST_COLUMNS)
-    numbers = array("d")
+    numbers: list[Any] = []
     for state in states:
-        numbers.extend(serial.worst_numbers(state.get("worst", [])))
-    rows = _tensor(numbers).view(-1, width)
+        of_state = state.get("worst", [])
+        _require(type(of_state) is list and len(of_state) <= WORST_TOKENS and {*map(len, of_state)} <= {width - 1})
+        for row in of_state:
+            numbers += row
+    rows = _tensor(array("d", numbers)).view(-1, width - 1)
+    rows = torch.cat([(rows[:, 1:2] - rows[:, :1]).abs(), rows], dim=1)
     least, greatest = (bound[WORST_PART].view(-1, width)[0] for bound in serial.bounds())
     _require_between(rows, least, greatest)
+    whole = rows[:, list(serial.WHOLE_COLUMNS)]
+    _require(torch.equal(whole, whole.trunc()))
     if len(rows) > WORST_TOKENS:
         # Those that tie with the last one are among the candidates.
         rows = rows[rows[:, 0] >= rows[:, 0].topk(WORST_TOKENS).values[-1]]

@@ -46,7 +46,7 @@ FIELDS = frozenset({"version", "worst", *SCALARS, *TABLES})
 _PLACES = {name: SLICES[name].start for name in SCALARS}
 # They lie one after the other.
 _COUNT_TABLES = slice(min(SLICES[name].start for name in COUNT_TABLES), max(SLICES[name].stop for name in COUNT_TABLES))
-_WHOLE_COLUMNS = tuple(map(WORST_COLUMNS.index, ("sequence", "position", "token_id")))
+WHOLE_COLUMNS = tuple(map(WORST_COLUMNS.index, ("sequence", "position", "token_id")))
 # Where a table's cell 0 is, and between which cells it lies.
 CELLS = {name: (SLICES[name].start, 0, SLICES[name].stop - SLICES[name].start) for name in TABLES} | {
     "histogram": (SLICES["histogram"].start + ZERO_BIN, -BINS_PER_SIGN, BINS_PER_SIGN + 1)
@@ -183,7 +183,7 @@ def worst_numbers(rows: Any) -> array[float]:
     for row in rows:
         numbers.append(abs(row[1] - row[0]))
         numbers.extend(row)
-    if not all(map(float.is_integer, (number for column in _WHOLE_COLUMNS for number in numbers[column::width]))):
+    if not all(map(float.is_integer, (number for column in WHOLE_COLUMNS for number in numbers[column::width]))):
         raise ValueError("mismatch state has worst tokens whose places or ids are not whole")
     return numbers
 
@@ -198,7 +198,7 @@ def bounds() -> tuple[Tensor, Tensor]:
         least[SLICES[name]] = 0.0
     for name in (*LEAST, *GREATEST):
         least[SLICES[name]], greatest[SLICES[name]] = -math.inf, math.inf
-    for column in _WHOLE_COLUMNS:
+    for column in WHOLE_COLUMNS:
         least[WORST_PART][column :: len(WORST_COLUMNS)] = -_MOST
         greatest[WORST_PART][column :: len(WORST_COLUMNS)] = _MOST
     return least, greatest

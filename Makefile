@@ -31,7 +31,7 @@ COMPILED := torch transformers vllm ray verl openrlhf deepspeed
 # which come first.
 PYTEST := -m pytest -n 2
 
-.PHONY: demo demo-openrlhf test test-verl test-openrlhf fingerprints test-learners test-releases matrix session unit lint dist bench bench-full bench-mismatch bench-monitor bench-step bench-faults clean
+.PHONY: demo demo-openrlhf test test-verl test-openrlhf fingerprints test-learners test-releases matrix session unit lint dist bench bench-full bench-mismatch bench-monitor bench-step bench-faults bench-reading clean
 
 demo: $(READY)
 	$(BIN)/python -m integration.demo.run
@@ -99,6 +99,9 @@ bench-monitor: $(READY)
 # What goes wrong on ranks, in state files and in the monitor, planted.
 bench-faults: $(READY)
 	$(BIN)/python -m integration.bench.faults
+
+bench-reading: $(READY)
+	$(BIN)/python -m integration.bench.reading
 
 bench-step: $(READY)
 	$(BIN)/python -m integration.bench.step

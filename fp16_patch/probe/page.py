@@ -43,7 +43,7 @@ def write_page(result: ProbeResult, path: Path) -> None:
 def _equal_pairs(result: ProbeResult) -> dict[str, RunRecord]:
     """Return the pairs of one dtype on both sides, as the records that the report's charts are drawn of."""
     return {
-        name: RunRecord(Path(name), {}, {}, 0, {}, {}, pair.stats, None)
+        name: RunRecord(Path(name), stats=pair.stats)
         for name, pair in result.pairs.items()
         if len(set(name.split("/"))) == 1
     }

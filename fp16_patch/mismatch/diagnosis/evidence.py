@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fp16_patch.mismatch.diagnosis.alerts import Alerts
 from fp16_patch.mismatch.diagnosis.judgement import RULE, Thresholds, too_large
-from fp16_patch.mismatch.record.reading import worst_of
+from fp16_patch.mismatch.record.states import worst_of
 from fp16_patch.mismatch.statistics.summary import Band, Edge, MismatchStats, WorstToken, bin_values
 
 Roles = Mapping[str, Mapping[str, list[str]]]

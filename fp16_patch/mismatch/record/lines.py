@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
+from fp16_patch.untrusted.lines import json_of_line
+from fp16_patch.untrusted.reading import Unreadable
+from fp16_patch.untrusted.text import quoted
+
 Line = dict[str, Any]
+
+MOST_STEP = 1 << 53
+"""Above this, whole numbers are no longer exact where they are drawn."""
+
+LONGEST_NAME = 200
+"""Characters of a metric's name."""
+
+MOST_ALERTS = 32
+"""Alerts that a line can have."""
 
 
 @dataclass(frozen=True)
@@ -47,20 +60,47 @@ class StandingAlert:
     since: int
 
 
-def parse_line(text: str | bytes) -> Line | None:
+def parse_line(text: bytes) -> Line | None:
     """Return the line's object; None for one that is cut off or has no step."""
     try:
-        content = json.loads(text.decode("utf-8", errors="replace") if isinstance(text, bytes) else text)
-    except ValueError:
+        content = json_of_line(text)
+    except Unreadable:
         return None
-    return content if isinstance(content, dict) and isinstance(content.get("step"), int) else None
+    return content if is_line(content) else None
+
+
+def is_line(content: object) -> TypeGuard[Line]:
+    """Return whether it is an object with a step."""
+    return isinstance(content, dict) and _is_step(content.get("step"))
+
+
+def _is_step(number: object) -> TypeGuard[int]:
+    return isinstance(number, int) and not isinstance(number, bool) and abs(number) < MOST_STEP
 
 
 def metrics_of(line: Line) -> dict[str, float]:
+    """Return name → number, NaN and infinities among them; what is neither is left out."""
     metrics = line.get("metrics")
     if not isinstance(metrics, dict):
         return {}
-    return {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
+    return {
+        name: float(value)
+        for name, value in metrics.items()
+        if isinstance(value, float) or (isinstance(value, int) and _is_number(value))
+        if len(name) <= LONGEST_NAME
+    }
+
+
+def time_of(line: Line) -> float | None:
+    """Return when the line was written, in seconds since 1970; None where it does not say so."""
+    time = line.get("time")
+    return float(time) if _is_number(time) else None
+
+
+def attempt_of(line: Line) -> str | None:
+    """Return which start of the trainer wrote the line; None where it does not say so."""
+    attempt = line.get("attempt")
+    return quoted(attempt) if attempt and isinstance(attempt, str | int) else None
 
 
 def coverage_of(line: Line) -> Coverage | None:
@@ -80,27 +120,28 @@ def coverage_of(line: Line) -> Coverage | None:
 
 def _count(content: dict[str, Any], name: str) -> int | None:
     value = content.get(name)
-    return int(value) if _is_number(value) else None
+    return int(value) if _is_number(value) and 0 <= value < MOST_STEP else None
 
 
 def alerts_of(line: Line) -> tuple[StandingAlert, ...]:
     contents = line.get("alerts")
     return tuple(
         _alert(content, line["step"])
-        for content in (contents if isinstance(contents, list) else [])
+        for content in (contents[:MOST_ALERTS] if isinstance(contents, list) else [])
         if isinstance(content, dict)
     )
 
 
 def _alert(content: dict[str, Any], step: int) -> StandingAlert:
-    value, threshold, since = (content.get(key) for key in ("value", "threshold", "since"))
+    name, value, threshold, since = (content.get(key) for key in ("name", "value", "threshold", "since"))
     return StandingAlert(
-        name=str(content.get("name", "?")),
+        name=quoted(name) if isinstance(name, str) else "?",
         value=float(value) if _is_number(value) else math.nan,
         threshold=float(threshold) if _is_number(threshold) else math.nan,
-        since=since if isinstance(since, int) else step,
+        since=since if _is_step(since) else step,
     )
 
 
 def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and math.isfinite(value)
+    """Return whether a finite float can hold it: a whole number may be larger."""
+    return isinstance(value, int | float) and -sys.float_info.max <= value <= sys.float_info.max

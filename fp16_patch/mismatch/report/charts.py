@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
+LEAST_EXPONENT, GREATEST_EXPONENT = sys.float_info.min_exp - 1, sys.float_info.max_exp - 1
+"""Of two, in a float."""
 
 Scale = Literal["linear", "log", "log2", "category"]
 Points = Sequence[tuple[float, float]]
@@ -127,7 +131,8 @@ def power_text(base: int, exponent: int) -> str:
 def powers_of_two(values: Iterable[float]) -> list[int]:
     """Return at most eight exponents of two that enclose the values, evenly apart, with one to spare at each end."""
     exponents = [math.log2(value) for value in values if value > 0]
-    first, last = math.floor(min(exponents)) - 1, math.ceil(max(exponents)) + 1
+    first = max(LEAST_EXPONENT, math.floor(min(exponents)) - 1)
+    last = min(GREATEST_EXPONENT, math.ceil(max(exponents)) + 1)
     return [*range(first, last + 1, math.ceil((last - first) / 7))]
 
 

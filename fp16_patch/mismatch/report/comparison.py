@@ -8,10 +8,12 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from fp16_patch.mismatch.diagnosis.findings import Diagnosis, diagnose_run
 from fp16_patch.mismatch.diagnosis.rounding import MIN_TOKENS
 from fp16_patch.mismatch.record.reading import RunRecord, Runs
+from fp16_patch.untrusted.text import printable
 
 # What a finding says, before its evidence.
 CAUSES = {
@@ -56,25 +58,30 @@ def print_comparison(runs: Runs, console: Console) -> None:
     table = Table(title="Sampler/learner mismatch, d = log π_learner − log μ_sampler", title_justify="left")
     table.add_column("")
     for name in runs:
-        table.add_column(name, justify="right", overflow="fold")
+        table.add_column(_text(name), justify="right", overflow="fold")
     for label, cells in comparison_rows(runs):
-        table.add_row(label, *cells)
+        table.add_row(*map(_text, (label, *cells)))
     console.print(table)
     for sentence in verdict(runs):
-        console.print(sentence, markup=False, highlight=False)
+        console.print(_text(sentence), highlight=False)
     for name, run in runs.items():
         for note in run.notes:
-            console.print(f"{name}: {note}", style="dim", markup=False, highlight=False)
+            console.print(_text(f"{name}: {note}"), style="dim", highlight=False)
 
 
 def print_diagnosis(runs: Runs, console: Console) -> None:
     """Print each run's findings: the cause, the figures it rests on, and what to do."""
     for name, run in runs.items():
         for finding in diagnose_run(run):
-            console.print(f"{name}: {cause_text(finding)}", style="bold", markup=False, highlight=False)
+            console.print(_text(f"{name}: {cause_text(finding)}"), style="bold", highlight=False)
             for sentence in finding.evidence:
-                console.print(f"  {sentence}", markup=False, highlight=False)
-            console.print(f"  → {finding.advice}", markup=False, highlight=False)
+                console.print(_text(f"  {sentence}"), highlight=False)
+            console.print(_text(f"  → {finding.advice}"), highlight=False)
+
+
+def _text(shown: str) -> Text:
+    """Return what is printed as it is: no markup, no control characters, whatever the console."""
+    return Text(printable(shown))
 
 
 def cause_text(finding: Diagnosis) -> str:
@@ -127,7 +134,7 @@ def _idle_rows(runs: Runs, against_first: str) -> set[str]:
     idle = {
         against_first: len(runs) < 2,
         AGAINST_ITSELF: all(run.noise_floor is None for run in runs.values()),
-        COVERAGE: not any(run.coverage for run in runs.values()),
+        COVERAGE: not any(run.covered.steps for run in runs.values()),
         ALERTS: not any(run.alerts for run in runs.values()),
     }
     return {label for label, is_idle in idle.items() if is_idle}
@@ -250,15 +257,15 @@ def percent_text(share: float) -> str:
 
 def coverage_text(run: RunRecord) -> str:
     """Say which share of the tokens was measured, and how many steps were not measured whole."""
-    partial = sum(not part.complete for part in run.coverage.values())
-    if not run.coverage or not partial:
-        return "all" if run.coverage else "–"
-    return f"{percent_text(run.covered())}, {partial} of {len(run.coverage)} steps in part"
+    covered = run.covered
+    if not covered.partial:
+        return "all" if covered.steps else "–"
+    return f"{percent_text(covered.share())}, {covered.partial} of {covered.steps} steps in part"
 
 
 def _standing(run: RunRecord) -> str:
     """List the alerts that stand at the last step; nothing if there are none."""
-    standing = [episode.alert for episode in run.episodes() if episode.standing]
+    standing = [episode.alert for episode in run.alerts if episode.standing]
     return ", ".join(f"{alert.name} since step {alert.since}" for alert in standing)
 
 

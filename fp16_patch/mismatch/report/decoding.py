@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from fp16_patch.plan.errors import Fp16PatchError
+from fp16_patch.untrusted.text import quoted
 
 CONTROL_PICTURES = 0x2400
 SPACE = "␣"
@@ -28,8 +30,9 @@ def tokenizer_of(path: str | Path) -> TextOf:
     Raises:
         TokenizerError: transformers is not installed, or finds no tokenizer there.
     """
-    if not Path(path).exists():
-        raise TokenizerError(f"{path}: no such file or directory")
+    # Not Path.exists, which raises for a name that is too long.
+    if not os.path.exists(path):  # noqa: PTH110
+        raise TokenizerError(f"{quoted(path)}: no such file or directory")
     try:
         from transformers import AutoTokenizer
     except ImportError:
@@ -38,7 +41,7 @@ def tokenizer_of(path: str | Path) -> TextOf:
         # Without the last, transformers asks at the terminal, and a yes runs code of a folder that a record names.
         tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except Exception as problem:
-        raise TokenizerError(f"no tokenizer in {path}: {type(problem).__name__}") from problem
+        raise TokenizerError(f"no tokenizer in {quoted(path)}: {type(problem).__name__}") from problem
     return lambda token_id: visible(_decoded(tokenizer, token_id))
 
 

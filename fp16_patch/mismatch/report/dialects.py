@@ -6,6 +6,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from fp16_patch.untrusted.text import quoted
+
 Content = Mapping[str, Any]
 
 
@@ -103,10 +105,13 @@ def problem_with(content: Content, known: Sequence[Dialect], given: Collection[s
     Args:
         given: the names that the user gave.
     """
-    keys = ", ".join(sorted(content)) or "none"
+    keys = quoted(", ".join(sorted(content))) or "none"
     absent = [key for key in given if key not in content]
     if absent:
-        return f"no key {', '.join(absent)}; there are: {keys}", "give --sampler-key and --learner-key names of these"
+        return (
+            f"no key {quoted(', '.join(absent))}; there are: {keys}",
+            "give --sampler-key and --learner-key names of these",
+        )
     sides = {name for dialect in known for name in (dialect.sampler, *dialect.learner)}
     empty = sorted(name for name in sides & content.keys() if content[name] is None)
     if empty:

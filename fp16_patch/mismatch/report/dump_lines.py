@@ -12,6 +12,9 @@ from typing import Any
 
 from fp16_patch.mismatch.report.dialects import Dialect, Spoken, problem_with, spoken
 from fp16_patch.plan.errors import Fp16PatchError
+from fp16_patch.untrusted.lines import json_of_line
+from fp16_patch.untrusted.reading import Unreadable
+from fp16_patch.untrusted.text import printable, quoted
 
 UNKNOWN_TOKEN = -1
 MOST = 1 << 53
@@ -31,14 +34,15 @@ class DumpError(Fp16PatchError, ValueError):
 
     def __init__(self, path: Path, line: int | None, problem: str, fix: str) -> None:
         self.arguments = (path, line, problem, fix)
-        where = str(path) if line is None else f"{path}, line {line}"
+        shown = quoted(path)
+        where = shown if line is None else f"{shown}, line {line}"
         super().__init__(f"{where}: {problem}. Fix: {fix}")
 
     def __reduce__(self) -> tuple[type[DumpError], tuple[Path, int | None, str, str]]:
         return type(self), self.arguments
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Place:
     """Where a line is, in what is said about it."""
 
@@ -49,7 +53,7 @@ class Place:
         return DumpError(self.file, self.number, problem, fix)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """One sequence: its tokens' log-probs on both sides, which of them were sampled, and their ids.
 
@@ -66,7 +70,7 @@ class Row:
     token_ids: array[int]
 
 
-def rows_of(place: Place, text: str, known: Sequence[Dialect], given: Sequence[str] = ()) -> Iterator[Row]:
+def rows_of(place: Place, text: bytes, known: Sequence[Dialect], given: Sequence[str] = ()) -> Iterator[Row]:
     """Yield the line's sequences: one, or as many as its fields have lists.
 
     Raises:
@@ -98,12 +102,12 @@ def _of_sequence(value: Any, index: int, count: int) -> Any:
     return value[index] if isinstance(value, list) and len(value) == count else value
 
 
-def _object(place: Place, text: str) -> dict[str, Any]:
+def _object(place: Place, text: bytes) -> dict[str, Any]:
     try:
-        content = json.loads(text)
-    except ValueError as problem:
+        content = json_of_line(text)
+    except Unreadable as problem:
         fix = "write one JSON object a line; leave out a last line that a killed run did not finish"
-        raise place.error(f"not JSON: {problem}", fix) from problem
+        raise place.error(str(problem), fix) from problem
     if not isinstance(content, dict):
         raise place.error(f"a JSON {type(content).__name__}, not an object", "write one JSON object a line")
     return content
@@ -145,18 +149,18 @@ def _number(value: Any) -> int | None:
 
 def _step(place: Place, value: Any) -> int:
     step = 0 if value is None else _integer(value)
-    if step is None:
+    if step is None or abs(step) >= MOST:
         raise place.error(f"step is {_shown(value)}", "give the number of the training step, an integer")
     return step
 
 
 def _log_probs(place: Place, key: str, values: Any) -> array[float]:
+    if not isinstance(values, list):
+        raise place.error(f"{key} is {_shown(values)}", "give a list of numbers, one a token")
     try:
         return array("d", values)  # fast, and refuses null and strings
     except (TypeError, OverflowError):
-        if not isinstance(values, list):
-            raise place.error(f"{key} is {_shown(values)}", "give a list of numbers, one a token") from None
-    return array("d", (_log_prob(place, key, index, value) for index, value in enumerate(values)))
+        return array("d", (_log_prob(place, key, index, value) for index, value in enumerate(values)))
 
 
 def _log_prob(place: Place, key: str, index: int, value: Any) -> float:
@@ -174,17 +178,24 @@ def _mask(place: Place, key: str, values: Any, size: int) -> array[float]:
     fix = f"give {size} of 0 and 1, as many as log-probs: 1 for a sampled token"
     if not isinstance(values, list) or len(values) != size:
         raise place.error(f"{key} {_count(values)}, the log-probs have {size}", fix)
-    if not all(value in (0, 1) for value in values):
+    if not _is_mask(values):
         raise place.error(f"{key} has {_shown(next(value for value in values if value not in (0, 1)))} in it", fix)
     return array("d", values)
+
+
+def _is_mask(values: list[Any]) -> bool:
+    try:
+        return {*values} <= {0, 1}
+    except TypeError:  # a list or a dict has no hash
+        return False
 
 
 def _ids(place: Place, key: str, values: Any, size: int) -> array[int]:
     fix = f"give {size} integers, as many as log-probs, or leave {key} out"
     if not isinstance(values, list) or len(values) != size:
         raise place.error(f"{key} {_count(values)}, the log-probs have {size}", fix)
-    ids = [found for value in values if (found := _integer(value)) is not None and abs(found) < MOST]
-    if len(ids) != size:
+    ids = values if {*map(type, values)} <= {int} else [_integer(value) for value in values]
+    if ids and (None in ids or not -MOST < min(ids) <= max(ids) < MOST):
         raise place.error(f"{key} holds something else than token ids", fix)
     return array("q", ids)
 
@@ -200,5 +211,8 @@ def _shape(values: Any) -> str:
 
 
 def _shown(value: Any, longest: int = 40) -> str:
-    text = json.dumps(value)
+    try:
+        text = printable(json.dumps(value))
+    except RecursionError:
+        text = "nested too deep"
     return text if len(text) <= longest else text[:longest] + "…"

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from fp16_patch.mismatch.collection.actors import NAMESPACE, root_name
-from fp16_patch.mismatch.record.lines import Line, parse_line
+from fp16_patch.mismatch.record.lines import Line, is_line, parse_line
 from fp16_patch.mismatch.record.reading import MISMATCH, RECORD_FOLDER, STEPS
 from fp16_patch.mismatch.report.live import HISTORY, SourceLost
+from fp16_patch.untrusted.paths import is_folder, reason_of
+from fp16_patch.untrusted.reading import Unreadable, opened
 
 TAIL_BYTES = 1 << 24
-"""Bytes at the end of a file that are read at first: some hundred lines."""
+"""Bytes at the end of a file that are read at first, and at a time: some hundred lines."""
+
+COMPARED_BYTES = 1 << 16
+"""Of what was read, to see that the file still is the same: a line or more, in which a step and its time stand."""
 
 ANSWER_TIMEOUT_S = 10.0
 TOKEN_HINT = (
@@ -31,39 +38,70 @@ class RecordFiles:
     """
 
     def __init__(self, path: Path) -> None:
-        if not path.is_dir():
+        if not is_folder(path):
             raise FileNotFoundError(f"{path}: no such directory. Give the output directory of a run")
         self._path = path
         self._tails: dict[Path, _Tail] = {}
 
     def poll(self) -> dict[str, list[Line]]:
         """Return the lines that were added since the last call."""
-        if not self._path.is_dir():
+        if not is_folder(self._path):
             raise SourceLost(f"{self._path} is gone")
-        folder = self._path / RECORD_FOLDER if (self._path / RECORD_FOLDER).is_dir() else self._path
+        folder = self._path / RECORD_FOLDER if is_folder(self._path / RECORD_FOLDER) else self._path
         tails = [self._tails.setdefault(folder / name, _Tail(folder / name)) for name in (MISMATCH, STEPS)]
         return {str(self._path): [line for tail in tails for line in tail.read()]}
 
 
+@dataclass(frozen=True)
+class _Written:
+    """Which file it is and where the lines that were read end; ``last``: the bytes before that place."""
+
+    device: int
+    inode: int
+    place: int
+    last: bytes
+
+
 class _Tail:
-    """Reads the lines added to a file since the last read; a file that was replaced is read anew."""
+    """Reads the lines added to a file since the last read; a file that was replaced or written over is read anew."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._offset: int | None = None
+        self._read: _Written | None = None
 
     def read(self) -> list[Line]:
-        if not self._path.is_file():
+        try:
+            with opened(self._path) as file:
+                text = self._added(file)
+        except FileNotFoundError:
             return []
-        size = self._path.stat().st_size
-        if self._offset is None or size < self._offset:
-            self._offset = max(0, size - TAIL_BYTES)
-        with self._path.open("rb") as file:
-            file.seek(self._offset)
-            added = file.read()
+        except (OSError, Unreadable) as problem:
+            why = reason_of(problem) if isinstance(problem, OSError) else problem
+            raise SourceLost(f"{self._path} cannot be read: {why}") from problem
+        return [line for line in map(parse_line, text.splitlines()) if line is not None]
+
+    def _added(self, file: BinaryIO) -> bytes:
+        """Return the whole lines since the last read, of ``TAIL_BYTES`` at most, and remember where they end."""
+        status = os.fstat(file.fileno())
+        known = self._read
+        if known is None or not _goes_on(file, status, known):
+            known = _Written(status.st_dev, status.st_ino, 0, b"")
+        place = max(known.place, status.st_size - TAIL_BYTES)
+        file.seek(place)
+        added = file.read(TAIL_BYTES)
         whole = added[: added.rfind(b"\n") + 1]
-        self._offset += len(whole)
-        return [line for text in whole.splitlines() if (line := parse_line(text)) is not None]
+        last = (known.last + whole)[-COMPARED_BYTES:] if place == known.place else whole[-COMPARED_BYTES:]
+        self._read = replace(known, place=place + len(whole), last=last)
+        return whole
+
+
+def _goes_on(file: BinaryIO, status: os.stat_result, known: _Written) -> bool:
+    """Return whether it is the file that was read, and what was read last still stands where it stood."""
+    if (status.st_dev, status.st_ino) != (known.device, known.inode) or status.st_size < known.place:
+        return False
+    # A file that is written over in place keeps its number.
+    file.seek(known.place - len(known.last))
+    return file.read(len(known.last)) == known.last
 
 
 class Cluster:
@@ -135,8 +173,8 @@ class Cluster:
 
 def records(history: Iterable[dict[str, Any]]) -> list[Line]:
     """Take the lines out of a root's history, where each is in an envelope with its file's name, or as it is."""
-    lines = (entry.get("record", entry) for entry in history)
-    return [line for line in lines if isinstance(line, dict) and isinstance(line.get("step"), int)]
+    lines = (entry.get("record", entry) for entry in history if isinstance(entry, dict))
+    return [line for line in lines if is_line(line)]
 
 
 def _first_line(problem: BaseException) -> str:

@@ -18,7 +18,8 @@ def labelled(paths: Sequence[Path]) -> dict[str, Path]:
     The name is the folder's; of `checkpoints/fp16_patch` and the like, the folder's above, which is the experiment's.
     Where names repeat, the name is the path from where the paths part.
     """
-    runs = [_run_folder(path.resolve()) for path in paths]
+    # Not Path.resolve, which raises for a link that leads to itself.
+    runs = [_run_folder(Path(os.path.realpath(path))) for path in paths]
     names = [run.name for run in runs]
     common = os.path.commonpath([run.parent for run in runs])
     return {

@@ -13,14 +13,27 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from fp16_patch.mismatch.record.lines import Coverage, Line, StandingAlert, alerts_of, coverage_of, metrics_of
+from fp16_patch.mismatch.record.lines import (
+    Coverage,
+    Line,
+    StandingAlert,
+    alerts_of,
+    attempt_of,
+    coverage_of,
+    metrics_of,
+    time_of,
+)
 from fp16_patch.mismatch.report.comparison import number_text, percent_text
 from fp16_patch.plan.errors import Fp16PatchError
+from fp16_patch.untrusted.text import printable
 
 HISTORY = 240
 SPARKS = "▁▂▃▄▅▆▇█"
 SPARKLINE_STEPS = 60
 POLL_EVERY_S = 2.0
+LONGEST_AGE_S = 365 * 86400.0
+"""A line that seems to be older was written under a wrong clock."""
+
 QUANTILES = {"p50": "abs_p50", "p90": "abs_p90", "p99": "abs_p99", "p99.9": "abs_p99_9", "max": "max_abs"}
 RATIOS = {"k1": "k1", "k3": "k3", "ESS": "ess", "mean r": "is_mean"}
 SHARES = frozenset({"mismatch/ess"})
@@ -68,13 +81,13 @@ class View:
         for line in lines:
             self._forget_abandoned(line)
             self.steps.setdefault(line["step"], Step()).add(line)
-            if isinstance(line.get("time"), int | float):
-                self.written = max(line["time"], self.written or 0.0)
+            if (written := time_of(line)) is not None:
+                self.written = max(written, self.written or 0.0)
         self.steps = dict(sorted(self.steps.items())[-HISTORY:])
 
     def _forget_abandoned(self, line: Line) -> None:
         """Drop the steps that a restarted trainer takes again."""
-        attempt = line.get("attempt")
+        attempt = attempt_of(line)
         if attempt is None or attempt == self.attempt:
             return
         if self.attempt is not None:
@@ -135,7 +148,7 @@ def _frame(views: Mapping[str, View]) -> RenderableType:
 
 
 def _panel(name: str, view: View) -> RenderableType:
-    title = Text(name if view.answers else f"{name}: over, or without an answer")
+    title = Text(printable(name if view.answers else f"{name}: over, or without an answer"))
     border = "dim" if not view.answers else "red" if _alerts(view) else "none"
     return Panel(_content(view), title=title, title_align="left", border_style=border)
 
@@ -167,7 +180,8 @@ def _rows(view: View) -> list[tuple[str, Text]]:
 
 
 def _age(view: View) -> str:
-    return "" if view.written is None else f"   {duration_text(max(0, round(time.time() - view.written)))} ago"
+    age = math.nan if view.written is None else max(0.0, time.time() - view.written)
+    return f"   {duration_text(round(age))} ago" if age < LONGEST_AGE_S else ""
 
 
 _LESSER_UNIT = {86400: 3600, 3600: 60, 0: 1}

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from fp16_patch.mismatch.diagnosis.findings import diagnose_run
-from fp16_patch.mismatch.record.reading import MISMATCH, PLAN, RECORD_FILES, RunRecord, worst_of
+from fp16_patch.mismatch.record.reading import MISMATCH, PLAN, RECORD_FILES, RunRecord
+from fp16_patch.mismatch.record.step_metrics import StepMetrics
 from fp16_patch.mismatch.report.comparison import OFFLINE
 from fp16_patch.mismatch.report.dump import read_dump
 from fp16_patch.mismatch.statistics.summary import MismatchStats
@@ -21,14 +22,11 @@ def analyze(path: Path, sampler_key: str | None = None, learner_key: str | None 
     return RunRecord(
         path=path,
         plan={"mode": OFFLINE, "source": str(path)},
-        ledger={},
-        processes=0,
-        steps={},
-        mismatch={step: stats.metrics() for step, stats in steps.items()},
+        mismatch=StepMetrics.of({step: stats.metrics() for step, stats in steps.items()}, steps.numbers),
         stats=MismatchStats.merge_all(steps.values()),
-        wall_s=None,
+        notes=steps.notes,
         step_stats=steps,
-        worst=worst_of((step, token) for step, stats in steps.items() for token in stats.worst_tokens()),
+        worst=steps.worst,
     )
 
 
@@ -50,7 +48,7 @@ def write_record(record: RunRecord, folder: Path) -> None:
     (folder / PLAN).write_text(json.dumps(record.plan), encoding="utf-8")
     with (folder / MISMATCH).open("w", encoding="utf-8") as lines:
         for step, stats in record.step_stats.items():
-            line = {"step": step, "metrics": record.mismatch[step], "state": stats.to_dict()}
+            line = {"step": step, "metrics": stats.metrics(), "state": stats.to_dict()}
             lines.write(json.dumps(line) + "\n")
 
 
@@ -59,7 +57,7 @@ def figures(record: RunRecord) -> dict[str, Any]:
     return {
         "source": str(record.path),
         "metrics": _finite(record.total().metrics()),
-        "steps": {str(step): _finite(metrics) for step, metrics in record.mismatch.items()},
+        "steps": {str(step): _finite(stats.metrics()) for step, stats in record.step_stats.items()},
         "worst_tokens": [{"step": step, **asdict(token)} for step, token in record.worst],
         "diagnosis": [asdict(finding) for finding in diagnose_run(record)],
     }

@@ -20,6 +20,7 @@ from fp16_patch.mismatch.report.tables import (
     worst_tokens_table,
 )
 from fp16_patch.mismatch.report.trends import trend_charts
+from fp16_patch.untrusted.paths import is_folder
 
 
 @dataclass(frozen=True)
@@ -89,4 +90,4 @@ def _worst_table(name: str, run: RunRecord, tokenizer: str | Path | None) -> Tab
 
 def _model_on_this_machine(run: RunRecord) -> str | None:
     model = run.plan.get("model")
-    return model if isinstance(model, str) and Path(model).is_dir() else None
+    return model if isinstance(model, str) and is_folder(model) else None

@@ -42,6 +42,7 @@ EVERY_STEP = 10
 WIDE_DECADES, SMALL = 3, 1e-3
 TICK_DISTANCE = 0.085
 FAINTEST = 0.14
+LARGE = 2**53
 NO_HOVER = {"hoverinfo": "skip", "showlegend": False}
 
 
@@ -140,7 +141,7 @@ def _places(axis: Axis, values: Sequence[float]) -> list[Any]:
 
 def _rounded(value: float) -> float:
     """Round to six significant digits, but for whole numbers: more would make the page larger and show nothing."""
-    return int(value) if float(value).is_integer() else float(f"{value:.6g}")
+    return int(value) if abs(value) < LARGE and float(value).is_integer() else float(f"{value:.6g}")
 
 
 def _floor(chart: Chart) -> float:

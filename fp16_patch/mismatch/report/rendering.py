@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fp16_patch.mismatch.report import plotly_figures
 from fp16_patch.plan.errors import Fp16PatchError
+from fp16_patch.untrusted.text import printable_lines
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -66,6 +67,7 @@ def _environment(folder: Path) -> Environment:
         loader=FileSystemLoader([folder, TEMPLATES]),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=_as_text,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -83,9 +85,27 @@ def _environment(folder: Path) -> Environment:
     return environment
 
 
+def _as_text(value: object) -> object:
+    """Return what a template shows, with an escape in the place of whatever a browser would act on.
+
+    Every value of a page passes here, but for what was made of such values, and our own scripts.
+    """
+    return value if hasattr(value, "__html__") else printable_lines(value)
+
+
 def _as_json(figure: Any, **_: Any) -> str:
-    """Write a Plotly figure as JSON, in which what is not finite is null."""
-    return str(figure.to_json())
+    """Write a Plotly figure as JSON, in which what is not finite is null, and texts are as in the rest of the page."""
+    from plotly.io.json import to_json_plotly
+
+    return str(to_json_plotly(_printable(figure.to_plotly_json())))
+
+
+def _printable(content: Any) -> Any:
+    if isinstance(content, str):
+        return printable_lines(content)
+    if isinstance(content, dict):
+        return {key: _printable(value) for key, value in content.items()}
+    return [_printable(value) for value in content] if isinstance(content, list | tuple) else content
 
 
 def _plotly_js() -> str:

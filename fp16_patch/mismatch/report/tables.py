@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fp16_patch.mismatch.record.reading import FLOAT32_BY_DESIGN, Episode, RunRecord, Runs
+from fp16_patch.mismatch.record.episodes import Episode
+from fp16_patch.mismatch.record.reading import FLOAT32_BY_DESIGN, RunRecord, Runs
 from fp16_patch.mismatch.report.comparison import comparison_rows, dtypes_text, number_text
 from fp16_patch.mismatch.report.decoding import TextOf
 from fp16_patch.mismatch.statistics.summary import WorstToken
@@ -67,11 +68,10 @@ def comparison_table(runs: Runs) -> Table:
 
 def alerts_table(name: str, run: RunRecord) -> Table | None:
     """List every alert of the run and mark those that still stand; None if there was none."""
-    episodes = run.episodes()
-    if not episodes:
+    if not run.alerts:
         return None
     head = ("alert", "since step", "until", "value there", "threshold")
-    return Table(head, [_alert_row(episode) for episode in episodes], name, "▲ stands at the last step")
+    return Table(head, [_alert_row(episode) for episode in run.alerts], name, "▲ stands at the last step")
 
 
 def _alert_row(episode: Episode) -> Row:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from fp16_patch.mismatch.record.coverage import SHARE
 from fp16_patch.mismatch.record.reading import REWARDS, RunRecord, Runs
 from fp16_patch.mismatch.report.charts import Axis, Chart, Level, Line, Mark, Scale
 from fp16_patch.mismatch.report.comparison import number_text
@@ -107,16 +107,11 @@ def _spread_chart(runs: Runs) -> Chart | None:
 
 def _coverage_chart(runs: Runs) -> Chart | None:
     """Draw the share of the sampled tokens that was measured; nothing where every step was measured whole."""
-    lines = [Line(name, style, _coverage(run)) for style, (name, run) in enumerate(runs.items())]
+    lines = [Line(name, style, _points(run, [SHARE])) for style, (name, run) in enumerate(runs.items())]
     if all(share == 1 for line in lines for share in line.points.values()):
         return None
     chart = _chart("Coverage", lines, "tokens measured / sampled", _linear)
     return chart and replace(chart, caption="The share of a step's sampled tokens that was measured.")
-
-
-def _coverage(run: RunRecord) -> dict[float, float]:
-    shares = {float(step): part.share() for step, part in run.coverage.items()}
-    return {step: share for step, share in shares.items() if math.isfinite(share)}
 
 
 def _loss_scale_chart(runs: Runs) -> Chart | None:

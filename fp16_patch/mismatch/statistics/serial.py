@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import zlib
+from array import array
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fp16_patch.mismatch.statistics.bins import BIN_COUNT, BINS_PER_SIGN, ZERO_BIN
+from fp16_patch.mismatch.statistics.bins import BINS_PER_SIGN, ZERO_BIN
 from fp16_patch.mismatch.statistics.layout import (
+    COUNT_TABLES,
     COUNTS,
+    GREATEST,
+    LEAST,
+    MAGNITUDE_TABLES,
+    MAGNITUDES,
     NO_TOKEN,
     SCALARS,
     SLICES,
@@ -27,6 +35,22 @@ from fp16_patch.mismatch.statistics.layout import (
 STATE_VERSION = 3
 READABLE_VERSIONS = (1, 2, 3)
 MAGIC = b"fp16mm"
+
+_MOST = float(1 << 53)
+"""Counts are exact up to this."""
+
+_MOST_SUM = 1e100
+"""No sum of what float32 holds, nor its square, is beyond this; and a float holds the square of this."""
+
+FIELDS = frozenset({"version", "worst", *SCALARS, *TABLES})
+_PLACES = {name: SLICES[name].start for name in SCALARS}
+# They lie one after the other.
+_COUNT_TABLES = slice(min(SLICES[name].start for name in COUNT_TABLES), max(SLICES[name].stop for name in COUNT_TABLES))
+WHOLE_COLUMNS = tuple(map(WORST_COLUMNS.index, ("sequence", "position", "token_id")))
+# Where a table's cell 0 is, and between which cells it lies.
+CELLS = {name: (SLICES[name].start, 0, SLICES[name].stop - SLICES[name].start) for name in TABLES} | {
+    "histogram": (SLICES["histogram"].start + ZERO_BIN, -BINS_PER_SIGN, BINS_PER_SIGN + 1)
+}
 
 
 def as_dict(vector: Tensor) -> dict[str, Any]:
@@ -50,21 +74,23 @@ def of_dict(state: dict[str, Any]) -> Tensor:
 
     Raises:
         ValueError: a version not in ``READABLE_VERSIONS``, a field that this version does not have, a table with cells
-            that it does not have.
+            that it does not have, what is no number, or numbers that no tokens can have.
     """
-    if state.get("version") not in READABLE_VERSIONS:
-        readable = f"{', '.join(map(str, READABLE_VERSIONS[:-1]))} and {READABLE_VERSIONS[-1]}"
-        raise ValueError(f"mismatch state has version {state.get('version')!r}; this release reads {readable}")
-    unknown = sorted(state.keys() - {"version", "worst", *SCALARS, *TABLES})
-    if unknown:
-        raise ValueError(f"mismatch state of version {state['version']} has unknown fields: {', '.join(unknown)}")
-    vector = empty_vector()
-    for name in state.keys() & set(SCALARS):
-        vector[SLICES[name]] = state[name]
-    vector[SLICES["histogram"]] = _dense_histogram(**state["histogram"])
-    for name in state.keys() & set(TABLES) - {"histogram"}:
-        vector[SLICES[name]] = _dense(name, **state[name])
-    vector[WORST_PART] = _dense_worst(state.get("worst", []))
+    _require_fields(state)
+    values = array("d", _empty_values())
+    for name, content in state.items():
+        try:
+            if (place := _PLACES.get(name)) is not None:
+                values[place] = content
+            elif name in CELLS:
+                _fill(values, name, content)
+            elif name == "worst":
+                worst = worst_numbers(content)
+                values[WORST_PART.start : WORST_PART.start + len(worst)] = worst
+        except (KeyError, OverflowError, TypeError):
+            raise ValueError(f"mismatch state has {name} that is not of numbers") from None
+    vector = torch.frombuffer(values, dtype=torch.float64)
+    _require_possible(vector, values)
     return vector
 
 
@@ -98,28 +124,99 @@ def _sparse(values: Tensor) -> dict[str, list[float]]:
     return {"cells": occupied.tolist(), "values": values[occupied].tolist()}
 
 
-def _dense_histogram(bins: list[int], counts: list[int]) -> Tensor:
-    if not all(-BINS_PER_SIGN <= index <= BINS_PER_SIGN for index in bins) or len(bins) != len(counts):
-        raise ValueError(f"mismatch state has a histogram outside ±{BINS_PER_SIGN} bins, or not one count a bin")
-    return _filled(BIN_COUNT, [index + ZERO_BIN for index in bins], counts)
+def _require_fields(state: dict[str, Any]) -> None:
+    if has_fields(state):
+        return
+    if state.get("version") not in READABLE_VERSIONS:
+        readable = f"{', '.join(map(str, READABLE_VERSIONS[:-1]))} and {READABLE_VERSIONS[-1]}"
+        raise ValueError(f"mismatch state has version {state.get('version')!r}; this release reads {readable}")
+    unknown = ", ".join(sorted(state.keys() - FIELDS))
+    raise ValueError(f"mismatch state of version {state['version']} has unknown fields: {unknown}")
 
 
-def _dense(name: str, cells: list[int], values: list[float]) -> Tensor:
-    size = SLICES[name].stop - SLICES[name].start
-    if not all(0 <= cell < size for cell in cells) or len(cells) != len(values):
-        raise ValueError(f"mismatch state has {name} outside {size} cells, or not one value a cell")
-    return _filled(size, cells, values)
+def has_fields(state: dict[str, Any]) -> bool:
+    """Return whether a state is of a version that is read, and has no other fields."""
+    return state.get("version") in READABLE_VERSIONS and state.keys() <= FIELDS
 
 
-def _filled(size: int, cells: list[int], values: list[int] | list[float]) -> Tensor:
-    filled = torch.zeros(size, dtype=torch.float64)
-    filled[torch.tensor(cells, dtype=torch.int64)] = torch.tensor(values, dtype=torch.float64)
-    return filled
+@cache
+def _empty_values() -> array[float]:
+    return array("d", empty_vector().tolist())
 
 
-def _dense_worst(rows: list[list[float]]) -> Tensor:
+def _fill(values: array[float], name: str, content: Any) -> None:
+    """Put a table's values into their cells; bins of the histogram are counted from its middle."""
+    cells, numbers = lists_of(name, content)
+    start, low, high = CELLS[name]
+    if len(cells) != len(numbers) or (cells and not low <= min(cells) <= max(cells) < high):
+        held, one = (f"±{high - 1} bins", "count a bin") if low else (f"{high} cells", "value a cell")
+        raise ValueError(f"mismatch state has {name} outside {held}, or not one {one}")
+    for cell, number in zip(cells, numbers, strict=True):
+        values[start + cell] += number
+
+
+def lists_of(name: str, content: Any) -> tuple[list[Any], list[Any]]:
+    """Return a table's cells and their values, which may still be anything.
+
+    Raises:
+        KeyError, TypeError: it is no table.
+    """
+    first, last = ("bins", "counts") if name == "histogram" else ("cells", "values")
+    cells, numbers = content[first], content[last]
+    if type(cells) is not list or type(numbers) is not list or len(content) > 2:
+        raise TypeError
+    return cells, numbers
+
+
+def worst_numbers(rows: Any) -> array[float]:
+    """Return the rows of the worst tokens one after the other, each with its magnitude first.
+
+    Raises:
+        TypeError, OverflowError: they are not of numbers.
+        ValueError: there are more, or longer ones, or places and ids that are not whole.
+    """
     width = len(WORST_COLUMNS)
-    if len(rows) > WORST_TOKENS or any(len(row) != width - 1 for row in rows):
+    few = isinstance(rows, list) and len(rows) <= WORST_TOKENS
+    if not few or not all(isinstance(row, list) and len(row) == width - 1 for row in rows):
         raise ValueError(f"mismatch state has worst tokens other than up to {WORST_TOKENS} rows of {width - 1} numbers")
-    none = [[NO_TOKEN] * width] * (WORST_TOKENS - len(rows))
-    return torch.tensor([*([abs(row[1] - row[0]), *row] for row in rows), *none], dtype=torch.float64).flatten()
+    numbers = array("d")
+    for row in rows:
+        numbers.append(abs(row[1] - row[0]))
+        numbers.extend(row)
+    if not all(map(float.is_integer, (number for column in WHOLE_COLUMNS for number in numbers[column::width]))):
+        raise ValueError("mismatch state has worst tokens whose places or ids are not whole")
+    return numbers
+
+
+@cache
+def bounds() -> tuple[Tensor, Tensor]:
+    """Return the least and the greatest that each number of a state may be."""
+    least, greatest = (torch.full((STATE_SIZE,), bound, dtype=torch.float64) for bound in (-_MOST_SUM, _MOST_SUM))
+    for name in (*COUNTS, *COUNT_TABLES):
+        least[SLICES[name]], greatest[SLICES[name]] = 0.0, _MOST
+    for name in (*MAGNITUDES, *MAGNITUDE_TABLES):
+        least[SLICES[name]] = 0.0
+    for name in (*LEAST, *GREATEST):
+        least[SLICES[name]], greatest[SLICES[name]] = -math.inf, math.inf
+    for column in WHOLE_COLUMNS:
+        least[WORST_PART][column :: len(WORST_COLUMNS)] = -_MOST
+        greatest[WORST_PART][column :: len(WORST_COLUMNS)] = _MOST
+    return least, greatest
+
+
+def _require_possible(vector: Tensor, values: array[float]) -> None:
+    """Raise ``ValueError`` for numbers that no tokens can have, NaN among them; both are the same state."""
+    inside, counts = vector.clamp(*bounds()), vector[_COUNT_TABLES]
+    if not torch.equal(inside, vector):
+        place = int((inside != vector).nonzero()[0])
+        name = next(name for name, part in SLICES.items() if part.start <= place < part.stop)
+        raise ValueError(f"mismatch state has {name} that no tokens can have: {values[place]}")
+    if not torch.equal(counts, counts.trunc()) or not all(values[_PLACES[name]].is_integer() for name in COUNTS):
+        raise ValueError("mismatch state has counts that are not whole")
+    for kind in ("tokens", "sequences"):
+        every, nonfinite, weighed = (values[_PLACES[part + kind]] for part in ("", "nonfinite_", "weighed_"))
+        if nonfinite + weighed > every:
+            raise ValueError(f"mismatch state has more non-finite and weighed {kind} than {kind}")
+    finite = values[_PLACES["tokens"]] - values[_PLACES["nonfinite_tokens"]]
+    if float(vector[SLICES["histogram"]].sum()) != finite:
+        raise ValueError(f"mismatch state has a histogram of other than its {finite:.0f} finite tokens")

@@ -15,7 +15,7 @@ Sources of the formulas:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fp16_patch.mismatch.statistics import bands, bins, serial
+from fp16_patch.mismatch.statistics import bands, bins, json_sum, serial
 from fp16_patch.mismatch.statistics.aliases import framework_names
 from fp16_patch.mismatch.statistics.bands import Band, Edge, LengthBand, WorstToken
 from fp16_patch.mismatch.statistics.bins import (
@@ -414,6 +414,15 @@ class MismatchStats(Figures):
                 cells that it does not have.
         """
         return cls(serial.of_dict(state))
+
+    @classmethod
+    def sum_of_dicts(cls, states: Sequence[dict[str, Any]]) -> MismatchStats:
+        """Return the summary of all sets of tokens, at least one, of what ``to_dict`` wrote of each.
+
+        Raises:
+            ValueError: one of them cannot be read; ``from_dict`` says which, and why.
+        """
+        return cls(json_sum.sum_of_dicts(states))
 
     def to_bytes(self) -> bytes:
         """Return the state for a message: a magic, the version, and the vector compressed by zlib, a few KB."""

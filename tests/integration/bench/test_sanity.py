@@ -18,7 +18,7 @@ import pandas as pd
 from rich.console import Console
 
 from fp16_patch.mismatch.record.reading import RunRecord
-from fp16_patch.mismatch.statistics.summary import MismatchStats
+from fp16_patch.mismatch.record.step_metrics import StepMetrics
 from integration.bench import sanity, solvable, training
 from integration.bench.solvable import Draw
 from integration.bench.training import Settings, Training
@@ -30,7 +30,7 @@ FACTS = {"kept": 2, "drawn": 4, "low": 0.2, "high": 0.8, "solve_rate_of_kept": 0
 
 
 def record(tmp_path: Path, steps: dict[int, dict[str, float]]) -> RunRecord:
-    return RunRecord(tmp_path, {}, {}, 0, steps, {}, MismatchStats.empty(), None)
+    return RunRecord(tmp_path, steps=StepMetrics.of(steps))
 
 
 def run_of(reward: list[float], d: list[float], skipped: list[float] | None = None) -> dict[str, Any]:

@@ -376,12 +376,8 @@ def test_the_diagnosis_of_a_record() -> None:
 def run_record(steps: Mapping[int, MismatchStats], ledger: dict[str, dict[str, list[str]]]) -> RunRecord:
     return RunRecord(
         path=Path(),
-        plan={},
         ledger=ledger,
         processes=1,
-        steps={},
-        mismatch={},
         stats=MismatchStats.merge_all(steps.values()),
-        wall_s=None,
         step_stats=dict(steps),
     )

@@ -32,3 +32,13 @@ def test_runs_of_the_same_name_stay_apart() -> None:
     assert list(labelled(paths)) == ["a", "b", "c"]
     deep = (Path("out/a/run/checkpoints"), Path("out/b/run/checkpoints"), Path("out/c"))
     assert list(labelled(deep)) == ["a/run", "b/run", "c"]
+
+
+def test_brackets_and_links_that_lead_nowhere_are_part_of_a_name(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+
+    assert list(labelled([tmp_path / "grpo[a]", tmp_path / "grpo[b]", tmp_path / "loop"])) == [
+        "grpo[a]",
+        "grpo[b]",
+        "loop",
+    ]

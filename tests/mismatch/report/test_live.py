@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import os
 import re
 import socket
 import sys
@@ -228,6 +229,54 @@ def test_a_replaced_file_is_read_anew(run: Path) -> None:
     append(file, mismatch_line(1))
 
     assert steps_of(source) == [1]
+
+
+@pytest.mark.parametrize("length", [1, 2, 20])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_of_a_replaced_file_every_line_is_shown(run: Path, length: int, in_place: bool) -> None:
+    """Shorter, as long and longer than what was read; another file, or the same one written over."""
+    source, file = RecordFiles(run), run / "fp16_patch" / "mismatch.jsonl"
+    source.poll()
+    other = run / "other.jsonl"
+    append(other, *(mismatch_line(step, 2e-3) for step in range(3, 3 + length)))
+    if in_place:
+        file.write_bytes(other.read_bytes())
+    else:
+        other.replace(file)
+
+    assert steps_of(source) == [*range(3, 3 + length)]
+    append(file, mismatch_line(50))
+    assert steps_of(source) == [50]
+
+
+def test_a_pipe_in_a_record_is_an_error_in_one_line_and_nothing_waits(run: Path) -> None:
+    os.mkfifo(run / "fp16_patch" / "steps.jsonl")
+
+    with pytest.raises(SourceLost, match="steps.jsonl cannot be read: it is not a regular file$"):
+        RecordFiles(run).poll()
+
+
+def test_a_line_under_a_wrong_clock_has_no_age() -> None:
+    for written in (5.0, math.nan, -1e308):
+        assert "ago" not in frame({"run": [mismatch_line(3, time=written)]})
+    assert "0 s ago" in frame({"run": [mismatch_line(3, time=1e308)]})
+
+
+def test_what_a_frame_shows_is_text() -> None:
+    evil = "\x1b]0;title\x07[bold]\u202e"
+    alert = {"name": evil, "value": 0.2, "threshold": 0.1, "since": 2}
+    text = frame({evil: [mismatch_line(3, alerts=[alert]), mismatch_line(4, alerts=[alert], time="x", attempt=[])]})
+
+    assert not {*text} & {"\x1b", "\x07", "\u202e"}
+    assert "▲ \\x1b]0;title\\x07[bold]\\u202e" in text
+
+
+@pytest.mark.parametrize("every", ["-1", "0", "nan", "inf"])
+def test_a_time_between_looks_that_is_none_is_refused(run: Path, every: str) -> None:
+    shown = CliRunner().invoke(main, ["watch", str(run), "--every", every])
+
+    assert shown.exit_code == 2
+    assert "--every" in shown.output and "Traceback" not in shown.output
 
 
 def test_a_run_that_has_not_started_is_waited_for(tmp_path: Path) -> None:

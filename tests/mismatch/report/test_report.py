@@ -18,6 +18,7 @@ from fp16_patch.mismatch.diagnosis import findings
 from fp16_patch.mismatch.diagnosis.findings import diagnose_run
 from fp16_patch.mismatch.record import reading as record_module
 from fp16_patch.mismatch.record.reading import RunRecord, load_run
+from fp16_patch.mismatch.record.step_metrics import StepMetrics
 from fp16_patch.mismatch.report.comparison import CAUSES, cause_text, key_figures, print_comparison, print_diagnosis
 from fp16_patch.mismatch.report.decoding import visible
 from fp16_patch.mismatch.report.page import write_html
@@ -349,7 +350,7 @@ def test_many_very_long_runs_keep_to_the_limit(tmp_path: Path) -> None:
     mismatch = {
         step: {f"mismatch/{name}": x for name, x in zip(names, row, strict=True)} for step, row in enumerate(numbers)
     }
-    run = RunRecord(tmp_path, {}, {}, 0, {}, mismatch, uneven_stats(1e-2), None)
+    run = RunRecord(tmp_path, mismatch=StepMetrics.of(mismatch), stats=uneven_stats(1e-2))
     page = shown({f"run {number}": run for number in range(12)}, tmp_path)
 
     assert len(page.whole.encode()) < MOST_BYTES

@@ -5,10 +5,15 @@ from __future__ import annotations
 import gc
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, BinaryIO
 
 from fp16_patch.untrusted.reading import Unreadable
+
+try:
+    from orjson import loads as _loads
+except ImportError:  # the extra `report` brings it; whoever only writes a record goes without
+    from json import loads as _loads  # type: ignore[assignment]
 
 SKIPPED_AT_ONCE = 1 << 20
 """Bytes of the rest of a line that is too long."""
@@ -53,6 +58,9 @@ def json_of_line(text: bytes) -> Any:
     """
     if len(text) > MOST_LISTS and text.count(b"[") + text.count(b"{") > MOST_LISTS:
         raise Unreadable(f"it holds more than {MOST_LISTS} lists")
+    # orjson reads a line in a fifth of the time, but neither NaN, nor numbers beyond a float, nor what is not UTF-8.
+    with suppress(ValueError, RecursionError):
+        return _loads(text)
     try:
         return json.loads(text.decode("utf-8", errors="replace"))
     except RecursionError:

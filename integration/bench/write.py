@@ -1,4 +1,4 @@
-"""Write the tables of measured figures into the pages, from `evidence.json`, `step.json` and `monitor.json` in `out/`.
+"""Write the tables of measured figures into the pages, from the results in `out/`.
 
     python -m integration.bench.write
 
@@ -15,7 +15,7 @@ from math import comb
 from pathlib import Path
 from typing import Any
 
-from integration.bench import monitor_table, step_table
+from integration.bench import faults_table, monitor_table, step_table
 from integration.pages.places import with_table
 
 ROOT = Path(__file__).parents[2]
@@ -25,6 +25,8 @@ MONITOR_PAGE = ROOT / "fp16_patch" / "mismatch" / "README.md"
 EVIDENCE = Path(__file__).parent / "out" / "evidence.json"
 STEP = EVIDENCE.with_name("step.json")
 MONITOR = EVIDENCE.with_name("monitor.json")
+FAULTS = EVIDENCE.with_name("faults.json")
+READING = EVIDENCE.with_name("reading.json")
 KINDS = {
     "dense": "the demo's model, 1.35 M parameters, trained to add",
     "lora": "with adapters of rank 32, alpha 64",
@@ -221,6 +223,8 @@ PLACES = {
     "step": Place(SCALING_PAGE, STEP, None, lambda results: step_table.table(results).splitlines()),
     "monitor": Place(MONITOR_PAGE, MONITOR, None, monitor_table.rows),
     "causes": Place(MONITOR_PAGE, MONITOR, "causes", monitor_table.causes),
+    "faults": Place(BENCH_PAGE, FAULTS, None, faults_table.rows),
+    "reading": Place(MONITOR_PAGE, READING, None, faults_table.reading),
 }
 
 

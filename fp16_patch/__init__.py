@@ -85,7 +85,10 @@ def _entry_point(name: str) -> Callable[[], None]:
 
 def _refusal(problem: Exception) -> Callable[[], None]:
     def refuse() -> None:
-        raise problem
+        raise RuntimeError(
+            f"fp16_patch cannot start in a process of vLLM ({type(problem).__name__}: {problem}), which would compute "
+            "as it does without. Fix: mend the cause, or set FP16_PATCH=off to train without fp16_patch"
+        ) from problem
 
     return refuse
 

@@ -69,7 +69,7 @@ def alone(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     pip("install", str(wheel), python=folder / "venv" / "bin" / "python")
     (folder / "run").mkdir()
     (folder / "model").mkdir()
-    (folder / "model" / "config.json").touch()
+    (folder / "model" / "config.json").write_text("{}")
     (folder / "log_probs.jsonl").touch()
     return folder
 

@@ -95,7 +95,9 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 def _encode_anything() -> None:
     """Write an escape for what the terminal's encoding does not have, and for the odd bytes of a path."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
+        # One that was opened on a file, and leads to a pipe by now, cannot be told.
+        with suppress(OSError):
+            sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def is_ours(missing: ModuleNotFoundError) -> bool:

@@ -237,10 +237,9 @@ def test_a_plugin_that_fails_in_one_process_stops_the_run_before_the_first_step(
     assert broken_sampler.returncode not in (0, None)
     assert broken_sampler.steps == []
     log = broken_sampler.log.read_text()
-    assert "fp16_patch.PrecisionError: training stopped" in log
-    named = [line for line in log.splitlines() if "sampler_worker" in line and "no attestation" in line]
-    assert named
-    assert all("live, mode fp16" in line for line in named)
+    # vLLM's loader goes on after a plugin that cannot be imported; ours is one that fails when it is called.
+    why = "fp16_patch cannot start in a process of vLLM (ImportError: this file is missing on this machine)"
+    assert why in log
 
 
 @pytest.mark.timeout(TIMEOUT_S)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from integration.bench import monitor_faults, worker_faults
@@ -45,7 +46,7 @@ def measure(out: Path, seed: int, size: Size) -> dict[str, Any]:
 def show(measured: dict[str, Any], console: Console) -> None:
     table = Table("planted", "what happened, by rank", "seconds", "reached training", "silent")
     for name, fault in measured["faults"].items():
-        words = "; ".join(dict.fromkeys(fault["ranks"]))
+        words = escape("; ".join(dict.fromkeys(fault["ranks"])))
         table.add_row(
             name, words, f"{fault['seconds']:.1f}", *(_yes(fault[key]) for key in ("reached_training", "silent"))
         )

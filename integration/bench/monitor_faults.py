@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 import tempfile
 import time
@@ -20,8 +21,11 @@ from fp16_patch.mismatch.statistics.summary import MismatchStats
 from integration.bench.listening import heard
 
 RANKS, TOKENS = 2, 4
-BEFORE, AFTER = 2, 3
+BEFORE, AFTER = 2, 4
 """Steps before the one in which a fault is planted, and after it."""
+
+COMPUTING_S = 0.5
+"""What a step takes besides its end: a tenth of a real one."""
 
 TIMEOUT_S = 2.0
 """The plan's own, of a step's end."""
@@ -30,6 +34,8 @@ LONGEST_S = 3 * TIMEOUT_S
 """A step's end that takes longer has kept training waiting."""
 
 PATIENCE_S = 60.0
+# Names of jobs and actors, and what a death's report says besides.
+_AS_EVERY_RUN = re.compile(r"\b[0-9a-f]{8,}(-[0-9a-f]+)?\b|(?<=finishing this task\.).*", re.DOTALL)
 
 
 class HangingSink:
@@ -178,23 +184,44 @@ def _cluster() -> Iterator[None]:
 def _planted(folder: Path, fault: Fault) -> dict[str, Any]:
     import ray
 
+    _remove(folder)
     folder.mkdir(parents=True)
     sinks = (f"{__name__}:{fault.sink.__name__}",) if fault.sink else ()
     log = folder.with_suffix(".log")
     with heard(logging.getLogger("fp16_patch")) as said:
         job = Job(Monitor(folder, actors.new_run(), TIMEOUT_S, sinks), _ranks(RANKS), folder)
         ray.get(job.root().history.remote(1), timeout=PATIENCE_S)  # its process starts
+        _warm_up(job)
         waited = []
         for step in range(1, BEFORE + AFTER + 2):
             if step == BEFORE + 1 and fault.befalls is not None:
                 fault.befalls(job)
             waited.append(_step(job, step))
+            time.sleep(COMPUTING_S)
         job.monitor.flush()
         ranks = job.ranks
     for rank in ranks:
         ray.kill(rank)
     log.write_text("\n".join(said))
-    return _judged(fault, folder, waited, said)
+    return _judged(folder, waited, said)
+
+
+def _warm_up(job: Job) -> None:
+    """End steps, numbered below 1, until one is measured whole: its processes have to start."""
+    until = time.monotonic() + PATIENCE_S
+    step = -1000
+    while _step(job, step)[1].get("mismatch/coverage") != 1.0:
+        if time.monotonic() > until:
+            raise RuntimeError("no step was measured whole")
+        step += 1
+        time.sleep(COMPUTING_S)
+
+
+def _remove(folder: Path) -> None:
+    """Remove what an earlier run of the bench has left, which may be a file."""
+    if folder.is_file():
+        folder.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _ranks(count: int) -> list[Any]:
@@ -220,27 +247,32 @@ def _step(job: Job, step: int) -> tuple[float, dict[str, Any]]:
     return time.monotonic() - started, metrics
 
 
-def _judged(fault: Fault, folder: Path, waited: list[tuple[float, dict[str, Any]]], said: list[str]) -> dict[str, Any]:
-    coverage = [metrics.get("mismatch/coverage", 0.0) for _, metrics in waited]
-    partial = [step for step, share in enumerate(coverage, start=1) if share < 1.0]
+def _judged(folder: Path, waited: list[tuple[float, dict[str, Any]]], said: list[str]) -> dict[str, Any]:
+    measured = [metrics.get("mismatch/coverage") == 1.0 for _, metrics in waited]
+    recorded = _recorded(folder)
+    lost = [step for step, whole in enumerate(measured, start=1) if not whole]
+    unrecorded = [step for step in range(1, len(waited) + 1) if step not in recorded]
+    words = [_steps("not measured whole in time", lost), _steps("not whole on record", unrecorded)]
     longest = max(seconds for seconds, _ in waited)
-    word = "every step measured" if not partial else f"steps {', '.join(map(str, partial))} in part"
     counted = any(metrics.get("mismatch/records_dropped") for _, metrics in waited)
     return {
-        "ranks": [word] * RANKS,
+        "ranks": ["; ".join(filter(None, words)) or "every step measured and recorded"] * RANKS,
         "seconds": round(longest, 2),
-        "reached_training": longest > LONGEST_S or coverage[-1] < 1.0,
-        # Without a figure that lacks and without a line that is lost there is nothing to tell.
-        "silent": not (said or partial or counted or _whole(folder)),
-        "said": list(dict.fromkeys(said)),
+        "reached_training": longest > LONGEST_S or not measured[-1],
+        # A step that lacks tokens has a coverage below 1 in its metrics.
+        "silent": bool(unrecorded) and not (said or lost or counted),
+        "said": list(dict.fromkeys(_AS_EVERY_RUN.sub("…", line) for line in said)),
     }
 
 
-def _whole(folder: Path) -> bool:
-    """Return whether the record has every step, each of them with all its tokens."""
+def _steps(what: str, steps: Sequence[int]) -> str:
+    return f"{what}: {', '.join(map(str, steps))}" if steps else ""
+
+
+def _recorded(folder: Path) -> set[int]:
+    """Return the steps that the record has with all their tokens."""
     try:
-        run = load_run(folder)
-    except (FileNotFoundError, ValueError):
-        return False
-    complete = [part.complete for part in run.coverage.values()]
-    return len(complete) == BEFORE + AFTER + 1 and all(complete)
+        coverage = load_run(folder).coverage
+    except (OSError, ValueError):
+        return set()
+    return {step for step, part in coverage.items() if part.complete}

@@ -7,6 +7,8 @@ import logging
 import math
 import os
 import random
+import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fp16_patch import Plan
+from integration.bench.command import OUT
 from integration.bench.listening import heard
 from integration.bench.ranks import PLAN, cpu_environment
 from integration.bench.served import CALL
@@ -29,7 +33,14 @@ WAIT_S = 240.0
 
 GROUP_WAIT_S = 60.0
 PORTS = range(20000, 32000)
-STOPPED, SKIPPED, FRESH, TRAINED, HUNG = "stopped", "skipped", "fresh start, warned", "trained on", "hung"
+_ERROR = re.compile(r"[\w.]*(Error|Exception|Collapse)\b")
+# Where in a library's source an error comes from, which differs from build to build.
+_SOURCE, _SHOWN = re.compile(r"\[/[^]]*\] "), 120
+GRACE_S = 5.0
+"""After a rank has failed the others end by themselves, or are ended, as by torchrun."""
+
+POLL_S = 0.1
+HEALTHY = "trained on from the saved scale"
 
 
 @dataclass(frozen=True)
@@ -39,7 +50,7 @@ class Fault:
     Attributes:
         state: rank → what becomes of its state file.
         gradient: rank → factor of its loss, in the first update after the checkpoint.
-        scale: of rank 0's and 1's scaler, set past every check of ours.
+        scale: of every rank's scaler after the first update, set past every check of ours.
         killed: a rank that dies in the first update.
         environment: rank → what its environment says besides.
     """
@@ -49,6 +60,9 @@ class Fault:
     scale: float | None = None
     killed: int | None = None
     environment: Mapping[int, Mapping[str, str]] | None = None
+
+
+CARRIED = {"FP16_PATCH_PLAN": Plan().to_json()}
 
 
 def saved(**changes: Any) -> Callable[[Path], None]:
@@ -74,7 +88,10 @@ def history(**changes: Any) -> Callable[[Path], None]:
 
 
 def text(content: str) -> Callable[[Path], None]:
-    return lambda path: path.write_text(content) and None
+    def write(path: Path) -> None:
+        path.write_text(content)
+
+    return write
 
 
 def cut_off(path: Path) -> None:
@@ -118,8 +135,9 @@ FAULTS = {
     "scaler's scale infinite": Fault(scale=math.inf),
     "scaler's scale 0": Fault(scale=0.0),
     "rank 1 killed": Fault(killed=1),
-    "rank 1 told bf16": Fault(environment={1: {"FP16_PATCH": "bf16"}}),
-    "rank 1 told nothing": Fault(environment={1: {"FP16_PATCH": "off"}}),
+    "rank 1 told another mode than the plan carried to it": Fault(
+        environment={0: CARRIED, 1: {**CARRIED, "FP16_PATCH": "bf16"}}
+    ),
 }
 
 
@@ -129,21 +147,27 @@ def planted(out: Path, name: str, seed: int) -> dict[str, Any]:
     if not model.is_dir():
         make_random_model(model, layers=1)
     folder = out / name.replace(" ", "-").replace("'", "").replace(",", "")
+    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     (folder / "request.json").write_text(json.dumps({"fault": name, "model": str(model), "seed": seed}))
     started = time.monotonic()
     ranks = _start(folder, FAULTS[name])
-    until = started + WAIT_S
-    for rank in ranks:
-        try:
-            rank.wait(max(0.0, until - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            continue
-    hung = [rank.poll() is None for rank in ranks]
+    hung = _followed(ranks, started + WAIT_S)
+    seconds = time.monotonic() - started
+    return _judged([_found(folder, rank, hung[rank]) for rank in range(RANKS)], round(seconds, 1))
+
+
+def _followed(ranks: list[subprocess.Popen[bytes]], until: float) -> list[bool]:
+    """Wait for the ranks as torchrun does; returns which of them hung, though none had failed."""
+    while time.monotonic() < until and any(rank.poll() is None for rank in ranks):
+        if any(rank.poll() for rank in ranks):
+            until = min(until, time.monotonic() + GRACE_S)
+        time.sleep(POLL_S)
+    failed = any(rank.poll() for rank in ranks)
+    hung = [rank.poll() is None and not failed for rank in ranks]
     for rank in ranks:
         rank.kill()
-    seconds = time.monotonic() - started
-    return _judged(FAULTS[name], [_found(folder, rank, hung[rank]) for rank in range(RANKS)], round(seconds, 1))
+    return hung
 
 
 def _start(folder: Path, fault: Fault) -> list[subprocess.Popen[bytes]]:
@@ -183,41 +207,38 @@ def _found(folder: Path, rank: int, hung: bool) -> dict[str, Any]:
     path = folder / f"rank_{rank}.json"
     if path.is_file():
         return dict(json.loads(path.read_text()))
-    log = (folder / f"log_{rank}.txt").read_text(errors="replace").strip().splitlines()
-    return {"hung": hung, "error": log[-1] if log and not hung else None, "said": []}
+    log = (folder / f"log_{rank}.txt").read_text(errors="replace")
+    errors = [line for line in log.splitlines() if _ERROR.match(line)]
+    return {"hung": hung, "error": errors[-1] if errors else "ended with the others", "said": []}
 
 
-def _judged(fault: Fault, ranks: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
+def _judged(ranks: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
     trained = [rank for rank in ranks if "finite" in rank]
     alike = len({json.dumps(rank["scales"]) for rank in trained}) <= 1
     sound = all(rank["finite"] and rank["moved"] for rank in trained)
-    hung = any(rank.get("hung") for rank in ranks)
     words = [_word(rank) for rank in ranks]
+    told = any(rank["said"] or rank.get("error") or rank.get("skipped") for rank in ranks)
     return {
         "ranks": words,
         "seconds": seconds,
-        "reached_training": hung or not alike or not sound or (0 < len(trained) < len(ranks) and fault.killed is None),
-        "silent": not _told(ranks) and fault != Fault(),
-        "said": list(dict.fromkeys(line for rank in ranks for line in rank["said"])),
+        "reached_training": any(rank.get("hung") for rank in ranks) or not alike or not sound,
+        "silent": not told and {*words} != {HEALTHY},
+        "said": list(dict.fromkeys(line.replace(str(OUT), "out") for rank in ranks for line in rank["said"])),
     }
-
-
-def _told(ranks: list[dict[str, Any]]) -> bool:
-    return any(rank["said"] or rank.get("error") or rank.get("skipped") for rank in ranks)
 
 
 def _word(rank: dict[str, Any]) -> str:
     if rank.get("hung"):
-        return HUNG
-    if rank.get("error") or "finite" not in rank:
-        return f"{STOPPED}: {rank.get('error')}"
+        return "hung"
+    if "finite" not in rank:
+        return f"stopped: {_SOURCE.sub('', str(rank['error']))[:_SHOWN]}"
     if not rank["finite"]:
         return "parameters not finite"
     if not rank["moved"]:
         return "parameters never moved"
     if rank["skipped"]:
-        return f"{SKIPPED} {rank['skipped']:g}, {TRAINED}"
-    return f"{TRAINED} from {'the saved' if rank['scales'][0] == rank['saved'] else 'another'} scale"
+        return f"skipped {rank['skipped']:g}, trained on"
+    return HEALTHY if rank["scales"][0] == rank["saved"] else "warned fresh start, trained on"
 
 
 def be_rank(folder: str) -> None:
@@ -232,11 +253,11 @@ def be_rank(folder: str) -> None:
     try:
         found = _trained(request, Path(folder))
     except Exception as stopped:
-        found = {"error": f"{type(stopped).__name__}: {str(stopped).splitlines()[0][:200]}", "said": []}
+        found = {"error": f"{type(stopped).__name__}: {str(stopped).splitlines()[0]}", "said": []}
     rank = dist.get_rank()
     (Path(folder) / f"rank_{rank}.json").write_text(json.dumps(found))
     # Others may be gone: no barrier, and no destructor that waits for them.
-    os._exit(0)
+    os._exit(int("error" in found))
 
 
 def _trained(request: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -263,7 +284,6 @@ def _trained(request: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def _gone_on(request: dict[str, Any], fault: Fault, checkpoint: Path) -> dict[str, Any]:
     """Go on from the checkpoint on a fresh learner, with the fault."""
-    import torch
     import torch.distributed as dist
 
     from integration.bench.verl_updates import Learner
@@ -271,13 +291,13 @@ def _gone_on(request: dict[str, Any], fault: Fault, checkpoint: Path) -> dict[st
     rank = dist.get_rank()
     fresh = Learner(Path(request["model"]), 2 * UPDATES)
     fresh.engine.load_checkpoint(str(checkpoint), del_local_after_load=False)
-    if fault.scale is not None:
-        fresh.engine.scaler._scale = torch.full_like(fresh.engine.scaler._scale, fault.scale)
     before, scales, skipped = _parameters(fresh), [], 0.0
     for number in range(UPDATES):
         scales.append(float(fresh.engine.scaler.get_scale()))
         if number == 0 and fault.killed == rank:
             os.kill(os.getpid(), signal.SIGKILL)
+        if number == 1 and fault.scale is not None:
+            fresh.engine.scaler._scale.fill_(fault.scale)
         factor = (fault.gradient or {}).get(rank, 1.0) if number == 0 else 1.0
         skipped += fresh.update(request["seed"] + 2 + number, factor)["skipped"]
     after = _parameters(fresh)

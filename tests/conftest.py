@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -103,9 +104,19 @@ def _search_path(*ours: Path) -> str:
 @pytest.fixture(autouse=True)
 def nothing_stays_active(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No plan outlives a test, nor what carries one to the processes that the next test starts."""
+    _hear_our_warnings()
     yield
     monkeypatch.undo()
     take_back()
+
+
+def _hear_our_warnings() -> None:
+    """Take back what libraries that tests import do to everybody's log: they raise levels, and disable loggers."""
+    logging.disable(logging.NOTSET)
+    logging.getLogger().setLevel(logging.WARNING)
+    for name, logger in logging.root.manager.loggerDict.items():
+        if name.startswith("fp16_patch") and isinstance(logger, logging.Logger):
+            logger.disabled = False
 
 
 @pytest.fixture(scope="session")

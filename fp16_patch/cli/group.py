@@ -16,10 +16,11 @@ from fp16_patch.plan.errors import Fp16PatchError
 from fp16_patch.untrusted.paths import reason_of
 from fp16_patch.untrusted.text import printable_lines
 
-# The extra that brings what a command needs beside our own dependencies.
 _EXIT_CODES = {"probe": 2}
 """Of an error, where the command documents another than 1."""
+# The extra that brings what a command needs beside our own dependencies.
 _EXTRAS = {"report": "report", "analyze": "report", "watch": "report", "probe": "probe", "settings": "verl"}
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Failure(click.ClickException):
@@ -87,9 +88,6 @@ def _sentence(problem: OSError) -> str:
     with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return f"standard output cannot be written: {reason_of(problem)}"
-
-
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def _encode_anything() -> None:

@@ -6,15 +6,14 @@ import json
 import logging
 import math
 import os
-import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from integration.bench.ranks import PLAN, cpu_environment
 from integration.bench.served import CALL
 from integration.cpu.process import die_with_parent
 from integration.cpu.tiny_model import make_random_model
+from integration.cpu.warm.ranks import environments
 from integration.cpu.warm.servers import IMPORTS, of_this_process
 
 RANKS, UPDATES = 2, 3
@@ -32,7 +32,6 @@ WAIT_S = 240.0
 """Longer than the process group waits: a rank that has not ended by then hangs."""
 
 GROUP_WAIT_S = 60.0
-PORTS = range(20000, 32000)
 _ERROR = re.compile(r"[\w.]*(Error|Exception|Collapse)\b")
 # Where in a library's source an error comes from, which differs from build to build.
 _SOURCE, _SHOWN = re.compile(r"\[/[^]]*\] "), 120
@@ -65,26 +64,19 @@ class Fault:
 CARRIED = {"FP16_PATCH_PLAN": Plan().to_json()}
 
 
-def saved(**changes: Any) -> Callable[[Path], None]:
-    """Change what a state file says of the scaler."""
+def changed(section: str, **changes: Any) -> Callable[[Path], None]:
+    """Change what a section of a state file says."""
 
     def change(path: Path) -> None:
         state = json.loads(path.read_text())
-        state["scaler"].update(changes)
+        state[section].update(changes)
         path.write_text(json.dumps(state))
 
     return change
 
 
-def history(**changes: Any) -> Callable[[Path], None]:
-    """Change what a state file says of the steps that were taken."""
-
-    def change(path: Path) -> None:
-        state = json.loads(path.read_text())
-        state["history"].update(changes)
-        path.write_text(json.dumps(state))
-
-    return change
+saved = partial(changed, "scaler")
+history = partial(changed, "history")
 
 
 def text(content: str) -> Callable[[Path], None]:
@@ -171,13 +163,10 @@ def _followed(ranks: list[subprocess.Popen[bytes]], until: float) -> list[bool]:
 
 
 def _start(folder: Path, fault: Fault) -> list[subprocess.Popen[bytes]]:
-    port = _port()
     started = []
-    for rank in range(RANKS):
-        of_rank = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(RANKS), "LOCAL_WORLD_SIZE": str(RANKS)}
-        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for rank, of_rank in enumerate(environments(RANKS)):
         told = (fault.environment or {}).get(rank, {})
-        environment = {**cpu_environment({**PLAN, **told}), **of_rank, **where}
+        environment = {**cpu_environment({**PLAN, **told}), **of_rank}
         python = of_this_process().server(IMPORTS, environment).interpreter
         with (folder / f"log_{rank}.txt").open("w") as log:
             command = [python, "-c", CALL, f"{__name__}:be_rank", str(folder)]
@@ -192,14 +181,6 @@ def _start(folder: Path, fault: Fault) -> list[subprocess.Popen[bytes]]:
                 )
             )
     return started
-
-
-def _port() -> int:
-    while True:
-        port = random.choice(PORTS)
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)):
-                return port
 
 
 def _found(folder: Path, rank: int, hung: bool) -> dict[str, Any]:

@@ -96,13 +96,18 @@ def test_a_clipped_gradient_is_torchs_within_one_unit_in_the_last_place(clip: fl
     assert (ours - theirs).abs().max() <= 1
 
 
-@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
-def test_an_overflow_changes_nothing_and_halves_the_scale(bad: float) -> None:
+def after_a_step() -> tuple[list[torch.nn.Parameter], torch.optim.AdamW, Any]:
+    """Parameters, optimizer and scaler, where one step was taken at a scale of 2¹²."""
     held = parameters()
-    optimizer = torch.optim.AdamW(held, fused=True)
-    scaling = scaler()
+    optimizer, scaling = torch.optim.AdamW(held, fused=True), scaler()
     give_gradients(held, 2.0**12, seed=0)
     folded_step(scaling, optimizer, held, 1.0)
+    return held, optimizer, scaling
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_an_overflow_changes_nothing_and_halves_the_scale(bad: float) -> None:
+    held, optimizer, scaling = after_a_step()
     before = copy.deepcopy(state(optimizer, held))
     give_gradients(held, 2.0**12, seed=1)
     gradients(held)[1][3] = bad
@@ -114,11 +119,7 @@ def test_an_overflow_changes_nothing_and_halves_the_scale(bad: float) -> None:
 
 @pytest.mark.parametrize("scale", [float("nan"), 0.0, -4.0])
 def test_a_scale_that_is_none_changes_nothing(scale: float) -> None:
-    held = parameters()
-    optimizer = torch.optim.AdamW(held, fused=True)
-    scaling = scaler()
-    give_gradients(held, 2.0**12, seed=0)
-    folded_step(scaling, optimizer, held, 1.0)
+    held, optimizer, scaling = after_a_step()
     before = copy.deepcopy(state(optimizer, held))
     scaling._scale.fill_(scale)
     give_gradients(held, scale, seed=1)

@@ -25,21 +25,31 @@ POLL_S = 0.05
 
 def main() -> None:
     interpreter, count, *command = sys.argv[1:]
-    shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_port())}
     ranks = [
         subprocess.Popen(
             [interpreter, "-u", *command],
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env={**os.environ, **of_rank},
             stdin=subprocess.DEVNULL,
             preexec_fn=die_with_parent,
         )
-        for rank in range(int(count))
+        for of_rank in environments(int(count))
     ]
     try:
         sys.exit(_followed(ranks))
     finally:
         for rank in ranks:
             rank.kill()
+
+
+def environments(count: int) -> list[dict[str, str]]:
+    """What torch reads of each rank of one job."""
+    shared = {
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_port()),
+    }
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(count)]
 
 
 def _followed(ranks: Sequence[subprocess.Popen[bytes]]) -> int:

@@ -35,8 +35,14 @@ def problem_of(path: str | Path) -> str | None:
     except OSError as problem:
         return reason_of(problem) if problem.errno in _NOWHERE else None
     except ValueError:
-        return "a path holds no NUL character"
+        return no_path(path)
     return None
+
+
+def no_path(path: str | Path) -> str:
+    """Say why Python raises `ValueError` for a path: it cannot be given to the system."""
+    held = "NUL character" if "\0" in str(path) else "half of a surrogate pair"
+    return f"a path holds no {held}"
 
 
 def reason_of(problem: OSError | ValueError) -> str:

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from fp16_patch.untrusted.paths import no_path
+
 MAX_DEPTH = 64
 """Nothing that is read nests so deeply; what does would exhaust the stack of whatever walks it."""
 
@@ -29,12 +31,13 @@ def opened(path: Path) -> Iterator[BinaryIO]:
 
     Raises:
         OSError: it cannot be opened.
-        Unreadable: it is a pipe, a device or a folder; or the path holds a NUL.
+        Unreadable: it is a pipe, a device or a folder; or its name is no path.
     """
-    if "\0" in str(path):
-        raise Unreadable("a path holds no NUL character")
-    # A pipe without a writer would keep `open` waiting.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        # A pipe without a writer would keep `open` waiting.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except ValueError:
+        raise Unreadable(no_path(path)) from None
     # Python opens no folder, and would leave it to the system to close it.
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -51,7 +54,7 @@ def read_bytes(path: Path, most: int = MAX_DOCUMENT_BYTES) -> bytes:
 
     Raises:
         OSError: it cannot be opened or read.
-        Unreadable: it is a pipe, a device or a folder, or larger than `most`; or the path holds a NUL.
+        Unreadable: it is a pipe, a device or a folder, or larger than `most`; or its name is no path.
     """
     with opened(path) as file:
         # The size is asked first, so that nothing is read in vain; it may be wrong, as in /proc, or grow.

@@ -31,6 +31,13 @@ def test_what_can_lie_nowhere_is_told_from_what_is_not_there(tmp_path: Path) -> 
     assert problem_of(tmp_path / LONG) == "file name too long"
     assert problem_of(tmp_path / "loop") == "too many levels of symbolic links"
     assert problem_of("a\0b") == "a path holds no NUL character"
+    assert problem_of("a\ud800b") == "a path holds no half of a surrogate pair"
+
+
+@pytest.mark.parametrize(("path", "why"), [("a\0b", "no NUL character"), ("a\ud800b", "no half of a surrogate pair")])
+def test_what_is_no_path_is_not_opened(path: str, why: str) -> None:
+    with pytest.raises(Unreadable, match=why):
+        read_bytes(Path(path))
 
 
 @given(st.text(st.characters(), max_size=40))

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path, PurePath
 
 from fp16_patch.doctor.launchers import ELSEWHERE, RUNNERS, STARTERS, WRAPPERS, Words, behind, is_python, known_row
+from fp16_patch.untrusted.reading import Unreadable, opened
 
 # Say which Python a name stands for, so that they are asked themselves. The other launchers are passed over: to ask
 # through `srun` would take a place on the cluster.
@@ -75,12 +76,10 @@ def _of_script(name: str) -> Words | None:
 
 
 def _beginning(path: Path) -> bytes:
-    if not path.is_file():
-        return b""
     try:
-        with path.open("rb") as file:
+        with opened(path) as file:
             return file.read(_MOST_READ)
-    except OSError:
+    except (OSError, Unreadable):
         return b""
 
 

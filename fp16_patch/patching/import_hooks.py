@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from threading import RLock
 from types import ModuleType
+from typing import TypeVar
 
 import wrapt
 
+T = TypeVar("T")
 Callback = Callable[[ModuleType], None]
 Refusal = Callable[[str], Exception]
 
@@ -86,20 +88,21 @@ def _imported(module: ModuleType) -> None:
 
 def _take_back(name: str, callback: Callback) -> None:
     with _lock:
-        waiting = _waiting.get(name, [])
-        if callback in waiting:
-            waiting.remove(callback)
-        if not waiting:
-            _waiting.pop(name, None)
+        _remove(_waiting, name, callback)
 
 
 def _allow(names: Iterable[str], refusal: Refusal) -> None:
     with _lock:
         for name in names:
-            refusals = _refused.get(name, [])
-            if refusal in refusals:
-                refusals.remove(refusal)
-            if not refusals:
-                _refused.pop(name, None)
+            _remove(_refused, name, refusal)
         if not _refused and _finder in sys.meta_path:
             sys.meta_path.remove(_finder)
+
+
+def _remove(registry: dict[str, list[T]], name: str, entry: T) -> None:
+    """Remove an entry, if it is there, and the name with its last one."""
+    entries = registry.get(name, [])
+    if entry in entries:
+        entries.remove(entry)
+    if not entries:
+        registry.pop(name, None)

@@ -95,12 +95,8 @@ class Plan(Settings):
             what = "lacks" if others[0] in SETTINGS else "has the unknown"
             reason = f"it {what} {quoted(others[0])}, so another release of fp16_patch carried it"
             raise unreadable_variable(PLAN_ENV, text, reason, "install the same one in every process's Python")
-        try:
-            parsed = _parse(values, PLAN_ENV)
-            _refuse_problems(parsed, PLAN_ENV)
-        except PlanError as refused:
-            conflicts = [replace(conflict, value=quoted(conflict.value)) for conflict in refused.conflicts]
-            raise PlanError(conflicts) from None
+        parsed = _parse(values, PLAN_ENV)
+        _refuse_problems(parsed, PLAN_ENV)
         # Complete as it is: what it was made of, a probe's result for one, need not be on this machine.
         return cls(**parsed)
 
@@ -191,7 +187,7 @@ def _against_the_carried(name: str, value: str, plan: Plan) -> Conflict:
         "set it where the job is started, not here (nor where `ray start` is typed), or "
         f"{MODE_ENV}=off to leave this process as it is. A job of its own starts without {PLAN_ENV} in its environment"
     )
-    return Conflict(as_given(name, ENVIRONMENT), quoted(value), reason, fix)
+    return Conflict(as_given(name, ENVIRONMENT), value, reason, fix)
 
 
 def words_in(environ: Mapping[str, str]) -> dict[str, str]:
@@ -228,7 +224,7 @@ def _mapping_in(variable: str, text: str) -> dict[str, Any]:
 
 def unreadable_variable(variable: str, text: str, reason: str, fix: str = "") -> PlanError:
     """Make the error about a variable that processes of ours carry to each other, and that is not as they write it."""
-    return PlanError([Conflict(variable, quoted(text), reason, fix or f"unset {variable}, which is not for settings")])
+    return PlanError([Conflict(variable, text, reason, fix or f"unset {variable}, which is not for settings")])
 
 
 def as_given(name: str, source: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from fp16_patch.plan import stored_config
 from fp16_patch.plan.errors import Conflict, PlanError
-from fp16_patch.plan.settings import HIGHEST_SCALE, LOWEST_SCALE
+from fp16_patch.plan.settings import SETTINGS
 from fp16_patch.untrusted.paths import from_home, is_file, reason_of
 from fp16_patch.untrusted.reading import Unreadable, read_bytes, read_json
 from fp16_patch.untrusted.text import quoted
@@ -37,10 +37,6 @@ class _Field(NamedTuple):
     good: Callable[[Any], bool]
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def _are_texts(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(each, str) for each in value)
 
@@ -61,8 +57,8 @@ _FIELDS = (
     _Field("recommendation.fp32_modules", "a list of texts", _are_texts),
     _Field(
         "recommendation.init_scale",
-        "a scale of 2⁻¹²⁶ to 2¹²⁶",
-        lambda value: _is_number(value) and LOWEST_SCALE <= value <= HIGHEST_SCALE,
+        SETTINGS["init_scale"].values,
+        lambda value: SETTINGS["init_scale"].problem(value) is None,
     ),
 )
 """In this order: a section before what is in it."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import count as counted
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
 from fp16_patch.plan.errors import Conflict, PlanError
+from fp16_patch.untrusted.lines import lines_of
 from fp16_patch.untrusted.paths import is_file, reason_of
 from fp16_patch.untrusted.reading import Unreadable, json_of, opened
 from fp16_patch.untrusted.text import quoted
@@ -89,12 +89,9 @@ def _numbered(path: Path) -> Iterator[tuple[str, str]]:
     """Yield where each line stands, and its text; those without any are left out."""
     blank = 0
     with opened(path) as file:
-        for number in counted(1):
-            line = file.readline(MAX_LINE_BYTES + 1)
+        for number, (_, line) in enumerate(lines_of(file, MAX_LINE_BYTES), start=1):
             where = f"{path}:{number}"
-            if not line:
-                return
-            if len(line) > MAX_LINE_BYTES:
+            if line is None:
                 raise _refused(where, f"a line of more than {MAX_LINE_BYTES} bytes", f"shorten it, or {_KINDS}")
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")

@@ -42,10 +42,11 @@ def lines_of(file: BinaryIO, most: int) -> Iterator[tuple[int, bytes | None]]:
         if len(text) <= most:
             yield start, text
             continue
+        # Whoever refuses it need not wait for its end.
+        yield start, None
         while text and not text.endswith(b"\n"):
             text = file.readline(SKIPPED_AT_ONCE)
             place += len(text)
-        yield start, None
 
 
 def json_of_line(text: bytes) -> Any:

@@ -41,7 +41,7 @@ def read_ledger(path: Path, notes: list[str]) -> tuple[Ledger, int]:
         if not isinstance(dtype, str) or not _has_room(merged, role, quantity):
             wrong += 1
             continue
-        merged[quoted(role)][quoted(quantity)].add(quoted(torch_name(dtype)))
+        merged[role][quantity].add(quoted(torch_name(dtype)))
     if wrong:
         notes.append(f"{path.name}: {wrong} entries are no dtypes, or too many, and left out")
     ledger = {role: {quantity: sorted(seen) for quantity, seen in row.items()} for role, row in merged.items()}
@@ -57,13 +57,13 @@ def _entries(table: object) -> Iterator[tuple[str, str, object]]:
     for role, row in table.items() if isinstance(table, dict) else [("", None)]:
         for quantity, dtypes in row.items() if isinstance(row, dict) else [("", None)]:
             for dtype in dtypes if isinstance(dtypes, list) else [None]:
-                yield role, quantity, dtype
+                yield quoted(role), quoted(quantity), dtype
 
 
 def _has_room(merged: dict[str, dict[str, set[str]]], role: str, quantity: str) -> bool:
-    row = merged.get(quoted(role), {})
-    has = len(merged) < MOST_NAMES or quoted(role) in merged, len(row) < MOST_NAMES or quoted(quantity) in row
-    return all(has) and len(row.get(quoted(quantity), ())) < MOST_NAMES
+    row = merged.get(role, {})
+    has = len(merged) < MOST_NAMES or role in merged, len(row) < MOST_NAMES or quantity in row
+    return all(has) and len(row.get(quantity, ())) < MOST_NAMES
 
 
 def _document(path: Path, most: int, notes: list[str]) -> dict[str, Any]:

@@ -265,8 +265,7 @@ def _step_lines(path: Path, notes: list[str]) -> Iterator[StepLines | tuple[()]]
         try:
             file = stack.enter_context(opened(path)) if is_file(path) else None
         except (OSError, Unreadable) as problem:
-            why = reason_of(problem) if isinstance(problem, OSError) else problem
-            notes.append(f"{path.name} cannot be read, and is left out: {why}")
+            notes.append(f"{path.name} cannot be read, and is left out: {reason_of(problem)}")
             file = None
         if file is None:
             yield ()

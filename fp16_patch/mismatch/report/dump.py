@@ -162,7 +162,8 @@ class _Batch:
     longest: int = 0
 
     def fits(self, row: Row) -> bool:
-        return (len(self.rows) + 1) * max(self.longest, len(row.sampler)) <= BATCH_TOKENS
+        """Return whether the sequence may join; the first one may, however long it is."""
+        return not self.rows or (len(self.rows) + 1) * max(self.longest, len(row.sampler)) <= BATCH_TOKENS
 
     def append(self, row: Row) -> None:
         self.rows.append(row)
@@ -221,8 +222,6 @@ class _Batches:
 
     def _compare(self, stretch: int) -> None:
         rows = self._waiting.pop(stretch).rows
-        if not rows:
-            return
         self._held_rows -= len(rows)
         self._held_tokens -= sum(len(row.sampler) for row in rows)
         stats = _stats(rows)

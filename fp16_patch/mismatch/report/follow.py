@@ -76,8 +76,7 @@ class _Tail:
         except FileNotFoundError:
             return []
         except (OSError, Unreadable) as problem:
-            why = reason_of(problem) if isinstance(problem, OSError) else problem
-            raise SourceLost(f"{self._path} cannot be read: {why}") from problem
+            raise SourceLost(f"{self._path} cannot be read: {reason_of(problem)}") from problem
         return [line for line in map(parse_line, text.splitlines()) if line is not None]
 
     def _added(self, file: BinaryIO) -> bytes:

@@ -42,7 +42,7 @@ _MOST = float(1 << 53)
 _MOST_SUM = 1e100
 """No sum of what float32 holds, nor its square, is beyond this; and a float holds the square of this."""
 
-FIELDS = frozenset({"version", "worst", *SCALARS, *TABLES})
+_FIELDS = frozenset({"version", "worst", *SCALARS, *TABLES})
 _PLACES = {name: SLICES[name].start for name in SCALARS}
 # They lie one after the other.
 _COUNT_TABLES = slice(min(SLICES[name].start for name in COUNT_TABLES), max(SLICES[name].stop for name in COUNT_TABLES))
@@ -85,7 +85,7 @@ def of_dict(state: dict[str, Any]) -> Tensor:
             elif name in CELLS:
                 _fill(values, name, content)
             elif name == "worst":
-                worst = worst_numbers(content)
+                worst = _worst_numbers(content)
                 values[WORST_PART.start : WORST_PART.start + len(worst)] = worst
         except (KeyError, OverflowError, TypeError):
             raise ValueError(f"mismatch state has {name} that is not of numbers") from None
@@ -130,13 +130,13 @@ def _require_fields(state: dict[str, Any]) -> None:
     if state.get("version") not in READABLE_VERSIONS:
         readable = f"{', '.join(map(str, READABLE_VERSIONS[:-1]))} and {READABLE_VERSIONS[-1]}"
         raise ValueError(f"mismatch state has version {state.get('version')!r}; this release reads {readable}")
-    unknown = ", ".join(sorted(state.keys() - FIELDS))
+    unknown = ", ".join(sorted(state.keys() - _FIELDS))
     raise ValueError(f"mismatch state of version {state['version']} has unknown fields: {unknown}")
 
 
 def has_fields(state: dict[str, Any]) -> bool:
     """Return whether a state is of a version that is read, and has no other fields."""
-    return state.get("version") in READABLE_VERSIONS and state.keys() <= FIELDS
+    return state.get("version") in READABLE_VERSIONS and state.keys() <= _FIELDS
 
 
 @cache
@@ -168,7 +168,7 @@ def lists_of(name: str, content: Any) -> tuple[list[Any], list[Any]]:
     return cells, numbers
 
 
-def worst_numbers(rows: Any) -> array[float]:
+def _worst_numbers(rows: Any) -> array[float]:
     """Return the rows of the worst tokens one after the other, each with its magnitude first.
 
     Raises:

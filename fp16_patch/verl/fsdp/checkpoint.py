@@ -23,6 +23,7 @@ from fp16_patch.scaling.saved_state import (
     values_of,
     write_whole,
 )
+from fp16_patch.untrusted.paths import reason_of
 from fp16_patch.untrusted.reading import read_json
 from fp16_patch.untrusted.text import quoted
 from fp16_patch.verl.fsdp.update import FSDPUpdate
@@ -120,7 +121,7 @@ def _found_in(local_path: str) -> SavedState:
         except FileNotFoundError:
             continue
         except (OSError, ValueError) as problem:
-            problems[str(path)] = getattr(problem, "strerror", None) or str(problem)
+            problems[str(path)] = reason_of(problem)
     return SavedState(problems=problems)
 
 

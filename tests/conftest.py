@@ -111,9 +111,15 @@ def nothing_stays_active(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def _hear_our_warnings() -> None:
-    """Take back what libraries that tests import do to everybody's log: they raise levels, and disable loggers."""
+    """Take back what libraries that tests import do to everybody's log: they raise levels, and disable loggers.
+
+    What vLLM is hosted by raises the level of all handlers, too; pytest's stay the same from test to test.
+    """
     logging.disable(logging.NOTSET)
-    logging.getLogger().setLevel(logging.WARNING)
+    root = logging.getLogger()
+    root.setLevel(logging.WARNING)
+    for handler in root.handlers:
+        handler.setLevel(logging.NOTSET)
     for name, logger in logging.root.manager.loggerDict.items():
         if name.startswith("fp16_patch") and isinstance(logger, logging.Logger):
             logger.disabled = False

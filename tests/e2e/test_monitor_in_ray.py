@@ -56,7 +56,10 @@ class Training:
     def __init__(self, out_dir: Path, ranks: list[Any], run: str | None = None) -> None:
         self.out_dir, self.ranks = out_dir, ranks
         self.monitor = Monitor(out_dir, run, timeout_s=PATIENT_S)
-        ray.get(self.monitor._root.history.remote(1), timeout=PATIENT_S)  # its process starts
+        # The attempt has begun: what ranks report before is forgotten with the attempt before. A job starts its workers
+        # in the meantime.
+        begun = self.monitor._pending
+        assert len(ray.wait(begun, num_returns=len(begun), timeout=PATIENT_S)[0]) == len(begun) == 1
 
     def observe(self, ranks: list[Any] | None = None, round: int | None = None) -> None:
         number = self.monitor.round if round is None else round

@@ -46,6 +46,7 @@ GROUPS = {
     "tests/e2e/test_edited_verl_runs.py": RUNS,
     "tests/e2e/test_openrlhf_runs.py": RUNS,
     "tests/e2e/test_verl_runs.py": RUNS,
+    "tests/e2e/test_verl_sglang_runs.py": RUNS,
     "tests/e2e/test_verl_v0_runs.py": RUNS,
     "tests/integration/bench/test_smoke.py": RUNS,
     "tests/integration/demo/test_smoke.py": RUNS,

@@ -46,7 +46,7 @@ demo-openrlhf: $(OPENRLHF_READY)
 demo-sglang: $(SGLANG_READY)
 	$(SGLANG_BIN)/python -m integration.demo.run --sampler sglang --out integration/demo/out-sglang
 
-test: test-verl test-openrlhf test-sglang fingerprints
+test: test-verl test-openrlhf fingerprints
 
 test-verl: $(READY)
 	$(BIN)/python $(PYTEST)

@@ -1,7 +1,8 @@
-# Everything runs in .venv and, for OpenRLHF, .venv-openrlhf, made on first use from integration/*.lock; nothing else on
+# Everything runs in .venv, for OpenRLHF in .venv-openrlhf and for SGLang in .venv-sglang, made on first use from integration/*.lock; nothing else on
 # the machine is touched.
 #   make demo            real verl, three precisions, side by side
 #   make demo-openrlhf   the same with real OpenRLHF
+#   make demo-sglang     the same with real verl and SGLang
 #   make bench           the evidence in integration/README.md; make bench-full trains for it, too
 #   make test            all tests, real end-to-end runs included
 #   make matrix          every release that is supported, at every level it is tested at
@@ -9,11 +10,14 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 OPENRLHF_BIN := .venv-openrlhf/bin
+SGLANG_BIN := .venv-sglang/bin
 NOX := $(BIN)/nox -f integration/matrix/noxfile.py
 READY := .venv/.ready
 OPENRLHF_READY := .venv-openrlhf/.ready
+SGLANG_READY := .venv-sglang/.ready
 OLD_READY := .venv-verl-old/.ready
 OPENRLHF_TESTS := tests/contract tests/openrlhf tests/probe/test_taken_by_a_run.py tests/e2e/test_openrlhf_runs.py
+SGLANG_TESTS := tests/sglang tests/samplers tests/verl/config/test_samplers.py tests/e2e/test_verl_sglang_runs.py
 
 unexport PYTHONDONTWRITEBYTECODE
 # --no-deps: the locks are complete. They leave out torchvision, torchaudio and torchcodec, which vLLM's CPU build names
@@ -25,19 +29,22 @@ unexport PYTHONDONTWRITEBYTECODE
 PIP := -m pip install --quiet --disable-pip-version-check --no-compile --no-deps
 TORCH := ^(torch|typing-extensions|sympy|mpmath|networkx|jinja2|markupsafe|fsspec|filelock|setuptools|numpy|wheel|uv)==
 # Compiled to bytecode at once, on every core: of these, several processes would otherwise compile the same at a time.
-COMPILED := torch transformers vllm ray verl openrlhf deepspeed
+COMPILED := torch transformers vllm sglang ray verl openrlhf deepspeed
 
 # Two processes, as runs of frameworks are several themselves; tests/conftest.py says which tests stay together and
 # which come first.
 PYTEST := -m pytest -n 2
 
-.PHONY: demo demo-openrlhf test test-verl test-openrlhf fingerprints test-learners test-releases matrix session unit lint dist bench bench-full bench-mismatch bench-monitor bench-step bench-faults bench-reading clean
+.PHONY: demo demo-openrlhf demo-sglang test test-verl test-openrlhf test-sglang fingerprints test-learners test-releases matrix session unit lint dist bench bench-full bench-mismatch bench-monitor bench-step bench-faults bench-reading clean
 
 demo: $(READY)
 	$(BIN)/python -m integration.demo.run
 
 demo-openrlhf: $(OPENRLHF_READY)
 	$(OPENRLHF_BIN)/python -m integration.demo.run_openrlhf
+
+demo-sglang: $(SGLANG_READY)
+	$(SGLANG_BIN)/python -m integration.demo.run --sampler sglang --out integration/demo/out-sglang
 
 test: test-verl test-openrlhf fingerprints
 
@@ -46,6 +53,9 @@ test-verl: $(READY)
 
 test-openrlhf: $(OPENRLHF_READY)
 	$(OPENRLHF_BIN)/python $(PYTEST) $(OPENRLHF_TESTS)
+
+test-sglang: $(SGLANG_READY)
+	$(SGLANG_BIN)/python $(PYTEST) $(SGLANG_TESTS)
 
 fingerprints: $(READY)
 	$(NOX) --session fingerprints
@@ -112,6 +122,11 @@ $(READY): integration/verl.lock pyproject.toml
 	$(call environment,.venv,integration/verl.lock)
 	touch $@
 
+$(SGLANG_READY): integration/sglang.lock pyproject.toml
+	@echo "installing real verl, SGLang, Ray and torch into .venv-sglang: a few minutes, once"
+	$(call environment,.venv-sglang,integration/sglang.lock)
+	touch $@
+
 # DeepSpeed's CPU kernels are compiled here, which needs a C++ compiler, and not by the processes of the first run.
 $(OPENRLHF_READY): integration/openrlhf.lock pyproject.toml
 	@echo "installing real OpenRLHF, DeepSpeed, vLLM, Ray and torch into .venv-openrlhf: a few minutes, once"
@@ -134,4 +149,4 @@ $(1)/bin/uv pip install --quiet --python $(1)/bin/python --no-deps --build-const
 endef
 
 clean:
-	rm -rf dist .venv .venv-openrlhf .venv-verl-old integration/demo/out integration/demo/out-openrlhf integration/bench/out/*/
+	rm -rf dist .venv .venv-openrlhf .venv-sglang .venv-verl-old integration/demo/out integration/demo/out-*/ integration/bench/out/*/

@@ -35,7 +35,7 @@ _HOME = {
     "PlanError": "fp16_patch.plan.errors",
     "PrecisionError": "fp16_patch.plan.errors",
 }
-_ENTRY_POINTS = ("load", "load_in_vllm")
+_ENTRY_POINTS = ("load", "load_in_vllm", "load_in_sglang")
 
 __all__ = [
     "Fp16PatchError",

@@ -25,5 +25,14 @@ def load_in_vllm() -> None:
         attest_this_process()
 
 
-# verl imports an entry point without calling it; vLLM calls what it names. Activation happens once either way.
+def load_in_sglang() -> None:
+    """Do as `load` in a process that SGLang started, and watch the model that it is to hold."""
+    if concerned():
+        load()
+        from fp16_patch.sglang import watch_this_process
+
+        watch_this_process()
+
+
+# verl imports an entry point without calling it; samplers call what it names. Activation happens once either way.
 load()

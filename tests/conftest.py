@@ -31,7 +31,7 @@ def take_back() -> None:
 # Fixtures decide what is active; the caller's shell must not.
 take_back()
 
-from integration.cpu.launch import ENVIRONMENT
+from integration.cpu.launch import ENVIRONMENT, SGLANG_ENVIRONMENT, SGLANG_PACKAGES
 from integration.cpu.warm.servers import IMPORTS, WarmServers, of_this_process
 from tests.ranks import Ranks
 
@@ -46,6 +46,7 @@ GROUPS = {
     "tests/e2e/test_edited_verl_runs.py": RUNS,
     "tests/e2e/test_openrlhf_runs.py": RUNS,
     "tests/e2e/test_verl_runs.py": RUNS,
+    "tests/e2e/test_verl_sglang_runs.py": RUNS,
     "tests/e2e/test_verl_v0_runs.py": RUNS,
     "tests/integration/bench/test_smoke.py": RUNS,
     "tests/integration/demo/test_smoke.py": RUNS,
@@ -86,6 +87,11 @@ def _file(nodeid: str) -> str:
 def verl_environment(extra: Mapping[str, str] = {}) -> dict[str, str]:
     """The environment for verl processes on a CPU, started without the launcher."""
     return {**os.environ, "PYTHONPATH": _search_path(CPU, ROOT), **extra}
+
+
+def sglang_environment() -> dict[str, str]:
+    """The environment for processes of verl with SGLang on a CPU, started without the launcher."""
+    return verl_environment({**SGLANG_ENVIRONMENT, "PYTHONPATH": _search_path(CPU, SGLANG_PACKAGES, ROOT)})
 
 
 def openrlhf_environment(extra: Mapping[str, str] = {}) -> dict[str, str]:
@@ -160,6 +166,12 @@ def warm_servers() -> WarmServers:
 def warm_python(warm_servers: WarmServers) -> Path:
     """An executable that stands for `python`: its processes need not import what frameworks and vLLM are built on."""
     return warm_servers.server(IMPORTS, verl_environment()).interpreter
+
+
+@pytest.fixture(scope="session")
+def warm_python_for_sglang(warm_servers: WarmServers) -> Path:
+    """The same for runs with SGLang, which find stand-ins for packages that transformers looks for, too."""
+    return warm_servers.server(IMPORTS, sglang_environment()).interpreter
 
 
 def python_of_runs(warm: Path) -> Path:

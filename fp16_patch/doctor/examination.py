@@ -18,12 +18,17 @@ from fp16_patch.doctor.mains import Main, dotted_name, main_of
 from fp16_patch.patching.declarations import declared_patches, installed_release
 from fp16_patch.plan.errors import Conflict, PlanError, SourceError
 from fp16_patch.plan.plan import ENVIRONMENT, MODE_ENV, PLAN_ENV, Plan, settings_in
-from fp16_patch.vllm import interface
+from fp16_patch.samplers.sampler import Sampler
+from fp16_patch.sglang.sampler import SGLANG
+from fp16_patch.vllm.sampler import VLLM
 
-PACKAGES = ("torch", "transformers", "ray", "verl", "vllm", "openrlhf", "deepspeed", "wrapt")
+PACKAGES = ("torch", "transformers", "ray", "verl", "vllm", "sglang", "openrlhf", "deepspeed", "wrapt")
 _FRAMEWORKS = ("verl", "openrlhf")
 _NEEDS = {"verl": ("torch", "transformers", "ray"), "openrlhf": ("torch", "transformers", "ray", "deepspeed")}
 _SHOWN_WORDS = 4
+_PLUGIN = "fp16_patch"
+# Variables that say which plugins a framework or a sampler loads.
+_PLUGIN_LISTS = ("VERL_USE_EXTERNAL_PLUGINS", "VLLM_PLUGINS", SGLANG.plugins)
 
 
 @dataclass(frozen=True)
@@ -171,10 +176,11 @@ def _absent(framework: str, versions: Mapping[str, str | None]) -> list[str]:
     ]
 
 
-def _examine_sampler(examination: Examination, plan: Plan) -> None:
-    """Say first if the command's vLLM is missing or cannot be asked, and at the end if it is one that was not run."""
-    found = interface.finding(examination.versions["vllm"]) if plan.active else None
-    if found is not None and found.fatal and (plan.overrides_dtype or examination.versions["vllm"] is None):
+def _examine_sampler(examination: Examination, sampler: Sampler, plan: Plan) -> None:
+    """Say first if a command's sampler is missing or cannot be asked, and at the end if it is one that was not run."""
+    release = examination.versions[sampler.name]
+    found = sampler.interface.finding(release) if plan.active else None
+    if found is not None and found.fatal and (plan.overrides_dtype or release is None):
         examination.problems.insert(0, found.text)
     elif found is not None:
         examination.caveats.append(found.text)
@@ -202,18 +208,18 @@ def _examine_openrlhf(examination: Examination, program: Program, plan: Plan) ->
     args = parser.parsed(dotted_name(program), program.arguments)
     _judge(examination, arguments, args, caveats.caveats_of(args), plan)
     if "rollout" in examination.roles:
-        _examine_sampler(examination, plan)
+        _examine_sampler(examination, VLLM, plan)
 
 
 def _examine_verl(examination: Examination, program: Program, plan: Plan) -> None:
     from fp16_patch.verl.config import caveats, settings
-    from fp16_patch.verl.config.samplers import samples_with_vllm
+    from fp16_patch.verl.config.samplers import samplers_of
 
     config = _composed(program)
     refined = Plan.from_settings(settings.plan_settings(config), settings.SECTION, base=plan)
     _judge(examination, settings, config, caveats.caveats_of(config), refined)
-    if samples_with_vllm(config):
-        _examine_sampler(examination, refined)
+    for sampler in samplers_of(config):
+        _examine_sampler(examination, sampler, refined)
 
 
 def _judge(examination: Examination, by: ModuleType, run: Any, caveats: Sequence[str], plan: Plan) -> None:
@@ -250,10 +256,16 @@ def _hardware_conflicts(found: list[dict[str, Any]], plan: Plan) -> Iterator[Con
 
 
 def _loading_conflicts(environ: Mapping[str, str]) -> Iterator[Conflict]:
-    for variable, name in (("VERL_USE_EXTERNAL_PLUGINS", "fp16_patch"), ("VLLM_PLUGINS", "fp16_patch")):
+    for variable in _PLUGIN_LISTS:
         value = environ.get(variable)
-        listed = value is None or value.strip().lower() == "auto" or name in value.split(",")
-        if not listed:
+        if value is not None and not _lists_us(variable, value):
             started = ", or start with `fp16-patch run --`" if variable.startswith("VERL") else ""
-            fix = f"add {name} to the list, or unset it{started}"
+            fix = f"add {_PLUGIN} to the list, or unset it{started}"
             yield Conflict(variable, value, "it keeps our plugin from being loaded", fix)
+
+
+def _lists_us(variable: str, value: str) -> bool:
+    if variable == SGLANG.plugins:
+        # It takes an empty list for none, and blanks around names for nothing.
+        return not value or _PLUGIN in map(str.strip, value.split(","))
+    return value.strip().lower() == "auto" or _PLUGIN in value.split(",")

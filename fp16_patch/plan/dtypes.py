@@ -26,7 +26,7 @@ DTYPES = (FLOAT16, BFLOAT16, FLOAT32)
 STAYS_FP32 = ("master", "gradient", "log_prob", "entropy", "rope", "gemm_sum")
 """Quantities of the ledger that are float32 under every plan."""
 # Casting fp32 masters in the sampler rounds once, as sending them in the compute dtype does.
-COMPUTE_OR_FP32 = ("wire", "engine_weight", "value")
+COMPUTE_OR_FP32 = ("wire", "engine_weight", "module_output", "value")
 """Those that may be in the plan's dtype or in float32. Every other one is in the plan's dtype."""
 _OF_ANY_NAME = {name: spelling for spelling in DTYPES for name in spelling}
 

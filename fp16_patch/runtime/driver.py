@@ -156,6 +156,10 @@ class FrameworkDriver(ABC):
         """Return the policy's name or path, as configured."""
 
     @abstractmethod
+    def sampler(self) -> str | None:
+        """Return what the policy samples with, by its name in a configuration; None if we do not know it."""
+
+    @abstractmethod
     def checkpoints(self) -> Path:
         """Return the folder beside whose checkpoints the record lies, if the plan names no other."""
 
@@ -172,7 +176,7 @@ class FrameworkDriver(ABC):
 
     def _plan_document(self) -> dict[str, Any]:
         plan = current_plan()
-        facts = {"dtype": plan.dtype, "caveats": self.caveats(), "model": self.model()}
+        facts = {"dtype": plan.dtype, "caveats": self.caveats(), "model": self.model(), "sampler": self.sampler()}
         return {"framework": self.framework, **asdict(plan), **facts}
 
 

@@ -48,7 +48,7 @@ from fp16_patch.untrusted.reading import Unreadable, json_of, read_json
 logger = logging.getLogger(__name__)
 
 # Without its frameworks' plugin settings a carried plan would not be picked up on another machine.
-_PLUGINS = ("VERL_USE_EXTERNAL_MODULES", "VERL_USE_EXTERNAL_PLUGINS", "VLLM_PLUGINS")
+_PLUGINS = ("VERL_USE_EXTERNAL_MODULES", "VERL_USE_EXTERNAL_PLUGINS", "VLLM_PLUGINS", "SGLANG_PLUGINS")
 _MADE_HERE = (MODE_ENV, PLAN_ENV, TOLD_ENV, DRIVER_ENV, *IEEE_ENVIRONMENT)
 _CARRIED = (*_MADE_HERE, *_PLUGINS)
 

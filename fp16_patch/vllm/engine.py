@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from fp16_patch.runtime import propagation
-from fp16_patch.runtime.activation import attestation, current_plan, ledger, our_part
-from fp16_patch.runtime.fp32_weights import end_of
+from fp16_patch.runtime.activation import ledger, our_part
+from fp16_patch.samplers.holdings import note_weights, tell
 
 # The second one where each rank samples from a part of the batch: `enable_batch_sharded_sampling`.
 _HEADS = ("compute_logits", "compute_logits_local")
@@ -20,31 +19,9 @@ _NOTING_HIDDEN_STATES = our_part("what notes the dtype of hidden states")
 def note_engine(role: str, worker: Any) -> bool:
     """Note the dtypes of a worker's weights and KV cache as they are now, and what it keeps; True if one is new."""
     runner = worker.model_runner
-    weights = {parameter.dtype for parameter in runner.model.parameters() if parameter.is_floating_point()}
-    new_weight = ledger().note(role, "engine_weight", *weights)
     new_cache = ledger().note(role, "kv_cache", *_attention_cache_dtypes(runner))
-    new_kept = _note_kept(role, runner)
-    return new_weight or new_cache or new_kept
-
-
-def _note_kept(role: str, runner: Any) -> bool:
-    if not current_plan().overrides_dtype:
-        return False
-    models = [runner.model, getattr(getattr(runner, "drafter", None), "model", None)]
-    parts = {"parameters": "named_parameters", "buffers": "named_buffers"}
-    return ledger().note_kept(role, **{kind: _kept_in(models, listing) for kind, listing in parts.items()})
-
-
-def _kept_in(models: Iterable[Any], listing: str) -> set[str]:
-    """Return the ends of the names of all floating weights in another dtype than the plan's."""
-    planned = current_plan().torch_dtype
-    return {
-        end_of(name)
-        for model in models
-        if hasattr(model, listing)
-        for name, weight in getattr(model, listing)()
-        if weight.is_floating_point() and weight.dtype != planned
-    }
+    new_weight = note_weights(role, runner.model, getattr(getattr(runner, "drafter", None), "model", None))
+    return new_cache or new_weight
 
 
 def watch_hidden_states(role: str, worker: Any) -> None:
@@ -65,7 +42,7 @@ def watch_hidden_states(role: str, worker: Any) -> None:
 
 def _note_hidden_states(role: str, hidden_states: torch.Tensor) -> None:
     ledger().note(role, "activation", hidden_states.dtype)
-    propagation.publish(attestation())
+    tell()
 
 
 def _attention_cache_dtypes(runner: Any) -> set[torch.dtype]:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from fp16_patch.plan.plan import ROLE_ENV
 from fp16_patch.runtime import propagation
 from fp16_patch.runtime.activation import attestation, ledger
 from fp16_patch.runtime.ledger import Record, missing_record
+from fp16_patch.samplers.holdings import role
 from fp16_patch.vllm.engine import note_engine, watch_hidden_states
 
 FETCH_TIMEOUT_S = 120.0
@@ -80,11 +79,11 @@ async def _keep_workers_records(llm: Any) -> None:
 
 def record_of_worker(worker: Any) -> Record:
     """Note what this worker holds, watch its next forward, and attest; it runs in vLLM's worker."""
-    role = os.environ.get(ROLE_ENV, "rollout")
+    purpose = role()
     # A worker that is a Ray actor has its environment, and so its first name, from the server's.
     if not _holds_engine and ledger().kind != "engine_core":
         ledger().kind = "sampler_worker"
-    note_engine(role, worker)
-    if "activation" not in ledger().roles.get(role, {}):
-        watch_hidden_states(role, worker)
+    note_engine(purpose, worker)
+    if "activation" not in ledger().roles.get(purpose, {}):
+        watch_hidden_states(purpose, worker)
     return attestation()

@@ -1,36 +1,17 @@
-"""Judges models by the configuration they are stored with: their family in float16, their quantization."""
+"""Tells which families of models the installed vLLM refuses in float16."""
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from fp16_patch.patching.sources import Installed, Sources
-from fp16_patch.plan.errors import Conflict
-from fp16_patch.plan.plan import MODE_ENV, Plan
-from fp16_patch.plan.stored_config import parts_of, quantization_of, stored_config
+from fp16_patch.plan.stored_config import parts_of
 
 # vLLM's table of the model types it refuses in float16, and where its releases keep it.
 REFUSED = "_FLOAT16_NOT_SUPPORTED_MODELS"
 _TABLES = ("vllm.config.model", "vllm.config")
-
-
-def model_conflicts(key: str, model: object, plan: Plan, *, sampled: bool) -> Iterator[Conflict]:
-    """Yield why a model cannot be had under the plan, as far as its stored configuration tells.
-
-    Args:
-        key: the setting that names it.
-        model: a folder, or a name on Hugging Face's hub; what is not on this machine is not judged.
-        sampled: whether vLLM serves it.
-    """
-    stored = stored_config(model)
-    if method := quantization_of(stored):
-        reason = f"the model is stored quantized ({method}), and would be {'served' if sampled else 'trained'} so"
-        yield Conflict(key, model, reason, f"use its {plan.dtype} or bfloat16 weights")
-    if sampled and plan.scales_loss and (family := family_refused_in_float16(stored)):
-        reason = f"vLLM refuses models of type {family} in float16: their activations leave its range"
-        yield Conflict(key, model, reason, f"use another model, or {MODE_ENV}=bf16")
 
 
 def family_refused_in_float16(stored: Mapping[str, Any], sources: Sources | None = None) -> str | None:

@@ -14,7 +14,7 @@ from packaging.specifiers import SpecifierSet
 from integration.cpu import process
 from integration.cpu.process import Job, RunResult
 
-__all__ = ["ENVIRONMENT", "LaunchConfig", "RunResult", "command", "environment", "run"]
+__all__ = ["ENVIRONMENT", "LaunchConfig", "RunResult", "Sampler", "command", "environment", "run"]
 
 MODULES = Path(__file__).resolve().parent
 
@@ -26,9 +26,27 @@ ENVIRONMENT = {
     "VERL_ENGINE_DEVICE": "cuda",
     "HYDRA_FULL_ERROR": "1",
 }
+# Beside these, where SGLang samples. Its search path is the folder of what stands in for packages of CUDA kernels.
+SGLANG_ENVIRONMENT = {
+    "VERL_USE_EXTERNAL_MODULES": "verl_on_cpu,sglang_on_cpu",
+    "SGLANG_USE_CPU_ENGINE": "1",
+}
+SGLANG_PACKAGES = MODULES / "sglang_on_cpu" / "packages"
+SGLANG_ARGUMENTS = {
+    "device": "cpu",
+    "attention_backend": "torch_native",
+    "sampling_backend": "pytorch",
+    "grammar_backend": "none",
+    "max_total_tokens": 8192,
+    "disable_overlap_schedule": True,
+    # Sleeping needs CUDA's virtual memory.
+    "enable_memory_saver": False,
+}
 # What is spelled otherwise in other releases of verl. Before 0.9.0 it knows no device but GPUs and NPUs by name.
 _DEVICE = {">=0.9": "cpu", "<0.9": "cuda"}
 _CRITIC_ENGINE = {">=0.8": "critic.fsdp", "<0.8": "critic.model.fsdp_config"}
+
+Sampler = Literal["vllm", "sglang"]
 
 READY = re.compile(r"all initialize finished, ready to fit")
 
@@ -45,6 +63,7 @@ class LaunchConfig:
     out: Path
     reward_name: str = "compute_score"
     steps: int = 3
+    sampler: Sampler = "vllm"
     strategy: Literal["fsdp", "fsdp2"] = "fsdp"
     ranks: int = 1
     adv_estimator: Literal["grpo", "gae"] = "grpo"
@@ -84,8 +103,11 @@ def run(config: LaunchConfig, on_step: Callable[[dict[str, Any]], None] | None =
 
 def environment(config: LaunchConfig) -> dict[str, str]:
     """The caller's environment, without what would tie the run to another cluster, with what a CPU run needs."""
-    own = {**ENVIRONMENT, "VERL_FILE_LOGGER_PATH": str(_metrics_file(config)), **config.env}
-    return process.environment(own, str(MODULES), config.env.get("PYTHONPATH"))
+    sglang = config.sampler == "sglang"
+    sampler = SGLANG_ENVIRONMENT if sglang else {}
+    own = {**ENVIRONMENT, **sampler, "VERL_FILE_LOGGER_PATH": str(_metrics_file(config)), **config.env}
+    packages = str(SGLANG_PACKAGES) if sglang else None
+    return process.environment(own, str(MODULES), packages, config.env.get("PYTHONPATH"))
 
 
 def command(config: LaunchConfig, ray_directory: Path) -> list[str]:
@@ -94,6 +116,7 @@ def command(config: LaunchConfig, ray_directory: Path) -> list[str]:
         **_data(config),
         **_actor(config),
         **_rollout(config),
+        **(_sglang() if config.sampler == "sglang" else {}),
         **_trainer(config),
         **_ray(config, ray_directory),
         **(_critic(config) if config.adv_estimator == "gae" else {}),
@@ -151,7 +174,7 @@ def _model_without_flash_attention(prefix: str) -> dict[str, object]:
 def _rollout(config: LaunchConfig) -> dict[str, object]:
     rollout = "actor_rollout_ref.rollout"
     return {
-        f"{rollout}.name": "vllm",
+        f"{rollout}.name": config.sampler,
         f"{rollout}.n": config.responses_per_prompt,
         f"{rollout}.tensor_model_parallel_size": 1,
         f"{rollout}.calculate_log_probs": True,
@@ -167,6 +190,12 @@ def _rollout(config: LaunchConfig) -> dict[str, object]:
         f"{rollout}.agent.num_workers": 1,
         f"{rollout}.skip_tokenizer_init": False,
     }
+
+
+def _sglang() -> dict[str, object]:
+    rollout = "actor_rollout_ref.rollout"
+    arguments = {f"+{rollout}.engine_kwargs.sglang.{name}": value for name, value in SGLANG_ARGUMENTS.items()}
+    return {f"{rollout}.gpu_memory_utilization": 0.1, **arguments}
 
 
 def _critic(config: LaunchConfig) -> dict[str, object]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -14,11 +15,12 @@ from rich.console import Console
 
 from integration.bench import command
 from integration.cpu.arms import ARMS, DEMONSTRATED
-from integration.cpu.launch import LaunchConfig, run
+from integration.cpu.launch import LaunchConfig, Sampler, run
 from integration.demo import make_model, task
 from integration.demo.side_by_side import SEED, STEPS, prepare_model, run_arm, write_reports
 
 OUT = Path(__file__).resolve().parent / "out"
+TITLES: dict[Sampler, str] = {"vllm": "vLLM", "sglang": "SGLang"}
 
 
 @click.command()
@@ -26,20 +28,21 @@ OUT = Path(__file__).resolve().parent / "out"
 @click.option("--steps", default=STEPS, show_default=True, help="Training steps an arm.")
 @click.option("--arm", "names", multiple=True, type=click.Choice(list(ARMS)), help="Only this arm; may be repeated.")
 @click.option("--smoke", is_flag=True, help=command.SMOKE_HELP)
-def main(out: Path, steps: int, names: tuple[str, ...], smoke: bool) -> None:
+@click.option("--sampler", type=click.Choice(["vllm", "sglang"]), default="vllm", show_default=True)
+def main(out: Path, steps: int, names: tuple[str, ...], smoke: bool, sampler: Sampler) -> None:
     """Run the arms, print them side by side, write report.json and report.html."""
     with command.results_folder(out, smoke=smoke) as folder:
         if smoke:
-            compare(folder, 1, ("fp16_patch",), make_model.SMOKE)
+            compare(folder, 1, ("fp16_patch",), make_model.SMOKE, sampler)
         else:
-            compare(folder, steps, names or tuple(DEMONSTRATED), make_model.FULL)
+            compare(folder, steps, names or tuple(DEMONSTRATED), make_model.FULL, sampler)
 
 
-def compare(out: Path, steps: int, names: Sequence[str], effort: make_model.Effort) -> None:
+def compare(out: Path, steps: int, names: Sequence[str], effort: make_model.Effort, sampler: Sampler) -> None:
     """Run these arms on one model and report them."""
     console = Console()
     started = time.monotonic()
-    config = prepare(out, steps, console, effort)
+    config = replace(prepare(out, steps, console, effort), sampler=sampler)
     results = {
         name: run_arm(
             name,
@@ -50,7 +53,8 @@ def compare(out: Path, steps: int, names: Sequence[str], effort: make_model.Effo
         )
         for name in names
     }
-    write_reports(results, out, "verl on a CPU in three precisions", console)
+    title = f"verl and {TITLES[sampler]} on a CPU in three precisions"
+    write_reports(results, out, title, console)
     console.print(f"{time.monotonic() - started:.0f} s in all")
 
 

@@ -52,7 +52,7 @@ def fingerprints(session: nox.Session) -> None:
 
 @nox.session
 def samplers(session: nox.Session) -> None:
-    """Every release of vLLM against what the sampler's side uses of it; downloads a gigabyte."""
+    """Every release of a sampler against what is used of it; downloads a gigabyte."""
     session.chdir(ROOT)
     session.run(sys.executable, "-m", "integration.matrix.samplers", external=True)
 

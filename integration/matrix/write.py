@@ -21,7 +21,7 @@ from integration.pages.places import with_table
 PAGE = ROOT / "fp16_patch" / "releases" / "README.md"
 WORKFLOWS = ROOT / ".github" / "workflows"
 _HEAD = "# Written by `python -m integration.matrix.write` from integration/matrix/versions.toml.\n"
-_NAMES = {"verl": "verl", "openrlhf": "OpenRLHF", "vllm": "vLLM"}
+_NAMES = {"verl": "verl", "openrlhf": "OpenRLHF", "vllm": "vLLM", "sglang": "SGLang"}
 _FRAMEWORKS = ("verl", "openrlhf")
 _WORDS = {"fingerprint": "code compared"}
 _MINUTES = 90

@@ -100,6 +100,7 @@ def test_on_twice_off_and_on_again_leaves_the_framework_as_it_was(verdict: Verdi
 
 @pytest.mark.parametrize("verdict", [each for each in NEEDED if each.variant.bound], ids=name_of)
 def test_names_bound_elsewhere_are_the_wrapper_too(verdict: Verdict) -> None:
+    unpatched = symbol(verdict.variant)
     # Some of the modules are in some releases only.
     bound = [each.partition(":") for each in verdict.variant.bound if installed_file(each.partition(":")[0])]
     before = [getattr(import_module(module), name) for module, _, name in bound]
@@ -107,6 +108,7 @@ def test_names_bound_elsewhere_are_the_wrapper_too(verdict: Verdict) -> None:
     assert all(getattr(import_module(module), name) is symbol(verdict.variant) for module, _, name in bound)
     fp16_patch.deactivate()
     assert [getattr(import_module(module), name) for module, _, name in bound] == before
+    assert symbol(verdict.variant) is unpatched
 
 
 FIND_MEGATRON = "from integration.cpu import megatron_stand_in; megatron_stand_in.install()"

@@ -17,13 +17,15 @@ from tests.e2e.verl_runs import STEPS, TIMEOUT_S
 
 @pytest.fixture(scope="session")
 def start_verl(
-    tiny_model: Path, warm_python: Path, tmp_path_factory: pytest.TempPathFactory
+    tiny_model: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> Callable[..., RunResult]:
     """Run verl with an arm's overrides and further settings."""
     train, val = task.write_dataset(tmp_path_factory.mktemp("data"))
 
     def started(arm: str, **settings: Any) -> RunResult:
         out = tmp_path_factory.mktemp(arm)
+        of_sglang = settings.get("sampler") == "sglang"
+        warm = request.getfixturevalue("warm_python_for_sglang" if of_sglang else "warm_python")
         config = LaunchConfig(
             tiny_model,
             train,
@@ -31,7 +33,7 @@ def start_verl(
             Path(task.__file__),
             out,
             reward_name="share_of_digits",
-            **{"steps": STEPS, "timeout_seconds": TIMEOUT_S, "python": python_of_runs(warm_python), **settings},
+            **{"steps": STEPS, "timeout_seconds": TIMEOUT_S, "python": python_of_runs(warm), **settings},
         )
         return run(ARMS[arm].applied_to(config, out) if not config.prefix else config)
 

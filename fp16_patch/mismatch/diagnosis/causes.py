@@ -31,6 +31,12 @@ MIN_EXPONENT, ROUNDED_MEAN_ABS = -0.9, 0.1
 MAX_TOLD_EXPONENT = 0.6
 MIN_GROWTH, NOTED_GROWTH = 2.5, 1.5
 
+# Sampler, by its name in a configuration → how its log-probs become those that it samples by.
+_SAMPLED_BY = {
+    "vllm": "vLLM's logprobs_mode=processed_logprobs (verl: actor_rollout_ref.rollout.logprobs_mode)",
+    "sglang": "unset SGLANG_RETURN_ORIGINAL_LOGPROB where SGLang starts",
+}
+
 
 def after_start(burst: Burst) -> Sentences:
     """Say at which steps after a start of the trainer the gap was larger."""
@@ -79,6 +85,14 @@ def raw_log_probs(evidence: Evidence) -> Sentences:
         "above 0. For log-probs of the distribution that was sampled from they are 1, and below 0.",
         *(_scaling_sentences(evidence, reported) if scaled else ()),
         *_undecided(total, "unequal temperatures"),
+    )
+
+
+def raw_log_probs_advice(evidence: Evidence) -> str:
+    """Say which setting makes log-probs those that are sampled by; of a sampler that is not known, vLLM's."""
+    setting = _SAMPLED_BY.get(evidence.sampled_by or "", _SAMPLED_BY["vllm"])
+    return (
+        f"Let the sampler report the log-probs it samples by: {setting}, or sample at temperature 1 without penalties."
     )
 
 

@@ -52,7 +52,7 @@ STEP_TOKENS = 50
 """A step with fewer finite tokens says nothing by itself."""
 
 LEARNER_QUANTITIES = ("autocast", "parameter", "activation")
-SAMPLER_QUANTITIES = ("engine_weight", "wire", "activation", "kv_cache")
+SAMPLER_QUANTITIES = ("engine_weight", "wire", "activation", "module_output", "kv_cache")
 _MANTISSA_BITS = {"float64": 52, "float32": 23, "float16": 10, "bfloat16": 7}
 _QUANTIZED_BITS = 3
 
@@ -261,6 +261,7 @@ class Evidence:
     learner: Side | None
     sampler: Side | None
     planned: str | None
+    sampled_by: str | None
     floor_multiple: float | None
 
     @classmethod
@@ -293,6 +294,7 @@ class Evidence:
             learner=_side(ledger or {}, "actor", LEARNER_QUANTITIES),
             sampler=_side(ledger or {}, "rollout", SAMPLER_QUANTITIES),
             planned=(plan or {}).get("dtype"),
+            sampled_by=(plan or {}).get("sampler"),
             floor_multiple=_quotient(total.mean_abs, floor) if floor > 0 else None,
         )
 

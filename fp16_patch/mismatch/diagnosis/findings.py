@@ -92,8 +92,7 @@ _FAULTS = {
     ),
     "raw_log_probs": _Cause(
         causes.raw_log_probs,
-        "Let the sampler report the log-probs it samples by: vLLM's logprobs_mode=processed_logprobs (verl: "
-        "actor_rollout_ref.rollout.logprobs_mode), or sample at temperature 1 without penalties.",
+        causes.raw_log_probs_advice,
     ),
     "temperature": _Cause(
         causes.temperature,

@@ -12,8 +12,8 @@ from fp16_patch.plan.errors import Conflict, PlanError
 from fp16_patch.plan.plan import ENVIRONMENT, MODE_ENV, Plan, as_given
 from fp16_patch.plan.stored_config import stored_dtype
 from fp16_patch.runtime.slow_experts import slow_experts
-from fp16_patch.vllm import stored_models
-from fp16_patch.vllm.expert_communication import environment_conflicts
+from fp16_patch.samplers.models import model_conflicts
+from fp16_patch.vllm.sampler import VLLM
 
 _GRADIENT_DTYPE = FLOAT32.short
 _MODELS = tuple(f"{role}.model_name_or_path" for role in ("actor", "critic", "reward", "model", "ref"))
@@ -85,7 +85,7 @@ def conflicts_of(args: Any, plan: Plan) -> Iterator[Conflict]:
     if get(args, "ds.deepcompile"):
         reason = "DeepSpeed's compiled passes reduce gradients in the parameters' dtype, not in FP32"
         yield Conflict(flag(args, "ds.deepcompile"), True, reason, "leave it out")
-    yield from environment_conflicts(plan)
+    yield from VLLM.environment_conflicts(plan)
     for key in _MODELS:
         yield from _model_conflicts(args, key, plan)
     if plan.scales_loss:
@@ -115,7 +115,7 @@ def _scaled_gradient_conflicts(args: Any, stage: int) -> Iterator[Conflict]:
 
 def _model_conflicts(args: Any, key: str, plan: Plan) -> Iterator[Conflict]:
     sampled = key.startswith("actor.") and bool(_has_sections(args) or get(args, "vllm.num_engines"))
-    return stored_models.model_conflicts(flag(args, key), get(args, key), plan, sampled=sampled)
+    return model_conflicts(flag(args, key), get(args, key), plan, sampler=VLLM if sampled else None)
 
 
 def _scaler_conflicts(plan: Plan) -> Iterator[Conflict]:

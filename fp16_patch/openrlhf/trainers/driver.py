@@ -11,6 +11,7 @@ from fp16_patch.openrlhf.config.arguments import get
 from fp16_patch.openrlhf.config.caveats import caveats_of
 from fp16_patch.runtime.driver import FrameworkDriver
 from fp16_patch.vllm import server
+from fp16_patch.vllm.sampler import VLLM
 
 _GROUPS = {
     "actor": "actor_model_group",
@@ -33,6 +34,9 @@ class OpenRLHFDriver(FrameworkDriver):
 
     def model(self) -> str | None:
         return get(self.trainer.args, "actor.model_name_or_path")  # type: ignore[no-any-return]
+
+    def sampler(self) -> str:
+        return VLLM.name
 
     def checkpoints(self) -> Path:
         return Path(get(self.trainer.args, "ckpt.path"))

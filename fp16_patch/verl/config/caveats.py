@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from fp16_patch.samplers.sampler import Sampler
+from fp16_patch.verl.config.samplers import policy_sampler
 from fp16_patch.verl.config.settings import bypasses_old_log_probs
+from fp16_patch.vllm.sampler import VLLM
 
 
 def caveats_of(config: Any) -> list[str]:
@@ -15,7 +18,20 @@ def caveats_of(config: Any) -> list[str]:
 
 def _samples_from_a_part(config: Any) -> bool:
     rollout = config.actor_rollout_ref.rollout
-    return bool(rollout.top_p < 1 or rollout.top_k > 0)
+    return bool(rollout.top_p < 1 or rollout.top_k > 0) and _sampler(config).renormalizes
+
+
+def _sampler(config: Any) -> Sampler:
+    # Of one that we do not know, the worst is said.
+    return policy_sampler(config) or VLLM
+
+
+def _leaves_out_the_temperature(config: Any) -> bool:
+    setting = _sampler(config).log_prob_setting
+    if setting is None:
+        return False
+    name, wanted = setting
+    return bool(config.actor_rollout_ref.rollout.get(name) != wanted)
 
 
 def _samples_ahead(config: Any) -> bool:
@@ -38,7 +54,7 @@ _CAVEATS: tuple[tuple[Callable[[Any], bool], str], ...] = (
         "includes the age of the sampler's weights: trainer.v1.trainer_mode is not sync",
     ),
     (
-        lambda config: config.actor_rollout_ref.rollout.get("logprobs_mode") != "processed_logprobs",
+        _leaves_out_the_temperature,
         "includes the temperature: actor_rollout_ref.rollout.logprobs_mode is not processed_logprobs",
     ),
     (_samples_from_a_part, "includes the renormalization by top_p or top_k, which the learner does not do"),

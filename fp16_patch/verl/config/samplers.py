@@ -5,25 +5,31 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from fp16_patch.plan.dtypes import BFLOAT16, spelling_of
+from packaging.version import Version
+
+from fp16_patch.patching.declarations import installed_release
+from fp16_patch.plan.dtypes import BFLOAT16
 from fp16_patch.plan.errors import Conflict
 from fp16_patch.plan.plan import Plan
+from fp16_patch.samplers.sampler import Sampler
+from fp16_patch.sglang.sampler import SGLANG
 from fp16_patch.verl.config.selection import select as _select
-from fp16_patch.vllm.expert_communication import ARGUMENT as ALL2ALL
-from fp16_patch.vllm.expert_communication import expert_communication_conflict
+from fp16_patch.vllm.sampler import VLLM
 
-SUPPORTED = ("vllm",)
+SUPPORTED: dict[str, Sampler] = {sampler.name: sampler for sampler in (VLLM, SGLANG)}
 TEACHER = "teacher"
 
 ROLLOUT, REWARD = "actor_rollout_ref.rollout", "reward.reward_model.rollout"
 # Where a reward model's settings are up to 0.7.0; later releases take them over from there, where they are set.
 _FORMER_REWARD = "reward_model"
 _TEACHERS = "distillation.teacher_models"
+# verl's first release that takes an SGLang with plugins.
+_FIRST_WITH_PLUGINS = "0.8.0"
 # verl drops the teacher of its defaults where the run names others.
 _DEFAULT_TEACHER = "teacher_model"
 
 
-class Sampler(NamedTuple):
+class Served(NamedTuple):
     """One model that is served.
 
     Attributes:
@@ -44,16 +50,28 @@ class Sampler(NamedTuple):
         found = ((key, value) for key in keys if (value := _select(config, key)) is not None)
         return next(found, (keys[-1], None))
 
+    def sampler(self, config: Any) -> Sampler | None:
+        """Return what serves it; None if that is no sampler we know."""
+        return SUPPORTED.get(str(self.setting(config, "name")[1]))
 
-def samplers(config: Any) -> list[Sampler]:
+
+_POLICY = Served("rollout", ROLLOUT, "actor_rollout_ref.model.path")
+
+
+def served_models(config: Any) -> list[Served]:
     """Return whatever this run starts servers for: its policy, its reward model, its teachers."""
-    policy = Sampler("rollout", ROLLOUT, "actor_rollout_ref.model.path")
-    return [policy, *_reward_models(config), *_teachers(config)]
+    return [_POLICY, *_reward_models(config), *_teachers(config)]
 
 
-def samples_with_vllm(config: Any) -> bool:
-    """Return whether one of the run's servers is vLLM's."""
-    return any(sampler.setting(config, "name")[1] == "vllm" for sampler in samplers(config))
+def policy_sampler(config: Any) -> Sampler | None:
+    """Return what the run's policy samples with; None if that is no sampler we know."""
+    return _POLICY.sampler(config)
+
+
+def samplers_of(config: Any) -> list[Sampler]:
+    """Return what the run's servers are, as far as we know it: each sampler once."""
+    known = (served.sampler(config) for served in served_models(config))
+    return list(dict.fromkeys(sampler for sampler in known if sampler is not None))
 
 
 def has_reward_worker(config: Any) -> bool:
@@ -62,69 +80,60 @@ def has_reward_worker(config: Any) -> bool:
     return bool(enabled) and not served and _select(config, REWARD) is None
 
 
-def _reward_models(config: Any) -> Iterator[Sampler]:
+def _reward_models(config: Any) -> Iterator[Served]:
     former = f"{_FORMER_REWARD}.rollout"
     enabled, path = (_select(config, f"{_FORMER_REWARD}.{name}") for name in ("enable", "model.path"))
     if _select(config, REWARD) is None:
         if enabled and not has_reward_worker(config):
-            yield Sampler("reward", former, f"{_FORMER_REWARD}.model.path")
+            yield Served("reward", former, f"{_FORMER_REWARD}.model.path")
     elif enabled or (enabled is None and _select(config, "reward.reward_model.enable")):
         model = f"{_FORMER_REWARD}.model.path" if path is not None else "reward.reward_model.model_path"
-        yield Sampler("reward", REWARD, model, former)
+        yield Served("reward", REWARD, model, former)
 
 
-def _teachers(config: Any) -> Iterator[Sampler]:
+def _teachers(config: Any) -> Iterator[Served]:
     if not _select(config, "distillation.enabled"):
         return
     names = list(_select(config, _TEACHERS) or ())
     several = [name for name in names if name != _DEFAULT_TEACHER]
     for name in several or names:
         role = f"{TEACHER} {name}" if several else TEACHER
-        yield Sampler(role, f"{_TEACHERS}.{name}.inference", f"{_TEACHERS}.{name}.model_path")
+        yield Served(role, f"{_TEACHERS}.{name}.inference", f"{_TEACHERS}.{name}.model_path")
 
 
-def sampler_conflicts(config: Any, sampler: Sampler, plan: Plan) -> Iterator[Conflict]:
+def sampler_conflicts(config: Any, served: Served, plan: Plan) -> Iterator[Conflict]:
     """Yield the settings of a server that cannot be had under the plan; those of its model apart."""
-    key, name = sampler.setting(config, "name")
+    key, name = served.setting(config, "name")
+    sampler = served.sampler(config)
     if name is None:
-        yield Conflict(key, None, "no sampler is named", f"add {key}={SUPPORTED[0]}")
-    elif name not in SUPPORTED:
+        yield Conflict(key, None, "no sampler is named", f"add {key}={next(iter(SUPPORTED))}")
+    elif sampler is None:
         fix = f"use {' or '.join(SUPPORTED)}, or FP16_PATCH=observe to measure without changing"
         yield Conflict(key, name, "fp16_patch cannot vouch for this sampler", fix)
+    elif refusal := release_conflict(key, sampler):
+        yield refusal
     for setting in ("quantization", "quantization_config_file"):
-        key, value = sampler.setting(config, setting)
+        key, value = served.setting(config, setting)
         if value:
             yield Conflict(key, value, f"a quantized sampler is not {plan.dtype}", "set it to null")
-    # These go to vLLM's command line after everything else, past the rollout's own dtype.
-    key, arguments = sampler.setting(config, "engine_kwargs.vllm")
-    for argument, value in dict(arguments or {}).items():
-        if reason := _spoilt_by(argument, value, plan):
-            yield Conflict(f"{key}.{argument}", value, reason, "remove it")
-        elif _spelled(argument) == ALL2ALL and (
-            other := expert_communication_conflict(f"{key}.{argument}", value, plan)
-        ):
-            yield other
+    if sampler is not None:
+        # These go to its command line after everything else, past the rollout's own dtype.
+        key, arguments = served.setting(config, f"engine_kwargs.{sampler.name}")
+        yield from sampler.argument_conflicts(key, dict(arguments or {}), plan)
 
 
-def _spoilt_by(argument: str, value: Any, plan: Plan) -> str | None:
-    """Return why an argument of vLLM's command line spoils the plan; None if it does not."""
-    argument, names = _spelled(argument), spelling_of(plan.dtype).all
-    accepted = {"dtype": names, "kv_cache_dtype": ("auto", *names), "distributed_executor_backend": ("mp",)}
-    reasons = {
-        **dict.fromkeys(("dtype", "kv_cache_dtype"), f"it overrides the plan's {plan.dtype}"),
-        "distributed_executor_backend": "its workers are not processes we know how to ask",
-        "quantization": f"a quantized sampler is not {plan.dtype}",
-    }
-    is_set = value if argument == "quantization" else value is not None
-    return reasons.get(argument) if is_set and str(value) not in accepted.get(argument, ()) else None
+def release_conflict(key: str, sampler: Sampler) -> Conflict | None:
+    """Say why this verl cannot sample with it under a plan; None if it can."""
+    release = installed_release("verl")
+    if sampler is not SGLANG or release is None or Version(release) >= Version(_FIRST_WITH_PLUGINS):
+        return None
+    reason = f"verl {release} starts an SGLang whose schedulers load no plugins, so that none of them could be proved"
+    return Conflict(key, sampler.name, reason, f"use verl {_FIRST_WITH_PLUGINS} or newer, or vllm")
 
 
-def _spelled(argument: str) -> str:
-    # vLLM takes either.
-    return argument.replace("-", "_")
-
-
-def stock_dtype(config: Any, sampler: Sampler) -> str:
+def stock_dtype(config: Any, served: Served) -> str:
     """Return the setting that decides what a server computes in where no plan does."""
-    given = (sampler.setting(config, name)[1] for name in ("engine_kwargs.vllm.dtype", "dtype"))
+    sampler = served.sampler(config)
+    names = ([f"engine_kwargs.{sampler.name}.dtype"] if sampler else []) + ["dtype"]
+    given = (served.setting(config, name)[1] for name in names)
     return str(next(filter(None, given), BFLOAT16.torch))

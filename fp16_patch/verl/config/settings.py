@@ -14,15 +14,20 @@ from fp16_patch.plan.errors import Conflict, PlanError
 from fp16_patch.plan.plan import Plan
 from fp16_patch.runtime.activation import current_plan
 from fp16_patch.runtime.slow_experts import slow_experts
+from fp16_patch.samplers.models import model_conflicts
 from fp16_patch.verl.config.fused_kernels import fused_kernel_conflict
 from fp16_patch.verl.config.kernel_limits import attention_conflicts
-from fp16_patch.verl.config.samplers import has_reward_worker, sampler_conflicts, samplers, stock_dtype
+from fp16_patch.verl.config.samplers import (
+    has_reward_worker,
+    sampler_conflicts,
+    samplers_of,
+    served_models,
+    stock_dtype,
+)
 from fp16_patch.verl.config.selection import select as _select
 from fp16_patch.verl.config.stock_dtypes import learner_dtype
 from fp16_patch.verl.config.supported_engines import FSDP, MEGATRON, engine_conflict, megatron_conflicts
 from fp16_patch.verl.config.weight_sync import weight_sync_conflicts
-from fp16_patch.vllm.expert_communication import environment_conflicts
-from fp16_patch.vllm.stored_models import model_conflicts
 
 logger = logging.getLogger(__name__)
 
@@ -113,8 +118,10 @@ def conflicts_of(config: Any, plan: Plan) -> Iterator[Conflict]:
     """Yield the settings of a composed verl configuration that cannot be had under the plan."""
     select = partial(_select, config)
     yield from _engine_conflicts(config, plan)
-    for sampler in samplers(config):
-        yield from sampler_conflicts(config, sampler, plan)
+    for served in served_models(config):
+        yield from sampler_conflicts(config, served, plan)
+    for sampler in samplers_of(config):
+        yield from sampler.environment_conflicts(plan)
     yield from weight_sync_conflicts(select, plan)
     yield from _model_conflicts(config, plan)
     yield from _kernel_conflicts(config, plan)
@@ -140,7 +147,6 @@ def _kernel_conflicts(config: Any, plan: Plan) -> Iterator[Conflict]:
     select = partial(_select, config)
     on_fsdp = [role for role, _ in _engine_sections(config) if select(f"{role}.strategy") in FSDP]
     yield from attention_conflicts(select, on_fsdp, plan)
-    yield from environment_conflicts(plan)
 
 
 def _engine_conflicts(config: Any, plan: Plan) -> Iterator[Conflict]:
@@ -162,12 +168,12 @@ def _engine_conflicts(config: Any, plan: Plan) -> Iterator[Conflict]:
 
 
 def _model_conflicts(config: Any, plan: Plan) -> Iterator[Conflict]:
-    sampled = {sampler.model for sampler in samplers(config)}
+    samplers = {served.model: served.sampler(config) for served in served_models(config)}
     trained = {"critic.model.path"} if uses_critic(config) else set()
     if has_reward_worker(config):
         trained.add(f"{_REWARD_WORKER}.model.path")
-    for key in sorted(sampled | trained):
-        yield from model_conflicts(key, _select(config, key), plan, sampled=key in sampled)
+    for key in sorted(samplers.keys() | trained):
+        yield from model_conflicts(key, _select(config, key), plan, sampler=samplers.get(key))
     policy = "actor_rollout_ref.model.path"
     if plan.scales_loss and (other := probe_settings.conflict_with(plan.probe, policy, _select(config, policy))):
         yield other
@@ -196,8 +202,8 @@ def effective_dtypes(config: Any, plan: Plan) -> dict[str, str]:
     if has_reward_worker(config):
         learners.append((_REWARD_WORKER, f"{_REWARD_WORKER}.{MEGATRON}"))
     roles = {_role_of(key): plan.dtype or _stock_dtype(config, key, section) for key, section in learners}
-    served = {sampler.role: plan.dtype or torch_name(stock_dtype(config, sampler)) for sampler in samplers(config)}
-    return {**roles, **served}
+    sampled = {served.role: plan.dtype or torch_name(stock_dtype(config, served)) for served in served_models(config)}
+    return {**roles, **sampled}
 
 
 def _stock_dtype(config: Any, role: str, engine_config: str) -> str:
@@ -258,8 +264,8 @@ def _forced_keys(config: Any, plan: Plan) -> dict[str, Any]:
         no_sync = f"{engine_config}.use_no_sync_for_gradient_accumulation"
         if _select(config, f"{role}.strategy") == "fsdp" and _select(config, no_sync) is not None:
             forced[no_sync] = False
-    for sampler in samplers(config):
-        forced[f"{sampler.section}.dtype"] = plan.dtype
+    for served in served_models(config):
+        forced[f"{served.section}.dtype"] = plan.dtype
     return forced
 
 

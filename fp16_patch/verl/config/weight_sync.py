@@ -9,9 +9,11 @@ from fp16_patch.patching.fingerprint import parsed
 from fp16_patch.patching.sources import Installed, Sources
 from fp16_patch.plan.errors import Conflict
 from fp16_patch.plan.plan import Plan
+from fp16_patch.sglang.sampler import SGLANG
 from fp16_patch.verl.config.selection import Select
 
 BACKEND = "actor_rollout_ref.rollout.checkpoint_engine.backend"
+SAMPLER = "actor_rollout_ref.rollout.name"
 MODEL = "actor_rollout_ref.model"
 _COLOCATED = "naive"
 # verl's wire for weight differences stores bf16 and its vLLM receiver accepts nothing else.
@@ -31,6 +33,9 @@ def weight_sync_conflicts(select: Select, plan: Plan) -> Iterator[Conflict]:
     if wire in BF16_ONLY_WIRES and plan.dtype != "bfloat16":
         reason = "it sends weights in bfloat16 and vLLM's side accepts nothing else"
         yield Conflict(BACKEND, wire, reason, "use naive or nccl")
+    if select(SAMPLER) == SGLANG.name and (adapter := _unmerged_adapter(select)):
+        reason = f"with {adapter} it gets adapters by a way on which nobody sees in which dtype they arrive"
+        yield Conflict(SAMPLER, SGLANG.name, reason, f"set {MODEL}.lora.merge=true, or use vllm")
     if _is_disaggregated(select) and (adapter := _unmerged_adapter(select)) and leaves_out_adapters(Installed()):
         reason = (
             f"with {adapter} it sends the base weights alone, and the sampler stays at the initial policy "

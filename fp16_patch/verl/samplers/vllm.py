@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from fp16_patch.patching.call_arguments import argument
-from fp16_patch.plan.plan import ROLE_ENV
-from fp16_patch.runtime import propagation
-from fp16_patch.runtime.activation import attestation, ledger
+from fp16_patch.samplers.holdings import begins_a_sync, note_wire, role, tell
+from fp16_patch.verl.samplers.server import begin_server
 from fp16_patch.vllm.engine import note_engine, watch_hidden_states
-
-_FIRST_WEIGHT = "_fp16_patch_first_weight"
 
 
 def build_cli_args(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
@@ -20,18 +16,16 @@ def build_cli_args(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
 
     Not a method of the server: Ray sends an actor's class by value, and a wrapper on its methods is lost on the way.
     """
-    ledger().kind = "server"
-    os.environ[ROLE_ENV] = _role_of_this_server()
-    propagation.expect_children(_children_of(argument(wrapped, args, kwargs, "config")))
+    begin_server("server", _children_of(argument(wrapped, args, kwargs, "config")))
     return wrapped(*args, **kwargs)
 
 
 def monkey_patch_model(wrapped: Any, worker: Any, args: Any, kwargs: Any) -> Any:
     """`vLLMColocateWorkerExtension.monkey_patch_model`, called once the engine is up: note weights and KV cache."""
     result = wrapped(*args, **kwargs)
-    note_engine(_role(), worker)
-    watch_hidden_states(_role(), worker)
-    propagation.publish(attestation())
+    note_engine(role(), worker)
+    watch_hidden_states(role(), worker)
+    tell()
     return result
 
 
@@ -39,26 +33,10 @@ def update_weights(wrapped: Any, worker: Any, args: Any, kwargs: Any) -> Any:
     """`vLLMColocateWorkerExtension._update_weights`: note what came over the wire and what it became."""
     weights = argument(wrapped, args, kwargs, "weights")
     result = wrapped(*args, **kwargs)
-    arrived = {weight.dtype for _, weight in weights if weight.is_floating_point()}
-    new = ledger().note(_role(), "wire", *arrived)
-    if (_begins_a_sync(worker, weights) and note_engine(_role(), worker)) or new:
-        propagation.publish(attestation())
+    new = note_wire(role(), weights)
+    if (begins_a_sync(worker, (name for name, _ in weights)) and note_engine(role(), worker)) or new:
+        tell()
     return result
-
-
-def _begins_a_sync(worker: Any, weights: Sequence[tuple[str, Any]]) -> bool:
-    """Return whether these are the first weights of a sync: verl calls us for each bucket, and a walk is of them all.
-
-    A sync sends the same weights as the one before, and begins with the same.
-    """
-    first = next((name for name, _ in weights), None)
-    if not hasattr(worker, _FIRST_WEIGHT):
-        setattr(worker, _FIRST_WEIGHT, first)
-    return bool(getattr(worker, _FIRST_WEIGHT) == first)
-
-
-def _role() -> str:
-    return os.environ.get(ROLE_ENV, "rollout")
 
 
 def _children_of(arguments: Mapping[str, Any]) -> dict[str, int]:
@@ -70,15 +48,3 @@ def _children_of(arguments: Mapping[str, Any]) -> dict[str, int]:
     # With several nodes and one replica, the engine is on the first and the others run workers only.
     engines = on_this_node if nodes == 1 or replicas > 1 or int(arguments["node_rank"]) == 0 else 0
     return {"engine_core": engines, "sampler_worker": workers // nodes}
-
-
-def _role_of_this_server() -> str:
-    # Nothing tells the server what it is for, but the name verl gives its actor.
-    name = _actor_name()
-    return next((role for role in ("reward", "teacher") if f"server_{role}" in name), "rollout")
-
-
-def _actor_name() -> str:
-    import ray
-
-    return str(ray.get_runtime_context().get_actor_name() or "")

@@ -13,7 +13,7 @@ from fp16_patch.runtime.activation import refine
 from fp16_patch.runtime.driver import FrameworkDriver
 from fp16_patch.verl.config import settings as verl_config
 from fp16_patch.verl.config.caveats import caveats_of
-from fp16_patch.verl.config.samplers import REWARD, TEACHER, samplers
+from fp16_patch.verl.config.samplers import REWARD, TEACHER, policy_sampler, served_models
 from fp16_patch.verl.trainers.observation import ORDER
 
 logger = logging.getLogger(__name__)
@@ -39,6 +39,10 @@ class VerlDriver(FrameworkDriver):
     def model(self) -> str:
         return str(self.trainer.config.actor_rollout_ref.model.path)
 
+    def sampler(self) -> str | None:
+        sampler = policy_sampler(self.trainer.config)
+        return None if sampler is None else sampler.name
+
     def checkpoints(self) -> Path:
         return Path(self.trainer.config.trainer.default_local_dir)
 
@@ -60,7 +64,7 @@ class VerlDriver(FrameworkDriver):
             required["ref"] = (*computed, "log_prob")
         if trainer.use_critic:
             required["critic"] = (*computed, "value")
-        served = {sampler.section: sampler.role for sampler in samplers(config)}
+        served = {sampler.section: sampler.role for sampler in served_models(config)}
         if REWARD in served:
             required["reward"] = ("engine_weight",)
         if any(role.startswith(TEACHER) for role in served.values()):

@@ -84,8 +84,8 @@ def test_an_overlay_holds_the_framework_and_nothing_that_hides_ours(
 
 
 def test_the_readme_names_the_oldest_and_the_newest_release() -> None:
-    """Its summary is written by hand: three ranges."""
+    """Its summary is written by hand: four ranges."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for package, name in {"verl": "verl", "openrlhf": "OpenRLHF", "vllm": "vLLM"}.items():
+    for package, name in {"verl": "verl", "openrlhf": "OpenRLHF", "vllm": "vLLM", "sglang": "SGLang"}.items():
         known = [release.version for release in versions.tested_releases() if release.package == package]
         assert f"{name} {known[0]} to {known[-1]}" in readme

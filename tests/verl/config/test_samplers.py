@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.version import Version
 
 from fp16_patch import Plan
+from fp16_patch.patching.declarations import installed_release
 
 pytestmark = pytest.mark.verl
 
@@ -70,7 +72,7 @@ def test_teachers_of_a_run_that_does_not_distil_are_no_roles(compose: Composed) 
 @pytest.mark.parametrize(
     ("override", "refused"),
     [
-        (f"{TEACHERS}.teacher_model.inference.name=sglang", f"{TEACHERS}.teacher_model.inference.name=sglang: "),
+        (f"{TEACHERS}.teacher_model.inference.name=trtllm", f"{TEACHERS}.teacher_model.inference.name=trtllm: "),
         (
             f"+{TEACHERS}.teacher_model.inference.quantization=fp8",
             f"{TEACHERS}.teacher_model.inference.quantization=fp8: a quantized sampler is not float16. Fix: set it",
@@ -124,10 +126,10 @@ def test_a_served_reward_model_is_judged_however_it_is_spelled(
     if "reward" not in compose():
         pytest.skip("verl serves reward models by this section since 0.7.1")
     activated()
-    overrides = (f"{spelling}.enable=True", f"{spelling}.rollout.name=sglang")
+    overrides = (f"{spelling}.enable=True", f"{spelling}.rollout.name=trtllm")
     assert roles(compose(*overrides), "observe")["reward"] == "bfloat16"
     (said,) = conflicts(compose(*overrides))
-    assert said.startswith(f"{spelling}.rollout.name=sglang: fp16_patch cannot vouch for this sampler")
+    assert said.startswith(f"{spelling}.rollout.name=trtllm: fp16_patch cannot vouch for this sampler")
 
 
 def test_a_reward_models_worker_of_former_releases_is_a_role(compose: Composed) -> None:
@@ -152,3 +154,67 @@ def test_an_argument_of_vllm_is_refused_in_either_spelling(argument: str, compos
 def test_what_vllm_is_told_last_is_what_it_computes_in_without_a_plan(compose: Composed) -> None:
     config = compose("+actor_rollout_ref.rollout.engine_kwargs.vllm.dtype=half")
     assert roles(config, "observe")["rollout"] == "float16"
+
+
+SGLANG = "actor_rollout_ref.rollout.name=sglang"
+needs_plugins = pytest.mark.skipif(
+    Version(installed_release("verl") or "0") < Version("0.8"), reason="the schedulers of its SGLang load no plugins"
+)
+
+
+@needs_plugins
+def test_sglang_is_a_sampler_in_the_plans_dtype(compose: Composed, activated: Any) -> None:
+    from fp16_patch.verl.config.settings import apply_to
+
+    plan = activated()
+    config = compose(SGLANG)
+    assert roles(config, "observe")["rollout"] == "bfloat16"
+    assert conflicts(config) == []
+    apply_to(config, plan)
+    assert config.actor_rollout_ref.rollout.dtype == "float16"
+
+
+@needs_plugins
+@pytest.mark.parametrize(
+    ("argument", "value", "reason"),
+    [
+        ("dtype", "bfloat16", "it overrides the plan's float16"),
+        ("kv_cache_dtype", "fp8_e5m2", "it overrides the plan's float16"),
+        ("rl_on_policy_target", "fsdp", "it casts logits, the head and activations to bfloat16"),
+        ("moe_a2a_backend", "deepep", "its kernels exchange the experts' tokens in bfloat16 only"),
+    ],
+)
+def test_an_argument_of_sglang_is_refused_where_sglang_samples(
+    argument: str, value: str, reason: str, compose: Composed, activated: Any
+) -> None:
+    activated()
+    key = f"actor_rollout_ref.rollout.engine_kwargs.sglang.{argument}"
+    (said,) = conflicts(compose(SGLANG, f"+{key}={value}"))
+    assert said.startswith(f"{key}={value}: {reason}")
+    assert said.endswith("Fix: remove it")
+    assert conflicts(compose(f"+{key}={value}")) == []
+
+
+@needs_plugins
+def test_what_sglang_is_told_last_is_what_it_computes_in_without_a_plan(compose: Composed) -> None:
+    config = compose(SGLANG, "+actor_rollout_ref.rollout.engine_kwargs.sglang.dtype=half")
+    assert roles(config, "observe")["rollout"] == "float16"
+
+
+@pytest.mark.skipif(Version(installed_release("verl") or "1") >= Version("0.8"), reason="its SGLang loads plugins")
+def test_an_sglang_without_plugins_is_refused_with_what_goes(compose: Composed, activated: Any) -> None:
+    activated()
+    (said,) = conflicts(compose(SGLANG))
+    assert said.startswith(f"{SGLANG}: ")
+    assert "load no plugins" in said
+    assert said.endswith("Fix: use verl 0.8.0 or newer, or vllm")
+
+
+def test_log_probs_of_sglang_are_those_it_samples_by_and_of_the_whole_vocabulary(compose: Composed) -> None:
+    from fp16_patch.verl.config.caveats import caveats_of
+
+    # Off by default before 0.9.
+    rollout = "actor_rollout_ref.rollout"
+    measured = (f"{rollout}.calculate_log_probs=True", f"{rollout}.top_p=0.9", f"{rollout}.logprobs_mode=raw_logprobs")
+    assert len(caveats_of(compose(*measured))) == 2
+    assert caveats_of(compose(*measured, SGLANG)) == []

@@ -39,7 +39,7 @@ def test_the_stock_configuration_has_no_conflict(activated: Any, compose: Callab
             "fp8",
             "set it to null",
         ),
-        ("actor_rollout_ref.rollout.name=sglang", "actor_rollout_ref.rollout.name", "sglang", "use vllm"),
+        ("actor_rollout_ref.rollout.name=trtllm", "actor_rollout_ref.rollout.name", "trtllm", "use vllm or sglang"),
         (
             "+actor_rollout_ref.rollout.engine_kwargs.vllm.dtype=bfloat16",
             "actor_rollout_ref.rollout.engine_kwargs.vllm.dtype",

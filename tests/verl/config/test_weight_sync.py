@@ -11,7 +11,7 @@ import pytest
 from fp16_patch import Plan
 from fp16_patch.patching.sources import Installed
 from fp16_patch.verl.config import weight_sync
-from fp16_patch.verl.config.weight_sync import BACKEND, MODEL, leaves_out_adapters, weight_sync_conflicts
+from fp16_patch.verl.config.weight_sync import BACKEND, MODEL, SAMPLER, leaves_out_adapters, weight_sync_conflicts
 
 RANK = {f"{MODEL}.lora_rank": 8}
 SEPARATE = {BACKEND: "nccl", "trainer.use_v1": True, "trainer.v1.trainer_mode": "separate_async"}
@@ -118,3 +118,10 @@ def test_the_installed_release_is_judged_as_its_worker_runs() -> None:
     for _ in range(2):
         asyncio.run(update(worker))
     assert leaves_out_adapters(Installed()) == (not any(each.get("base_sync_done") for each in asked))
+
+
+def test_adapters_that_sglang_gets_past_the_ledger_are_refused_unless_merged(says: Callable[..., list[str]]) -> None:
+    (said,) = says({**RANK, SAMPLER: "sglang"})
+    assert said.startswith(f"{SAMPLER}=sglang: with {MODEL}.lora_rank=8 it gets adapters by a way on which nobody sees")
+    assert says({**RANK, SAMPLER: "sglang", f"{MODEL}.lora.merge": True}) == []
+    assert says({**RANK, SAMPLER: "vllm"}) == []

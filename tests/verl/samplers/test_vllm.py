@@ -12,6 +12,7 @@ torch = pytest.importorskip("torch")
 
 import fp16_patch
 from fp16_patch import Plan
+from fp16_patch.runtime import propagation
 from fp16_patch.runtime.activation import ledger
 
 pytestmark = pytest.mark.verl
@@ -44,7 +45,7 @@ def test_a_dtype_that_is_new_on_the_wire_is_published_in_any_bucket(monkeypatch:
 
     published: list[Any] = []
     monkeypatch.setattr(vllm, "note_engine", lambda role, worker: False)
-    monkeypatch.setattr(vllm.propagation, "publish", published.append)
+    monkeypatch.setattr(propagation, "publish", published.append)
     worker = SimpleNamespace()
     for name, dtype in (("a", torch.float16), ("b", torch.float16), ("c", torch.bfloat16)):
         vllm.update_weights(received, worker, ([(name, torch.zeros(1, dtype=dtype))],), {})

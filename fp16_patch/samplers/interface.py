@@ -75,8 +75,8 @@ class Interface:
             sources: where its code is; what this Python would import if None.
         """
         package = self.package
-        oldest, *_, newest = self._of_level(LEVELS)
-        fix = f"in a release from {oldest} to {newest} that the framework takes"
+        known, run = self._of_level(LEVELS), self._of_level(LEVELS[1:])
+        fix = f"in a release from {known[0]} to {known[-1]} that the framework takes"
         if release is None:
             said = (
                 f"{package} is not installed here, but the command samples with it. Fix: pip install {package}, {fix}"
@@ -84,10 +84,12 @@ class Interface:
             return Finding(said, fatal=True)
         if missing := self.lacking(sources or Installed()):
             return Finding(f"{package}={release}: {missing[0]}. Fix: install {package} {fix}", fatal=True)
-        first, *_, last = self._of_level(LEVELS[1:])
-        if Version(first) <= Version(release) <= Version(last):
+        first, last = run[0], run[-1]
+        # Of a release, later builds and those for other hardware are the same.
+        base = Version(Version(release).base_version)
+        if Version(first) <= base <= Version(last):
             return None
-        age = "older" if Version(release) < Version(first) else "newer"
+        age = "older" if base < Version(first) else "newer"
         said = f"{package} {release} is {age} than what was run with fp16_patch ({first} to {last}). That is not fatal"
         why = "its code has all that is used of it, and each of its processes proves its dtype before training"
         return Finding(f"{said}: {why}", fatal=False)

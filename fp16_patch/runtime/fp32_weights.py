@@ -11,6 +11,8 @@ from typing import Any
 
 # `parameters` and `buffers` → ends of their names, sorted
 Kept = dict[str, list[str]]
+# Kinds of processes that hold a sampler's model, once it is loaded.
+_SAMPLING = ("sampler_worker", "sglang_scheduler")
 
 
 def end_of(name: str) -> str:
@@ -38,7 +40,7 @@ def kept_by_samplers(records: Sequence[Mapping[str, Any]], role: str = "rollout"
 
 def _may_sample(record: Mapping[str, Any], role: str) -> bool:
     holding = {each for each, row in record["roles"].items() if "engine_weight" in row}
-    return role in holding or (record["kind"] == "sampler_worker" and not holding)
+    return role in holding or (record["kind"] in _SAMPLING and not holding)
 
 
 def _ends(samplers: Iterable[Mapping[str, Any]], role: str, kind: str) -> set[str]:

@@ -28,8 +28,8 @@ class Ledger:
     """Holds what this process saw.
 
     Attributes:
-        kind: what the process is: `driver`, `task_runner`, `worker`, `server`, `engine_core`, `sampler_worker`;
-            `task_runner_v0` runs verl's V0 trainer.
+        kind: what the process is: `driver`, `task_runner`, `worker`, `server`, `engine_core`, `sampler_worker`,
+            `sglang_server`, `sglang_scheduler`; `task_runner_v0` runs verl's V0 trainer.
         rank: its rank in the learner's process group, if it has one.
         training_granted: the driver has judged the whole job and allows optimizer steps.
         sampler_keeps: what the samplers of this job keep in another dtype than the plan's, as the driver told; None

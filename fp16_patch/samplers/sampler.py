@@ -16,7 +16,6 @@ class Sampler(ABC):
 
     Attributes:
         name: as frameworks' configurations spell it.
-        title: as sentences do.
         interface: what is used of its package.
         plugins: the variable that lists the plugins its processes may load.
         renormalizes: whether its log-probs, under top-p or top-k, are those of what is left of the vocabulary. The
@@ -26,7 +25,6 @@ class Sampler(ABC):
     """
 
     name: ClassVar[str]
-    title: ClassVar[str]
     interface: ClassVar[Interface]
     plugins: ClassVar[str]
     renormalizes: ClassVar[bool]

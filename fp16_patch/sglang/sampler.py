@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
@@ -16,7 +15,7 @@ from fp16_patch.samplers.sampler import Sampler
 from fp16_patch.untrusted.reading import Unreadable, json_of
 
 ORIGINAL_LOG_PROBS = "SGLANG_RETURN_ORIGINAL_LOGPROB"
-# As SGLang reads a variable that switches something.
+# What SGLang, in one place or another, or people take for a switch that is on.
 _ON = ("1", "true", "yes", "y", "on", "t")
 
 # Experts' kernels that allocate or assert bfloat16, whatever the weights are in.
@@ -48,26 +47,24 @@ def _on_policy(value: object, plan: Plan) -> str | None:
     return "it casts logits, the head and activations to bfloat16, to be like a learner in bfloat16"
 
 
-def _kv_cache(value: object, plan: Plan) -> str | None:
-    # It knows no float16, so that only what follows the weights is in it.
-    return None if value is None else overridden_unless_auto(value, plan)
-
-
 def _model_overrides(value: object, plan: Plan) -> str | None:
     try:
         overrides = value if isinstance(value, Mapping) else json_of(str(value or "{}"))
     except Unreadable:
+        overrides = None
+    if not isinstance(overrides, Mapping):
         return None  # SGLang says what is wrong with it
     said = {name: overrides[name] for name in ("dtype", "torch_dtype") if overrides.get(name)}
     spoils = next((f"{name}: {reason}" for name, each in said.items() if (reason := overridden(each, plan))), None)
     if spoils is None and overrides.get("quantization_config"):
-        return quantized(json.dumps(overrides["quantization_config"]), plan)
+        return quantized(overrides["quantization_config"], plan)
     return spoils
 
 
 JUDGES: dict[str, Judge] = {
     "dtype": overridden,
-    "kv_cache_dtype": _kv_cache,
+    # It knows no float16, so that only what follows the weights is in it.
+    "kv_cache_dtype": overridden_unless_auto,
     "quantization": quantized,
     "torchao_config": quantized,
     "modelopt_quant": quantized,
@@ -82,7 +79,6 @@ class SGLang(Sampler):
     """SGLang's runtime, from the release on that loads plugins in its schedulers."""
 
     name: ClassVar = "sglang"
-    title: ClassVar = "SGLang"
     interface: ClassVar = Interface("sglang")
     plugins: ClassVar = "SGLANG_PLUGINS"
     renormalizes: ClassVar = False
@@ -98,7 +94,11 @@ class SGLang(Sampler):
             yield Conflict(ORIGINAL_LOG_PROBS, value, reason, f"unset it, or {MODE_ENV}=observe to measure it so")
 
     def model_conflicts(self, key: str, model: object, plan: Plan) -> Iterator[Conflict]:
-        del key, model, plan  # it serves every family in float16 that it is told to; some it does not: see `resolved`
+        del (
+            key,
+            model,
+            plan,
+        )  # it serves every family in float16 that it is told to; some not, which its settled arguments say
         yield from ()
 
 

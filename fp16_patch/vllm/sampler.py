@@ -31,7 +31,6 @@ class Vllm(Sampler):
     """vLLM's V1 engine."""
 
     name: ClassVar = "vllm"
-    title: ClassVar = "vLLM"
     interface: ClassVar = Interface("vllm")
     plugins: ClassVar = "VLLM_PLUGINS"
     renormalizes: ClassVar = True

@@ -61,8 +61,13 @@ def test_what_one_sampler_of_many_keeps_is_kept() -> None:
 
 @pytest.mark.parametrize(
     "silent",
-    [sampler(), Ledger(kind="sampler_worker").record(Plan(), {}), missing_record("sampler_worker", "no attestation")],
-    ids=["of weights it has", "of all", "as it is not there"],
+    [
+        sampler(),
+        Ledger(kind="sampler_worker").record(Plan(), {}),
+        missing_record("sampler_worker", "no attestation"),
+        missing_record("sglang_scheduler", "no attestation"),
+    ],
+    ids=["of weights it has", "of all", "as it is not there", "as SGLang's is not there"],
 )
 def test_a_sampler_that_has_said_nothing_may_keep_anything(silent: Record) -> None:
     assert kept_by_samplers([sampler(parameters=set()), silent]) is None

@@ -58,6 +58,7 @@ def test_what_spoils_the_plan_is_refused_as_it_was_spelled(argument: str, value:
         ("moe_a2a_backend", "none"),
         ("json_model_override_args", "{}"),
         ("json_model_override_args", "no JSON at all"),
+        ("json_model_override_args", "[1]"),
         ("attention_backend", "fa3"),
     ],
 )

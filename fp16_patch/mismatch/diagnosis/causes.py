@@ -90,7 +90,7 @@ def raw_log_probs(evidence: Evidence) -> Sentences:
 
 def raw_log_probs_advice(evidence: Evidence) -> str:
     """Say which setting makes log-probs those that are sampled by; of a sampler that is not known, vLLM's."""
-    setting = _SAMPLED_BY.get(evidence.sampled_by or "", _SAMPLED_BY["vllm"])
+    setting = _SAMPLED_BY.get(evidence.sampled_by, _SAMPLED_BY["vllm"])
     return (
         f"Let the sampler report the log-probs it samples by: {setting}, or sample at temperature 1 without penalties."
     )

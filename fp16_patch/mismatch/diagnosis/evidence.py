@@ -261,7 +261,7 @@ class Evidence:
     learner: Side | None
     sampler: Side | None
     planned: str | None
-    sampled_by: str | None
+    sampled_by: str
     floor_multiple: float | None
 
     @classmethod
@@ -294,7 +294,7 @@ class Evidence:
             learner=_side(ledger or {}, "actor", LEARNER_QUANTITIES),
             sampler=_side(ledger or {}, "rollout", SAMPLER_QUANTITIES),
             planned=(plan or {}).get("dtype"),
-            sampled_by=(plan or {}).get("sampler"),
+            sampled_by=str((plan or {}).get("sampler")),
             floor_multiple=_quotient(total.mean_abs, floor) if floor > 0 else None,
         )
 

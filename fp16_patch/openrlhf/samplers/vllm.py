@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +11,8 @@ from fp16_patch.patching.call_arguments import argument, bound, takes
 from fp16_patch.patching.sources import Installed
 from fp16_patch.plan.plan import KIND_ENV, ROLE_ENV
 from fp16_patch.runtime import propagation
-from fp16_patch.runtime.activation import attestation, current_plan, ledger, our_part
+from fp16_patch.runtime.activation import current_plan, ledger, our_part
+from fp16_patch.samplers.holdings import role, tell
 from fp16_patch.vllm.engine import note_engine
 
 _LOG_PROBS = {"logprobs_mode": "processed_logprobs"}
@@ -61,12 +61,11 @@ def generate(wrapped: Any, generator: Any, args: Any, kwargs: Any) -> Any:
 def update_weight(wrapped: Any, worker: Any, args: Any, kwargs: Any) -> Any:
     """`WorkerWrap.update_weight` and `update_weight_cuda_ipc`: note what came over the wire and what it became."""
     result = wrapped(*args, **kwargs)
-    role = os.environ.get(ROLE_ENV, "rollout")
     arrived = argument(wrapped, args, kwargs, "dtype")
     # Once for each dtype: this is called for every parameter.
-    if ledger().note(role, "wire", arrived):
-        note_engine(role, worker)
-        propagation.publish(attestation())
+    if ledger().note(role(), "wire", arrived):
+        note_engine(role(), worker)
+        tell()
     return result
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from fp16_patch.patching.call_arguments import argument, bound
-from fp16_patch.runtime.activation import ledger, our_part
+from fp16_patch.runtime.activation import our_part
+from fp16_patch.samplers.holdings import note_wire
 from fp16_patch.vllm.engine import note_engine, watch_hidden_states
 
 _ROLE = "rollout"
@@ -29,7 +30,7 @@ async def update_weights(wrapped: Any, rollout: Any, args: Any, kwargs: Any) -> 
 def update_params(wrapped: Any, manager: Any, args: Any, kwargs: Any) -> Any:
     """`FSDPVLLMShardingManager.update_params`, in 0.5.0: note what came over the wire and what it became."""
     weights = argument(wrapped, args, kwargs, "updated_params")
-    ledger().note(_ROLE, "wire", *(weight.dtype for weight in weights.values() if weight.is_floating_point()))
+    note_wire(_ROLE, weights.items())
     result = wrapped(*args, **kwargs)
     _note_sampler(manager.inference_engine)
     return result
@@ -42,9 +43,7 @@ def _noted(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, t
 
 
 def _note_weight(named: tuple[str, torch.Tensor]) -> None:
-    _, weight = named
-    if weight.is_floating_point():
-        ledger().note(_ROLE, "wire", weight.dtype)
+    note_wire(_ROLE, [named])
 
 
 def _note_sampler(engine: Any) -> None:

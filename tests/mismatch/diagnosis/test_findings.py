@@ -156,6 +156,22 @@ def test_few_tokens_leave_temperature_and_raw_log_probs_undecided() -> None:
     assert "tokens do not tell it from" in findings[0].evidence[-1]
 
 
+@pytest.mark.parametrize(
+    ("sampler", "setting"),
+    [
+        ("sglang", "SGLANG_RETURN_ORIGINAL_LOGPROB"),
+        ("vllm", "logprobs_mode"),
+        (None, "logprobs_mode"),
+        (["no", "name"], "logprobs_mode"),
+    ],
+    ids=str,
+)
+def test_the_setting_of_raw_log_probs_is_the_samplers(sampler: object, setting: str) -> None:
+    steps = Policy(sampler_temperature=0.7, learner_temperature=0.7, reported=1.0).run(3000, seed=0)
+    advice = {each.cause: each.advice for each in diagnose(steps, plan={"sampler": sampler})}
+    assert setting in advice["raw_log_probs"]
+
+
 def test_top_p_is_told() -> None:
     evidence = text(diagnose(Policy(FP16, top_p=0.8).run(3000, seed=0)), "truncated_sampling")
 

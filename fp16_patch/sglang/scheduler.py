@@ -43,16 +43,20 @@ def _watch(runner: Any) -> None:
         return
     runner.model.load_weights = partial(_load_weights, runner, runner.model.load_weights)
     watch_modules(role(), runner.model)
-    _watch_head(runner)
+    _watch_heads(runner)
     _note_and_tell(runner)
 
 
-def _watch_head(runner: Any) -> None:
+def _watch_heads(runner: Any) -> None:
+    from sglang.srt.layers.logits_processor import LogitsProcessor
+
     def first(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        handle.remove()
+        handles.pop(module).remove()
         _NOTING.run(lambda: _note_hidden_states(runner, args, kwargs))
 
-    handle = runner.model.logits_processor.register_forward_pre_hook(first, with_kwargs=True)
+    # A model of images has it inside its language model; one that scores sequences has none.
+    heads = [module for module in runner.model.modules() if isinstance(module, LogitsProcessor)]
+    handles = {head: head.register_forward_pre_hook(first, with_kwargs=True) for head in heads}
 
 
 def _note_hidden_states(runner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from integration.cpu.arms import record_of
@@ -27,3 +29,29 @@ def record(result: RunResult) -> Path:
 
 def ledger(result: RunResult) -> dict[str, Any]:
     return dict(json.loads((record(result) / "ledger.json").read_text()))
+
+
+def served_reward_model(
+    model: Path, sampler: str, arguments: Mapping[str, object] = MappingProxyType({})
+) -> tuple[str, ...]:
+    """The score of a model that a sampler serves, with these arguments and on a device of its own, is the reward."""
+    section = "reward.reward_model"
+    return (
+        f"{section}.enable=True",
+        f"{section}.model_path={model}",
+        f"{section}.enable_resource_pool=True",
+        f"{section}.n_gpus_per_node=1",
+        f"{section}.nnodes=1",
+        f"{section}.rollout.name={sampler}",
+        f"{section}.rollout.tensor_model_parallel_size=1",
+        f"{section}.rollout.max_model_len=64",
+        f"{section}.rollout.max_num_seqs=32",
+        f"{section}.rollout.max_num_batched_tokens=512",
+        # As for the rollout: on a CPU it cannot sleep.
+        f"{section}.rollout.free_cache_engine=False",
+        f"+{section}.rollout.enable_sleep_mode=False",
+        *(f"+{section}.rollout.engine_kwargs.{sampler}.{name}={value}" for name, value in arguments.items()),
+        f"reward.custom_reward_function.path={Path(__file__).with_name('scored_by_model.py')}",
+        f"reward.custom_reward_function.name=score_of_{sampler}",
+        "ray_kwargs.ray_init.num_gpus=2",
+    )

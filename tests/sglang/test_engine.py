@@ -6,7 +6,6 @@ import functools
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,7 +32,9 @@ Facts = Mapping[str, Any]
 
 
 @pytest.fixture(scope="module")
-def facts_of(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Facts]:
+def facts_of(
+    tiny_model: Path, warm_python_for_sglang: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Facts]:
     """Given the options of an engine, and of its environment: what it leaves. An engine runs once for all tests."""
 
     @functools.cache
@@ -49,7 +50,7 @@ def facts_of(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Call
             **({"SGLANG_PLUGINS": plugins} if plugins else {}),
         }
         program, left = HERE / "engine.py", out / "facts.json"
-        command = [sys.executable, str(program), "--model", str(tiny_model), "--out", str(left), *options]
+        command = [str(warm_python_for_sglang), str(program), "--model", str(tiny_model), "--out", str(left), *options]
         result = subprocess.run(command, env=environment, cwd=out, text=True, capture_output=True, timeout=800)
         assert result.returncode == 0, (result.stdout + result.stderr)[-6000:]
         return dict(json.loads(left.read_text(encoding="utf-8")))

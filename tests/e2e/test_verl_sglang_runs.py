@@ -98,6 +98,8 @@ def test_the_runs_kind_of_gap_is_named(one_flag: RunResult) -> None:
     assert diagnose_run(load_run(record(one_flag)))[0].cause == "precision"
 
 
+# That it is missed is shown on an engine, too.
+@pytest.mark.matrix
 @pytest.mark.timeout(TIMEOUT_S)
 def test_a_scheduler_that_was_kept_from_the_plugin_stops_the_run_before_the_first_step(kept_out: RunResult) -> None:
     assert kept_out.returncode not in (0, None)

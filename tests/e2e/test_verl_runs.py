@@ -17,7 +17,7 @@ from fp16_patch.cli import main
 from fp16_patch.mismatch.diagnosis.findings import diagnose_run
 from fp16_patch.mismatch.record.reading import load_run
 from integration.cpu.launch import RunResult
-from tests.e2e.verl_runs import FP16_PATCH, STEPS, TIMEOUT_S, finished, ledger, record, served_reward_model
+from tests.e2e.verl_runs import FP16_PATCH, STEPS, TIMEOUT_S, finished, ledger, record, served_reward_model, served_teacher
 
 # Far above what FP16 gradients bear, and a power of two.
 OVERFLOWING = 2**40
@@ -54,6 +54,12 @@ def calibrating(start_verl: Callable[..., RunResult]) -> RunResult:
             ),
         )
     )
+
+
+@pytest.fixture(scope="session")
+def distilled(start_verl: Callable[..., RunResult], tiny_model: Path) -> RunResult:
+    """The one flag, with a teacher that vLLM serves."""
+    return finished(start_verl("fp16_patch", overrides=served_teacher(tiny_model, "vllm")))
 
 
 @pytest.fixture(scope="session")
@@ -228,3 +234,14 @@ def test_a_mixed_pair_is_refused_before_the_first_step(mixed_pair: RunResult) ->
     named = [line for line in log.splitlines() if "engine_weight" in line and "bfloat16" in line]
     assert named
     assert all("rollout" in line for line in named)
+
+
+@pytest.mark.matrix
+@pytest.mark.timeout(TIMEOUT_S)
+def test_a_teacher_computes_in_float16(distilled: RunResult) -> None:
+    found = ledger(distilled)
+    assert set(found["roles"]) == {"actor", "rollout", "teacher"}
+    teacher = found["roles"]["teacher"]
+    assert teacher["engine_weight"] == teacher["kv_cache"] == teacher["activation"] == ["float16"]
+    kinds = [process["kind"] for process in found["processes"]]
+    assert kinds.count("sampler_worker") == 2

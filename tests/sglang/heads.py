@@ -46,8 +46,11 @@ def served(owner: str | None) -> Any:
 def row(name: str, owner: str | None) -> dict[str, list[str]]:
     """Of a first pass that reaches the head in bfloat16, and a second in float32."""
     os.environ[ROLE_ENV] = name
-    model = served(owner)
-    model_loaded(None, SimpleNamespace(model=model))
+    model, runner = served(owner), SimpleNamespace()
+    runner.model = model
+    model_loaded(None, runner)
+    # As later releases do.
+    runner.token_to_kv_pool = SimpleNamespace(k_buffer=[torch.empty(1, dtype=torch.float16)])
     hidden_states = model.layer(torch.ones(1, 2, dtype=torch.float16))
     for dtype in (torch.bfloat16, torch.float32):
         for head in [module for module in model.modules() if isinstance(module, Head)]:

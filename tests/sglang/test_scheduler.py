@@ -34,4 +34,5 @@ def test_hidden_states_are_seen_wherever_a_model_has_its_head(model: str, rows: 
 
 
 def test_a_model_that_scores_sequences_has_no_such_head_and_is_served(rows: dict[str, Row]) -> None:
-    assert rows["scores"] == dict.fromkeys(("engine_weight", "module_output"), ["float16"])
+    held = ("engine_weight", "kv_cache", "module_output")
+    assert rows["scores"] == {**dict.fromkeys(held, ["float16"]), "gemm_sum": ["float32"]}

@@ -16,7 +16,7 @@ if find_spec("sglang") is None:
 from fp16_patch.mismatch.diagnosis.findings import diagnose_run
 from fp16_patch.mismatch.record.reading import load_run
 from integration.cpu.launch import SGLANG_ARGUMENTS, RunResult
-from tests.e2e.verl_runs import STEPS, TIMEOUT_S, finished, ledger, record, served_reward_model, served_teacher
+from tests.e2e.verl_runs import STEPS, TIMEOUT_S, finished, ledger, record, served_reward_model
 
 ARGUMENTS = "actor_rollout_ref.rollout.engine_kwargs.sglang"
 
@@ -38,13 +38,6 @@ def bf16(start_verl: Callable[..., RunResult]) -> RunResult:
 def kept_out(start_verl: Callable[..., RunResult]) -> RunResult:
     """The one flag, where SGLang loads another plugin and not ours."""
     return start_verl("fp16_patch", sampler="sglang", env={"SGLANG_PLUGINS": "sglang_on_cpu"})
-
-
-@pytest.fixture(scope="session")
-def distilled(start_verl: Callable[..., RunResult], tiny_model: Path) -> RunResult:
-    """With a teacher that SGLang serves."""
-    overrides = served_teacher(tiny_model, "sglang", SGLANG_ARGUMENTS)
-    return finished(start_verl("fp16_patch", sampler="sglang", overrides=overrides))
 
 
 @pytest.fixture(scope="session")
@@ -135,13 +128,3 @@ def test_both_ranks_and_both_schedulers_compute_in_float16(two_ranks: RunResult,
     assert found["roles"]["rollout"]["module_output"] == ["float16"]
     stock, ours = (load_run(record(result)).summary()["mismatch"]["mean_abs"] for result in (bf16, two_ranks))
     assert stock / ours >= 7
-
-
-@pytest.mark.matrix
-@pytest.mark.timeout(TIMEOUT_S)
-def test_a_teacher_computes_in_float16(distilled: RunResult) -> None:
-    found = ledger(distilled)
-    assert set(found["roles"]) == {"actor", "rollout", "teacher"}
-    assert found["roles"]["teacher"]["module_output"] == found["roles"]["teacher"]["engine_weight"] == ["float16"]
-    kinds = [process["kind"] for process in found["processes"]]
-    assert kinds.count("sglang_scheduler") == 2

@@ -16,7 +16,7 @@ if find_spec("sglang") is None:
 from fp16_patch.mismatch.diagnosis.findings import diagnose_run
 from fp16_patch.mismatch.record.reading import load_run
 from integration.cpu.launch import SGLANG_ARGUMENTS, RunResult
-from tests.e2e.verl_runs import STEPS, TIMEOUT_S, finished, ledger, record, served_reward_model
+from tests.e2e.verl_runs import FP16_PATCH, STEPS, TIMEOUT_S, finished, ledger, record, served_reward_model
 
 ARGUMENTS = "actor_rollout_ref.rollout.engine_kwargs.sglang"
 
@@ -32,6 +32,13 @@ def one_flag(start_verl: Callable[..., RunResult], tiny_reward_model: Path) -> R
 def bf16(start_verl: Callable[..., RunResult]) -> RunResult:
     """Stock, observed."""
     return finished(start_verl("bf16", sampler="sglang"))
+
+
+@pytest.fixture(scope="session")
+def v0(start_verl: Callable[..., RunResult]) -> RunResult:
+    """`fp16-patch run` and the V0 trainer: as before verl 0.9."""
+    settings = {"prefix": (FP16_PATCH, "run", "--"), "overrides": ("++trainer.use_v1=False",)}
+    return finished(start_verl("fp16_patch", sampler="sglang", **settings))
 
 
 @pytest.fixture(scope="session")
@@ -128,3 +135,13 @@ def test_both_ranks_and_both_schedulers_compute_in_float16(two_ranks: RunResult,
     assert found["roles"]["rollout"]["module_output"] == ["float16"]
     stock, ours = (load_run(record(result)).summary()["mismatch"]["mean_abs"] for result in (bf16, two_ranks))
     assert stock / ours >= 7
+
+
+@pytest.mark.matrix
+@pytest.mark.timeout(TIMEOUT_S)
+def test_the_v0_trainer_samples_by_sglang_in_float16_too(v0: RunResult) -> None:
+    found = ledger(v0)
+    assert [process["kind"] for process in found["processes"]].count("sglang_scheduler") == 1
+    assert {(process["mode"], process["problem"]) for process in found["processes"]} == {("fp16", None)}
+    assert found["roles"]["rollout"]["module_output"] == found["roles"]["actor"]["autocast"] == ["float16"]
+    assert all(step["mismatch/mean_abs"] < 1.2e-3 for step in v0.steps)

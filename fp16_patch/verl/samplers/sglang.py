@@ -36,7 +36,7 @@ def _settled_conflicts(arguments: Any, plan: Plan) -> Iterator[Conflict]:
     for name, judge in JUDGES.items():
         value = getattr(arguments, name, None)
         if reason := judge(value, plan):
-            said = f"SGLang has settled on it for this model and machine, and {reason}"
+            said = f"SGLang starts with it, told so or settled on it for this model and machine, and {reason}"
             yield Conflict(f"SGLang's {name}", value, said, _FIX)
 
 

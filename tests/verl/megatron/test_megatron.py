@@ -131,59 +131,6 @@ def worker_config() -> Any:
     )
 
 
-def test_stock_engine_takes_a_skipped_step_for_an_error(make_engine: Callable[..., Any]) -> None:
-    with pytest.raises(NotImplementedError):
-        make_engine(parts.HUGE).train_batch({}, None)
-
-
-def test_an_engine_goes_on_after_a_skipped_step(activated: Activate, make_engine: Callable[..., Any]) -> None:
-    from fp16_patch.scaling.optimizer_step import history_of
-
-    activated()
-    engine = make_engine(parts.HUGE, 0.5)
-    before = engine.optimizer.masters[0].clone()
-    engine.optimizer_zero_grad()
-    engine.forward_backward_batch()
-    assert engine.optimizer_step() == float("inf")
-    assert torch.equal(engine.optimizer.masters[0], before)
-    assert engine.optimizer.grad_scaler.scale.item() == 2.0**15
-    engine.optimizer_zero_grad()
-    engine.forward_backward_batch()
-    assert engine.optimizer_step() == pytest.approx(0.5 * 32**0.5)
-    assert not torch.equal(engine.optimizer.masters[0], before)
-    history = history_of(engine)
-    assert (history.attempted, history.skipped_total, history.consecutive_skips) == (2, 1, 0)
-    assert "step" not in vars(engine.optimizer)
-
-
-def test_an_engines_skip_is_in_its_metrics_and_its_norm_is_not(
-    activated: Activate, make_engine: Callable[..., Any]
-) -> None:
-    step_metrics = next(patch for patch in declared_patches() if patch.name == "engine-step-metrics")
-    if step_metrics.verify().status is not Status.APPLIES:
-        pytest.skip("its engines report nothing of a step")
-    activated()
-    engine = make_engine(parts.HUGE, 0.5)
-    skipped, taken = (engine.train_batch({}, None)["metrics"] for _ in range(2))
-    assert "grad_norm" not in skipped
-    assert (skipped["fp16/step_skipped"], skipped["fp16/loss_scale/min"]) == ([1.0], [2.0**15])
-    assert (taken["fp16/step_skipped"], taken["grad_norm"]) == ([0.0], pytest.approx(0.5 * 32**0.5))
-
-
-def test_skips_that_do_not_end_stop_the_run_and_name_the_layer(
-    activated: Activate, make_engine: Callable[..., Any]
-) -> None:
-    from fp16_patch.plan.errors import LossScaleCollapse
-
-    activated(max_consecutive_skips=2)
-    engine = make_engine(parts.HUGE, parts.HUGE)
-    engine.forward_backward_batch()
-    engine.optimizer_step()
-    engine.forward_backward_batch()
-    with pytest.raises(LossScaleCollapse, match=r"decoder\.layers\.0\.weight"):
-        engine.optimizer_step()
-
-
 def fill(engine: Any, gradient: float) -> None:
     """Give every parameter a gradient, unscaled so much, in the FP32 buffers in which ranks' gradients add up."""
     for optimizer in getattr(engine.optimizer, "chained_optimizers", [engine.optimizer]):

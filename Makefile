@@ -49,7 +49,7 @@ demo-openrlhf: $(OPENRLHF_READY)
 demo-sglang: $(SGLANG_READY)
 	$(SGLANG_BIN)/python -m integration.demo.run --sampler sglang --out integration/demo/out-sglang
 
-test: test-verl test-openrlhf fingerprints
+test: test-verl test-openrlhf test-sglang fingerprints
 
 test-verl: $(READY)
 	$(BIN)/python $(PYTEST)
@@ -71,13 +71,13 @@ test-learners: $(READY) $(OLD_READY)
 	$(NOX) --tags verl-others -- -k "(two-ranks or every_release or as_they_are) and not stock"
 
 # All that is tested of the learners of each framework's oldest release, on two ranks.
-test-releases: $(READY) $(OPENRLHF_READY) $(OLD_READY)
+test-releases: $(READY) $(OPENRLHF_READY) $(SGLANG_READY) $(OLD_READY)
 	$(NOX) --tags oldest -- -k "not one-rank"
 
-matrix: $(READY) $(OPENRLHF_READY) $(OLD_READY)
+matrix: $(READY) $(OPENRLHF_READY) $(SGLANG_READY) $(OLD_READY)
 	$(NOX)
 
-session: $(READY) $(OPENRLHF_READY) $(OLD_READY)
+session: $(READY) $(OPENRLHF_READY) $(SGLANG_READY) $(OLD_READY)
 	$(NOX) --session '$(NAME)'
 
 unit: $(READY)

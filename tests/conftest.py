@@ -69,15 +69,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    from xdist.scheduler import LoadScopeScheduling
-
-    class Groups(LoadScopeScheduling):
-        def _split_scope(self, nodeid: str) -> str:
-            return GROUPS.get(_file(nodeid), _file(nodeid))
+    from tests.groups import Groups
 
     # By size, the many small tests would come first.
     config.option.loadscopereorder = False
-    return Groups(config, log)
+    return Groups(lambda nodeid: GROUPS.get(_file(nodeid), _file(nodeid)), config, log)
 
 
 def _file(nodeid: str) -> str:

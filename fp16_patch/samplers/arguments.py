@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from fp16_patch.plan.dtypes import spelling_of
+from fp16_patch.plan.dtypes import FLOAT32, spelling_of
 from fp16_patch.plan.errors import Conflict
 from fp16_patch.plan.plan import Plan
 
@@ -23,6 +23,11 @@ def overridden(value: object, plan: Plan) -> str | None:
 def overridden_unless_auto(value: object, plan: Plan) -> str | None:
     """Judge a dtype that follows the weights' where it is `auto`."""
     return None if str(value) == "auto" else overridden(value, plan)
+
+
+def overridden_downwards(value: object, plan: Plan) -> str | None:
+    """Judge the dtype of a state that may be held in float32, besides following the weights'."""
+    return None if str(value) in FLOAT32.all else overridden_unless_auto(value, plan)
 
 
 def quantized(value: object, plan: Plan) -> str | None:

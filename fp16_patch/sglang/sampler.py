@@ -9,7 +9,14 @@ from typing import Any, ClassVar
 from fp16_patch.plan.dtypes import BFLOAT16
 from fp16_patch.plan.errors import Conflict
 from fp16_patch.plan.plan import MODE_ENV, Plan
-from fp16_patch.samplers.arguments import Judge, overridden, overridden_unless_auto, quantized, spoilt
+from fp16_patch.samplers.arguments import (
+    Judge,
+    overridden,
+    overridden_downwards,
+    overridden_unless_auto,
+    quantized,
+    spoilt,
+)
 from fp16_patch.samplers.interface import Interface
 from fp16_patch.samplers.sampler import Sampler
 from fp16_patch.untrusted.reading import Unreadable, json_of
@@ -65,7 +72,10 @@ JUDGES: dict[str, Judge] = {
     "dtype": overridden,
     # It knows no float16, so that only what follows the weights is in it.
     "kv_cache_dtype": overridden_unless_auto,
+    "mamba_ssm_dtype": overridden_downwards,
     "quantization": quantized,
+    "quantize_and_serve": quantized,
+    "rl_quant_profile": quantized,
     "torchao_config": quantized,
     "modelopt_quant": quantized,
     "json_model_override_args": _model_overrides,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -43,21 +43,35 @@ def _watch(runner: Any) -> None:
         return
     runner.model.load_weights = partial(_load_weights, runner, runner.model.load_weights)
     watch_modules(role(), runner.model)
-    _watch_head(runner)
+    _watch_heads(runner)
     _note_and_tell(runner)
 
 
-def _watch_head(runner: Any) -> None:
+def _watch_heads(runner: Any) -> None:
+    from sglang.srt.layers.logits_processor import LogitsProcessor
+
+    # A model of images has it inside its language model; one that scores sequences has none.
+    heads = [module for module in runner.model.modules() if isinstance(module, LogitsProcessor)]
+    for head in heads:
+        _at_first_call(head, lambda *called: _note_hidden_states(runner, *called))
+    if not heads:
+        # SGLang calls the method of the model, not the model.
+        for part in runner.model.children():
+            _at_first_call(part, lambda *_called: _note_and_tell(runner))
+
+
+def _at_first_call(module: torch.nn.Module, note: Callable[[tuple[Any, ...], dict[str, Any]], None]) -> None:
     def first(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         handle.remove()
-        _NOTING.run(lambda: _note_hidden_states(runner, args, kwargs))
+        _NOTING.run(lambda: note(args, kwargs))
 
-    handle = runner.model.logits_processor.register_forward_pre_hook(first, with_kwargs=True)
+    handle = module.register_forward_pre_hook(first, with_kwargs=True)
 
 
 def _note_hidden_states(runner: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[1]
     ledger().note(role(), "activation", hidden_states.dtype)
+    # Some releases make their caches after the model, but before it is first called.
     _note_and_tell(runner)
 
 

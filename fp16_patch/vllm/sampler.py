@@ -8,7 +8,15 @@ from typing import Any, ClassVar
 from fp16_patch.plan.errors import Conflict
 from fp16_patch.plan.plan import MODE_ENV, Plan
 from fp16_patch.plan.stored_config import stored_config
-from fp16_patch.samplers.arguments import Judge, overridden, overridden_unless_auto, quantized, spelled, spoilt
+from fp16_patch.samplers.arguments import (
+    Judge,
+    overridden,
+    overridden_downwards,
+    overridden_unless_auto,
+    quantized,
+    spelled,
+    spoilt,
+)
 from fp16_patch.samplers.interface import Interface
 from fp16_patch.samplers.sampler import Sampler
 from fp16_patch.vllm.expert_communication import ARGUMENT, environment_conflicts, expert_communication_conflict
@@ -22,6 +30,8 @@ def _unknown_processes(value: object, plan: Plan) -> str | None:
 _JUDGES: dict[str, Judge] = {
     "dtype": overridden,
     "kv_cache_dtype": overridden_unless_auto,
+    "mamba_cache_dtype": overridden_downwards,
+    "mamba_ssm_cache_dtype": overridden_downwards,
     "quantization": quantized,
     "distributed_executor_backend": _unknown_processes,
 }

@@ -17,39 +17,16 @@ from fp16_patch.cli import main
 from fp16_patch.mismatch.diagnosis.findings import diagnose_run
 from fp16_patch.mismatch.record.reading import load_run
 from integration.cpu.launch import RunResult
-from tests.e2e.verl_runs import FP16_PATCH, STEPS, TIMEOUT_S, finished, ledger, record
+from tests.e2e.verl_runs import FP16_PATCH, STEPS, TIMEOUT_S, finished, ledger, record, served_reward_model, served_teacher
 
 # Far above what FP16 gradients bear, and a power of two.
 OVERFLOWING = 2**40
 
 
-def served_reward_model(model: Path) -> tuple[str, ...]:
-    """The score of a model that vLLM serves, on a device of its own, is the reward."""
-    section = "reward.reward_model"
-    return (
-        f"{section}.enable=True",
-        f"{section}.model_path={model}",
-        f"{section}.enable_resource_pool=True",
-        f"{section}.n_gpus_per_node=1",
-        f"{section}.nnodes=1",
-        f"{section}.rollout.name=vllm",
-        f"{section}.rollout.tensor_model_parallel_size=1",
-        f"{section}.rollout.max_model_len=64",
-        f"{section}.rollout.max_num_seqs=32",
-        f"{section}.rollout.max_num_batched_tokens=512",
-        # As for the rollout: vLLM's CPU build cannot sleep.
-        f"{section}.rollout.free_cache_engine=False",
-        f"+{section}.rollout.enable_sleep_mode=False",
-        f"reward.custom_reward_function.path={Path(__file__).with_name('scored_by_model.py')}",
-        "reward.custom_reward_function.name=compute_score",
-        "ray_kwargs.ray_init.num_gpus=2",
-    )
-
-
 @pytest.fixture(scope="session")
 def one_flag(start_verl: Callable[..., RunResult], tiny_reward_model: Path) -> RunResult:
     """`external_lib=fp16_patch.verl` in an otherwise stock configuration, with reference and reward model, saved."""
-    overrides = (f"trainer.save_freq={STEPS}", *served_reward_model(tiny_reward_model))
+    overrides = (f"trainer.save_freq={STEPS}", *served_reward_model(tiny_reward_model, "vllm"))
     return finished(start_verl("fp16_patch", use_ref=True, overrides=overrides))
 
 
@@ -77,6 +54,12 @@ def calibrating(start_verl: Callable[..., RunResult]) -> RunResult:
             ),
         )
     )
+
+
+@pytest.fixture(scope="session")
+def distilled(start_verl: Callable[..., RunResult], tiny_model: Path) -> RunResult:
+    """The one flag, with a teacher that vLLM serves."""
+    return finished(start_verl("fp16_patch", overrides=served_teacher(tiny_model, "vllm")))
 
 
 @pytest.fixture(scope="session")
@@ -251,3 +234,14 @@ def test_a_mixed_pair_is_refused_before_the_first_step(mixed_pair: RunResult) ->
     named = [line for line in log.splitlines() if "engine_weight" in line and "bfloat16" in line]
     assert named
     assert all("rollout" in line for line in named)
+
+
+@pytest.mark.matrix
+@pytest.mark.timeout(TIMEOUT_S)
+def test_a_teacher_computes_in_float16(distilled: RunResult) -> None:
+    found = ledger(distilled)
+    assert set(found["roles"]) == {"actor", "rollout", "teacher"}
+    teacher = found["roles"]["teacher"]
+    assert teacher["engine_weight"] == teacher["kv_cache"] == teacher["activation"] == ["float16"]
+    kinds = [process["kind"] for process in found["processes"]]
+    assert kinds.count("sampler_worker") == 2

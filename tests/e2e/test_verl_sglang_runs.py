@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
@@ -14,16 +15,17 @@ if find_spec("sglang") is None:
 
 from fp16_patch.mismatch.diagnosis.findings import diagnose_run
 from fp16_patch.mismatch.record.reading import load_run
-from integration.cpu.launch import RunResult
-from tests.e2e.verl_runs import STEPS, TIMEOUT_S, finished, ledger, record
+from integration.cpu.launch import SGLANG_ARGUMENTS, RunResult
+from tests.e2e.verl_runs import STEPS, TIMEOUT_S, finished, ledger, record, served_reward_model, served_teacher
 
 ARGUMENTS = "actor_rollout_ref.rollout.engine_kwargs.sglang"
 
 
 @pytest.fixture(scope="session")
-def one_flag(start_verl: Callable[..., RunResult]) -> RunResult:
-    """`external_lib=fp16_patch.verl` in an otherwise stock configuration."""
-    return finished(start_verl("fp16_patch", sampler="sglang"))
+def one_flag(start_verl: Callable[..., RunResult], tiny_reward_model: Path) -> RunResult:
+    """`external_lib=fp16_patch.verl` in an otherwise stock configuration, with a reward model that SGLang serves."""
+    overrides = served_reward_model(tiny_reward_model, "sglang", SGLANG_ARGUMENTS)
+    return finished(start_verl("fp16_patch", sampler="sglang", overrides=overrides))
 
 
 @pytest.fixture(scope="session")
@@ -39,6 +41,13 @@ def kept_out(start_verl: Callable[..., RunResult]) -> RunResult:
 
 
 @pytest.fixture(scope="session")
+def distilled(start_verl: Callable[..., RunResult], tiny_model: Path) -> RunResult:
+    """With a teacher that SGLang serves."""
+    overrides = served_teacher(tiny_model, "sglang", SGLANG_ARGUMENTS)
+    return finished(start_verl("fp16_patch", sampler="sglang", overrides=overrides))
+
+
+@pytest.fixture(scope="session")
 def two_ranks(start_verl: Callable[..., RunResult]) -> RunResult:
     """FSDP2 on two ranks, whose model SGLang shards over two schedulers."""
     overrides = ("actor_rollout_ref.rollout.tensor_model_parallel_size=2",)
@@ -48,9 +57,9 @@ def two_ranks(start_verl: Callable[..., RunResult]) -> RunResult:
 
 
 @pytest.mark.timeout(TIMEOUT_S)
-def test_one_flag_puts_learner_and_sglang_into_float16(one_flag: RunResult) -> None:
+def test_one_flag_puts_learner_sampler_and_reward_model_into_float16(one_flag: RunResult) -> None:
     roles = ledger(one_flag)["roles"]
-    assert set(roles) == {"actor", "rollout"}
+    assert set(roles) == {"actor", "rollout", "reward"}
     assert {name: roles["actor"][name] for name in ("autocast", "parameter", "activation")} == dict.fromkeys(
         ("autocast", "parameter", "activation"), ["float16"]
     )
@@ -60,12 +69,15 @@ def test_one_flag_puts_learner_and_sglang_into_float16(one_flag: RunResult) -> N
         "wire": ["float16", "float32"],
         "gemm_sum": ["float32"],
     }
+    # It has no head that makes log-probs.
+    served = ("engine_weight", "kv_cache", "module_output")
+    assert roles["reward"] == {**dict.fromkeys(served, ["float16"]), "gemm_sum": ["float32"]}
 
 
 def test_every_process_attests(one_flag: RunResult) -> None:
     processes = ledger(one_flag)["processes"]
     kinds = sorted(process["kind"] for process in processes)
-    assert kinds == ["sglang_scheduler", "sglang_server", "task_runner", "worker"]
+    assert kinds == [*["sglang_scheduler"] * 2, *["sglang_server"] * 2, "task_runner", "worker"]
     assert {(process["mode"], process["problem"]) for process in processes} == {("fp16", None)}
 
 
@@ -93,6 +105,8 @@ def test_the_runs_kind_of_gap_is_named(one_flag: RunResult) -> None:
     assert diagnose_run(load_run(record(one_flag)))[0].cause == "precision"
 
 
+# That it is missed is shown on an engine, too.
+@pytest.mark.matrix
 @pytest.mark.timeout(TIMEOUT_S)
 def test_a_scheduler_that_was_kept_from_the_plugin_stops_the_run_before_the_first_step(kept_out: RunResult) -> None:
     assert kept_out.returncode not in (0, None)
@@ -121,3 +135,13 @@ def test_both_ranks_and_both_schedulers_compute_in_float16(two_ranks: RunResult,
     assert found["roles"]["rollout"]["module_output"] == ["float16"]
     stock, ours = (load_run(record(result)).summary()["mismatch"]["mean_abs"] for result in (bf16, two_ranks))
     assert stock / ours >= 7
+
+
+@pytest.mark.matrix
+@pytest.mark.timeout(TIMEOUT_S)
+def test_a_teacher_computes_in_float16(distilled: RunResult) -> None:
+    found = ledger(distilled)
+    assert set(found["roles"]) == {"actor", "rollout", "teacher"}
+    assert found["roles"]["teacher"]["module_output"] == found["roles"]["teacher"]["engine_weight"] == ["float16"]
+    kinds = [process["kind"] for process in found["processes"]]
+    assert kinds.count("sglang_scheduler") == 2

@@ -25,6 +25,9 @@ def said(argument: str, value: Any, mode: str = "fp16") -> list[str]:
         ("dtype", "auto", "it overrides the plan's float16"),
         ("kv_cache_dtype", "fp8_e5m2", "it overrides the plan's float16"),
         ("kv-cache-dtype", "bf16", "it overrides the plan's float16"),
+        ("mamba_ssm_dtype", "bfloat16", "it overrides the plan's float16"),
+        ("rl_quant_profile", "profile.json", "a quantized sampler is not float16"),
+        ("quantize_and_serve", True, "a quantized sampler is not float16"),
         ("quantization", "fp8", "a quantized sampler is not float16"),
         ("torchao_config", "int8wo", "a quantized sampler is not float16"),
         ("rl_on_policy_target", "fsdp", "it casts logits, the head and activations to bfloat16"),
@@ -51,6 +54,9 @@ def test_what_spoils_the_plan_is_refused_as_it_was_spelled(argument: str, value:
         ("dtype", "half"),
         ("dtype", None),
         ("kv_cache_dtype", "auto"),
+        ("mamba_ssm_dtype", None),
+        ("mamba_ssm_dtype", "float32"),
+        ("quantize_and_serve", False),
         ("quantization", None),
         ("torchao_config", ""),
         ("rl_on_policy_target", None),
@@ -99,4 +105,5 @@ def test_the_installed_sglang_knows_the_names() -> None:
         pytest.skip("SGLang is not installed here")
     assert [backend for backend in BF16_ONLY_EXPERTS if f'"{backend}"' in known]
     assert [backend for backend in BF16_ONLY_EXCHANGES if f'"{backend}"' in known]
-    assert all(f"{argument}:" in known for argument in ("rl_on_policy_target", "torchao_config", "kv_cache_dtype"))
+    # Later releases have no `torchao_config`.
+    assert all(f"{argument}:" in known for argument in ("rl_on_policy_target", "kv_cache_dtype", "quantization"))

@@ -44,7 +44,7 @@ from typing import Any, NoReturn
 READ_AT_IMPORT = ("OMP_", "MKL_", "KMP_", "OPENBLAS_", "LD_", "TORCH_", "PYTORCH_", "HF_HOME", "HF_HUB_", "DS_")
 # vLLM sets them for what it starts.
 PRELOADED_LIBRARIES = "LD_PRELOAD"
-READ_LATER = {"PYTORCH_NVML_BASED_CUDA_CHECK", "TORCH_CUDA_ARCH_LIST"}
+READ_LATER = {"PYTORCH_NVML_BASED_CUDA_CHECK", "TORCH_CUDA_ARCH_LIST", "TORCH_NCCL_AVOID_RECORD_STREAMS"}
 # jemalloc's, which pyarrow brings: made for forks.
 HARMLESS_THREADS = {"jemalloc_bg_thd"}
 # Of Python's options, those that change nothing but buffers and bytecode.

@@ -143,12 +143,18 @@ def test_a_reward_models_worker_of_former_releases_is_a_role(compose: Composed) 
     assert roles(compose("reward_model.enable=True"), "fp16")["reward"] == "float16"
 
 
-@pytest.mark.parametrize("argument", ["kv_cache_dtype", "kv-cache-dtype"])
+@pytest.mark.parametrize("argument", ["kv_cache_dtype", "kv-cache-dtype", "mamba_ssm_cache_dtype"])
 def test_an_argument_of_vllm_is_refused_in_either_spelling(argument: str, compose: Composed, activated: Any) -> None:
     activated()
     key = f"actor_rollout_ref.rollout.engine_kwargs.vllm.{argument}"
-    (said,) = conflicts(compose(f"+{key}=fp8"))
-    assert said.startswith(f"{key}=fp8: it overrides the plan's float16")
+    (said,) = conflicts(compose(f"+{key}=bfloat16"))
+    assert said.startswith(f"{key}=bfloat16: it overrides the plan's float16")
+
+
+@pytest.mark.parametrize("value", ["auto", "float32", "float16"])
+def test_the_state_of_a_recurrent_layer_may_be_held_in_float32(value: str, compose: Composed, activated: Any) -> None:
+    activated()
+    assert conflicts(compose(f"+actor_rollout_ref.rollout.engine_kwargs.vllm.mamba_ssm_cache_dtype={value}")) == []
 
 
 def test_what_vllm_is_told_last_is_what_it_computes_in_without_a_plan(compose: Composed) -> None:

@@ -3,6 +3,7 @@
 #   make demo            real verl, three precisions, side by side
 #   make demo-openrlhf   the same with real OpenRLHF
 #   make demo-sglang     the same with real verl and SGLang
+#   make demo-megatron   the same with real verl and Megatron
 #   make bench           the evidence in integration/README.md; make bench-full trains for it, too
 #   make test            all tests, real end-to-end runs included
 #   make matrix          every release that is supported, at every level it is tested at
@@ -20,7 +21,7 @@ MEGATRON_READY := .venv-megatron/.ready
 OLD_READY := .venv-verl-old/.ready
 OPENRLHF_TESTS := tests/contract tests/openrlhf tests/probe/test_taken_by_a_run.py tests/e2e/test_openrlhf_runs.py
 SGLANG_TESTS := tests/sglang tests/samplers tests/verl/config/test_samplers.py tests/e2e/test_verl_sglang_runs.py
-MEGATRON_TESTS := tests/verl/megatron
+MEGATRON_TESTS := tests/verl/megatron tests/e2e/test_verl_megatron_runs.py
 
 unexport PYTHONDONTWRITEBYTECODE
 # --no-deps: the locks are complete. They leave out torchvision, torchaudio and torchcodec, which vLLM's CPU build names
@@ -38,7 +39,7 @@ COMPILED := torch transformers vllm sglang ray verl openrlhf deepspeed megatron 
 # which come first.
 PYTEST := -m pytest -n 2
 
-.PHONY: demo demo-openrlhf demo-sglang test test-verl test-openrlhf test-sglang test-megatron fingerprints test-learners test-releases matrix session unit lint dist bench bench-full bench-mismatch bench-monitor bench-step bench-faults bench-reading clean
+.PHONY: demo demo-openrlhf demo-sglang demo-megatron test test-verl test-openrlhf test-sglang test-megatron fingerprints test-learners test-releases matrix session unit lint dist bench bench-full bench-mismatch bench-monitor bench-step bench-faults bench-reading clean
 
 demo: $(READY)
 	$(BIN)/python -m integration.demo.run
@@ -48,6 +49,9 @@ demo-openrlhf: $(OPENRLHF_READY)
 
 demo-sglang: $(SGLANG_READY)
 	$(SGLANG_BIN)/python -m integration.demo.run --sampler sglang --out integration/demo/out-sglang
+
+demo-megatron: $(MEGATRON_READY)
+	$(MEGATRON_BIN)/python -m integration.demo.run --learner megatron --out integration/demo/out-megatron
 
 test: test-verl test-openrlhf test-sglang fingerprints
 

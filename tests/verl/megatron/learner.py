@@ -23,7 +23,6 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).parents[3]))
 
 from megatron.core import parallel_state
-from megatron_on_cpu.settings import OVERRIDE_TRANSFORMER_CONFIG
 from tensordict import TensorDict
 from verl.trainer.config import CheckpointConfig
 from verl.utils import tensordict_utils as tu
@@ -31,6 +30,7 @@ from verl.workers.config import HFModelConfig, McoreEngineConfig, McoreOptimizer
 from verl.workers.config.engine import TrainingWorkerConfig
 from verl.workers.engine_workers import TrainingWorker
 
+from integration.cpu.launch import MEGATRON_TRANSFORMER_CONFIG
 from tests.verl.learner import digest, dtype_name, gathered, on_every_rank, plain
 
 SEQUENCES, TOKENS = 4, 12
@@ -168,7 +168,7 @@ def worker_config(
             micro_batch_size_per_gpu=2,
             infer_micro_batch_size_per_gpu=2,
             use_fused_kernels=False,
-            override_transformer_config={**OVERRIDE_TRANSFORMER_CONFIG, **(transformer or {})},
+            override_transformer_config={**MEGATRON_TRANSFORMER_CONFIG, **(transformer or {})},
             **parallel,
         ),
         optimizer_config=McoreOptimizerConfig(

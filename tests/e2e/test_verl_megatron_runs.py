@@ -33,7 +33,7 @@ def bf16(start_verl: Callable[..., RunResult]) -> RunResult:
 @pytest.fixture(scope="session")
 def two_ranks(start_verl: Callable[..., RunResult]) -> RunResult:
     """Two ranks share each layer, with a reference, at a first scale that overflows."""
-    overrides = ("+fp16_patch.init_scale=1099511627776",)
+    overrides = (f"+fp16_patch.init_scale={2**24}",)
     return finished(
         start_verl("fp16_patch", strategy="megatron", ranks=2, tensor_parallel=2, use_ref=True, overrides=overrides)
     )

@@ -6,6 +6,7 @@ FUSIONS = (
     "bias_activation_fusion",
     "apply_rope_fusion",
     "masked_softmax_fusion",
+    "moe_permute_fusion",
     "persist_layer_norm",
 )
 OVERRIDE_TRANSFORMER_CONFIG = {**dict.fromkeys(FUSIONS, False), "attention_backend": "unfused"}

@@ -611,6 +611,24 @@ def test_what_a_model_computes_in_is_in_the_ledger(
     assert ledger().roles[role] == {name: ["float16"] for name in ("autocast", "parameter", "activation")}
 
 
+@BOTH
+def test_the_actor_of_muons_layer_wise_optimizer_is_no_ref(
+    activated: Activate, make_module: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, provides: bool
+) -> None:
+    """A bridge is told to build it without DDP, which verl puts around it afterwards."""
+    from fp16_patch.runtime.activation import ledger
+
+    module = module_of("megatron-gradient-dtype")
+    if not hasattr(module, wrapper := "wrap_model_chunks_with_layerwise_aware_ddp"):
+        pytest.skip("it knows no such optimizer")
+    monkeypatch.setattr(module, wrapper, lambda chunks, *_, **__: chunks)
+    monkeypatch.setattr(module, "_assert_muon_layer_wise_ddp_supported", lambda: None)
+    activated()
+    chunk, _ = make_module(provides, use_layer_wise_distributed_optimizer=True)
+    chunk(torch.ones(1, 4, dtype=torch.float16))
+    assert set(ledger().roles) == {"actor"}
+
+
 def test_stock_merger_loads_shards_into_a_bfloat16_model(merge: Callable[[], Any]) -> None:
     assert merge() == (torch.bfloat16, None)
 

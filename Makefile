@@ -74,10 +74,10 @@ test-learners: $(READY) $(OLD_READY)
 test-releases: $(READY) $(OPENRLHF_READY) $(OLD_READY)
 	$(NOX) --tags oldest -- -k "not one-rank"
 
-matrix: $(READY) $(OPENRLHF_READY) $(OLD_READY)
+matrix: $(READY) $(OPENRLHF_READY) $(MEGATRON_READY) $(OLD_READY)
 	$(NOX)
 
-session: $(READY) $(OPENRLHF_READY) $(OLD_READY)
+session: $(READY) $(OPENRLHF_READY) $(MEGATRON_READY) $(OLD_READY)
 	$(NOX) --session '$(NAME)'
 
 unit: $(READY)

@@ -561,7 +561,8 @@ def make_module(bridges: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) ->
         training: Any = ModuleType("megatron.bridge.training.config")
         training.DistributedDataParallelConfig = parts.Provider
         monkeypatch.setitem(sys.modules, training.__name__, training)
-        bridge = engine.bridge if engine else made[0] or sys.modules["verl.models.mcore.mbridge"].AutoBridge.from_config(None)
+        auto = sys.modules["verl.models.mcore.mbridge"].AutoBridge
+        bridge = engine.bridge if engine else made[0] or auto.from_config(None)
         provider = getattr(bridge, "provider", None)
         chunks = module.make_megatron_module(
             wrap_config=module.McoreModuleWrapperConfig(**wrap),

@@ -53,7 +53,7 @@ demo-sglang: $(SGLANG_READY)
 demo-megatron: $(MEGATRON_READY)
 	$(MEGATRON_BIN)/python -m integration.demo.run --learner megatron --out integration/demo/out-megatron
 
-test: test-verl test-openrlhf test-sglang fingerprints
+test: test-verl test-openrlhf test-sglang test-megatron fingerprints
 
 test-verl: $(READY)
 	$(BIN)/python $(PYTEST)
@@ -75,13 +75,13 @@ test-learners: $(READY) $(OLD_READY)
 	$(NOX) --tags verl-others -- -k "(two-ranks or every_release or as_they_are) and not stock"
 
 # All that is tested of the learners of each framework's oldest release, on two ranks.
-test-releases: $(READY) $(OPENRLHF_READY) $(SGLANG_READY) $(OLD_READY)
+test-releases: $(READY) $(OPENRLHF_READY) $(SGLANG_READY) $(MEGATRON_READY) $(OLD_READY)
 	$(NOX) --tags oldest -- -k "not one-rank"
 
-matrix: $(READY) $(OPENRLHF_READY) $(SGLANG_READY) $(OLD_READY)
+matrix: $(READY) $(OPENRLHF_READY) $(SGLANG_READY) $(MEGATRON_READY) $(OLD_READY)
 	$(NOX)
 
-session: $(READY) $(OPENRLHF_READY) $(SGLANG_READY) $(OLD_READY)
+session: $(READY) $(OPENRLHF_READY) $(SGLANG_READY) $(MEGATRON_READY) $(OLD_READY)
 	$(NOX) --session '$(NAME)'
 
 unit: $(READY)

@@ -54,6 +54,7 @@ MEGATRON_TRANSFORMER_CONFIG = {
     "bias_activation_fusion": False,
     "apply_rope_fusion": False,
     "masked_softmax_fusion": False,
+    "moe_permute_fusion": False,
     "persist_layer_norm": False,
     "attention_backend": "unfused",
 }

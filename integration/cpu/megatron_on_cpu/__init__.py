@@ -6,7 +6,7 @@ built, and only in that process: others must go on to hear from torch that there
 loss scale or a metric.
 """
 
-from megatron_on_cpu import bridge, engine, fused_adam, layer_specs, mixture_of_experts
+from megatron_on_cpu import engine, fused_adam, layer_specs, mixture_of_experts
 
-for concern in (layer_specs, mixture_of_experts, fused_adam, bridge, engine):
+for concern in (layer_specs, mixture_of_experts, fused_adam, engine):
     concern.install()

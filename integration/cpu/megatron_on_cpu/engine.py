@@ -6,7 +6,7 @@ from types import ModuleType
 from typing import Any
 
 import wrapt
-from megatron_on_cpu import cuda
+from megatron_on_cpu import bridge, cuda
 
 CALLS = (
     "initialize",
@@ -31,11 +31,14 @@ def run_on_the_cpu(transformer_impl: ModuleType) -> None:
     wrapt.wrap_function_wrapper(transformer_impl, "MegatronEngine.get_per_tensor_param", yielding_in_the_mode)
 
 
-_install_cuda_once = functools.cache(cuda.install)
+@functools.cache
+def _install_once() -> None:
+    cuda.install()
+    bridge.import_once()
 
 
 def prepared(wrapped: Callable[..., Any], _instance: Any, args: Any, kwargs: Any) -> Any:
-    _install_cuda_once()
+    _install_once()
     return in_the_mode(wrapped, _instance, args, kwargs)
 
 

@@ -35,7 +35,12 @@ def complete(parts: Any, config: Any) -> None:
     from megatron.core.transformer.moe.moe_layer import MoESubmodules
     from megatron.core.transformer.spec_utils import ModuleSpec
     from megatron_on_cpu.attention import TEDotProductAttention
-    from megatron_on_cpu.layers import TEGroupedLinear, TELayerNormColumnParallelLinear, TENorm
+    from megatron_on_cpu.layers import (
+        TEColumnParallelGroupedLinear,
+        TELayerNormColumnParallelLinear,
+        TENorm,
+        TERowParallelGroupedLinear,
+    )
 
     attention = parts.self_attention.submodules
     if config.qk_layernorm:
@@ -45,7 +50,7 @@ def complete(parts: Any, config: Any) -> None:
     attention.core_attention = TEDotProductAttention
     if isinstance(parts.mlp.submodules, MoESubmodules):
         parts.pre_mlp_layernorm = TENorm
-        grouped = MLPSubmodules(linear_fc1=TEGroupedLinear, linear_fc2=TEGroupedLinear)
+        grouped = MLPSubmodules(linear_fc1=TEColumnParallelGroupedLinear, linear_fc2=TERowParallelGroupedLinear)
         parts.mlp.submodules.experts = ModuleSpec(TEGroupedMLP, submodules=grouped)
     else:
         parts.pre_mlp_layernorm = IdentityOp

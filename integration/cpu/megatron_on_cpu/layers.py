@@ -45,3 +45,11 @@ class TEGroupedLinear(nn.Module):
     def forward(self, hidden: Tensor, tokens_per_expert: list[int]) -> tuple[Tensor, None]:
         parts = zip(hidden.split(tokens_per_expert), self.parameters(), strict=True)
         return torch.cat([F.linear(part, weight) for part, weight in parts]), None
+
+
+class TEColumnParallelGroupedLinear(TEGroupedLinear):
+    """The first of an expert's two."""
+
+
+class TERowParallelGroupedLinear(TEGroupedLinear):
+    """The second."""

@@ -549,7 +549,7 @@ def test_a_router_is_in_fp32_in_the_engine_too(activated: Activate, build_engine
 def make_module(bridges: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """A function that builds a model with verl's own, and returns the model and what its buffers were asked to be."""
 
-    def make(provides: bool, **wrap: Any) -> tuple[Any, dict[str, Any]]:
+    def make(provides: bool, engine: Any = None, **wrap: Any) -> tuple[Any, dict[str, Any]]:
         module = module_of("megatron-gradient-dtype")
         if provides and "provider" not in inspect.signature(module.make_megatron_module).parameters:
             pytest.skip("it knows one bridge")
@@ -561,7 +561,8 @@ def make_module(bridges: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) ->
         training: Any = ModuleType("megatron.bridge.training.config")
         training.DistributedDataParallelConfig = parts.Provider
         monkeypatch.setitem(sys.modules, training.__name__, training)
-        bridge = made[0] or sys.modules["verl.models.mcore.mbridge"].AutoBridge.from_config(None)
+        auto = sys.modules["verl.models.mcore.mbridge"].AutoBridge
+        bridge = engine.bridge if engine else made[0] or auto.from_config(None)
         provider = getattr(bridge, "provider", None)
         chunks = module.make_megatron_module(
             wrap_config=module.McoreModuleWrapperConfig(**wrap),
@@ -609,6 +610,25 @@ def test_what_a_model_computes_in_is_in_the_ledger(
     chunk, _ = make_module(provides, **wrap)
     chunk(torch.ones(1, 4, dtype=torch.float16))
     assert ledger().roles[role] == {name: ["float16"] for name in ("autocast", "parameter", "activation")}
+
+
+def test_the_actor_of_muons_layer_wise_optimizer_is_no_ref(
+    activated: Activate,
+    build_engine: Callable[..., Any],
+    make_module: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A bridge is told to build it without DDP, which verl puts around it afterwards."""
+    from fp16_patch.runtime.activation import ledger
+
+    module = module_of("megatron-gradient-dtype")
+    if not hasattr(module, wrapper := "wrap_model_chunks_with_layerwise_aware_ddp"):
+        pytest.skip("it knows no such optimizer")
+    monkeypatch.setattr(module, wrapper, lambda chunks, *_, **__: chunks)
+    activated()
+    chunk, _ = make_module(False, engine=build_engine(), use_layer_wise_distributed_optimizer=True)
+    chunk(torch.ones(1, 4, dtype=torch.float16))
+    assert set(ledger().roles) == {"actor"}
 
 
 def test_stock_merger_loads_shards_into_a_bfloat16_model(merge: Callable[[], Any]) -> None:

@@ -1,8 +1,9 @@
-# Everything runs in .venv, for OpenRLHF in .venv-openrlhf and for SGLang in .venv-sglang, made on first use from integration/*.lock; nothing else on
-# the machine is touched.
+# Everything runs in .venv, for OpenRLHF in .venv-openrlhf, for SGLang in .venv-sglang and for Megatron in .venv-megatron, made on first
+# use from integration/*.lock; nothing else on the machine is touched.
 #   make demo            real verl, three precisions, side by side
 #   make demo-openrlhf   the same with real OpenRLHF
 #   make demo-sglang     the same with real verl and SGLang
+#   make demo-megatron   the same with real verl and Megatron
 #   make bench           the evidence in integration/README.md; make bench-full trains for it, too
 #   make test            all tests, real end-to-end runs included
 #   make matrix          every release that is supported, at every level it is tested at
@@ -11,31 +12,34 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 OPENRLHF_BIN := .venv-openrlhf/bin
 SGLANG_BIN := .venv-sglang/bin
+MEGATRON_BIN := .venv-megatron/bin
 NOX := $(BIN)/nox -f integration/matrix/noxfile.py
 READY := .venv/.ready
 OPENRLHF_READY := .venv-openrlhf/.ready
 SGLANG_READY := .venv-sglang/.ready
+MEGATRON_READY := .venv-megatron/.ready
 OLD_READY := .venv-verl-old/.ready
 OPENRLHF_TESTS := tests/contract tests/openrlhf tests/probe/test_taken_by_a_run.py tests/e2e/test_openrlhf_runs.py
 SGLANG_TESTS := tests/sglang tests/samplers tests/verl/config/test_samplers.py tests/e2e/test_verl_sglang_runs.py
+MEGATRON_TESTS := tests/verl/megatron tests/e2e/test_verl_megatron_runs.py
 
 unexport PYTHONDONTWRITEBYTECODE
 # --no-deps: the locks are complete. They leave out torchvision, torchaudio and torchcodec, which vLLM's CPU build names
-# as needs but does not need for text, and whose builds for CUDA break a CPU torch; and OpenRLHF's flash-attn and
-# bitsandbytes, which are for CUDA only.
+# as needs but does not need for text, and whose builds for CUDA break a CPU torch; OpenRLHF's flash-attn and
+# bitsandbytes, and Megatron's TransformerEngine and its like, which are for CUDA only.
 # pip installs torch, since it finds torch's CPU build wherever this machine keeps it, and uv, which installs the rest.
 # --build-constraints: what comes as source, as DeepSpeed does, is built by itself with the lock's build tools; beside
 # torch it does not build with the setuptools that vLLM asks for.
 PIP := -m pip install --quiet --disable-pip-version-check --no-compile --no-deps
 TORCH := ^(torch|typing-extensions|sympy|mpmath|networkx|jinja2|markupsafe|fsspec|filelock|setuptools|numpy|wheel|uv)==
 # Compiled to bytecode at once, on every core: of these, several processes would otherwise compile the same at a time.
-COMPILED := torch transformers vllm sglang ray verl openrlhf deepspeed
+COMPILED := torch transformers vllm sglang ray verl openrlhf deepspeed megatron mbridge
 
 # Two processes, as runs of frameworks are several themselves; tests/conftest.py says which tests stay together and
 # which come first.
 PYTEST := -m pytest -n 2
 
-.PHONY: demo demo-openrlhf demo-sglang test test-verl test-openrlhf test-sglang fingerprints test-learners test-releases matrix session unit lint dist bench bench-full bench-mismatch bench-monitor bench-step bench-faults bench-reading clean
+.PHONY: demo demo-openrlhf demo-sglang demo-megatron test test-verl test-openrlhf test-sglang test-megatron fingerprints test-learners test-releases matrix session unit lint dist bench bench-full bench-mismatch bench-monitor bench-step bench-faults bench-reading clean
 
 demo: $(READY)
 	$(BIN)/python -m integration.demo.run
@@ -46,7 +50,10 @@ demo-openrlhf: $(OPENRLHF_READY)
 demo-sglang: $(SGLANG_READY)
 	$(SGLANG_BIN)/python -m integration.demo.run --sampler sglang --out integration/demo/out-sglang
 
-test: test-verl test-openrlhf test-sglang fingerprints
+demo-megatron: $(MEGATRON_READY)
+	$(MEGATRON_BIN)/python -m integration.demo.run --learner megatron --out integration/demo/out-megatron
+
+test: test-verl test-openrlhf test-sglang test-megatron fingerprints
 
 test-verl: $(READY)
 	$(BIN)/python $(PYTEST)
@@ -57,6 +64,9 @@ test-openrlhf: $(OPENRLHF_READY)
 test-sglang: $(SGLANG_READY)
 	$(SGLANG_BIN)/python $(PYTEST) $(SGLANG_TESTS)
 
+test-megatron: $(MEGATRON_READY)
+	$(MEGATRON_BIN)/python $(PYTEST) $(MEGATRON_TESTS)
+
 fingerprints: $(READY)
 	$(NOX) --session fingerprints
 
@@ -65,13 +75,13 @@ test-learners: $(READY) $(OLD_READY)
 	$(NOX) --tags verl-others -- -k "(two-ranks or every_release or as_they_are) and not stock"
 
 # All that is tested of the learners of each framework's oldest release, on two ranks.
-test-releases: $(READY) $(OPENRLHF_READY) $(SGLANG_READY) $(OLD_READY)
+test-releases: $(READY) $(OPENRLHF_READY) $(SGLANG_READY) $(MEGATRON_READY) $(OLD_READY)
 	$(NOX) --tags oldest -- -k "not one-rank"
 
-matrix: $(READY) $(OPENRLHF_READY) $(SGLANG_READY) $(OLD_READY)
+matrix: $(READY) $(OPENRLHF_READY) $(SGLANG_READY) $(MEGATRON_READY) $(OLD_READY)
 	$(NOX)
 
-session: $(READY) $(OPENRLHF_READY) $(SGLANG_READY) $(OLD_READY)
+session: $(READY) $(OPENRLHF_READY) $(SGLANG_READY) $(MEGATRON_READY) $(OLD_READY)
 	$(NOX) --session '$(NAME)'
 
 unit: $(READY)
@@ -127,6 +137,11 @@ $(SGLANG_READY): integration/sglang.lock pyproject.toml
 	$(call environment,.venv-sglang,integration/sglang.lock)
 	touch $@
 
+$(MEGATRON_READY): integration/megatron.lock pyproject.toml
+	@echo "installing real verl, Megatron, vLLM, Ray and torch into .venv-megatron: a few minutes, once"
+	$(call environment,.venv-megatron,integration/megatron.lock)
+	touch $@
+
 # DeepSpeed's CPU kernels are compiled here, which needs a C++ compiler, and not by the processes of the first run.
 $(OPENRLHF_READY): integration/openrlhf.lock pyproject.toml
 	@echo "installing real OpenRLHF, DeepSpeed, vLLM, Ray and torch into .venv-openrlhf: a few minutes, once"
@@ -149,4 +164,4 @@ $(1)/bin/uv pip install --quiet --python $(1)/bin/python --no-deps --build-const
 endef
 
 clean:
-	rm -rf dist .venv .venv-openrlhf .venv-sglang .venv-verl-old integration/demo/out integration/demo/out-*/ integration/bench/out/*/
+	rm -rf dist .venv .venv-openrlhf .venv-sglang .venv-megatron .venv-verl-old integration/demo/out integration/demo/out-*/ integration/bench/out/*/

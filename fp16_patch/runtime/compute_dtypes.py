@@ -20,9 +20,11 @@ def watch_compute(module: nn.Module, role: str) -> None:
         watch_linear(linear, role)
 
 
-def watch_linear(linear: nn.Module, role: str) -> None:
+def watch_linear(linear: nn.Module, role: str) -> ComputeWatch:
     """Note for `role` what one linear layer computes in, at each forward; it may return its bias beside the output."""
-    linear.register_forward_hook(_ComputeWatch(role))
+    watch = ComputeWatch(role)
+    linear.register_forward_hook(watch)
+    return watch
 
 
 def _first_linear_of_each_tower(module: nn.Module) -> list[nn.Linear]:
@@ -35,7 +37,7 @@ def _first_linear_of_each_tower(module: nn.Module) -> list[nn.Linear]:
     return list(towers.values())
 
 
-class _ComputeWatch:
+class ComputeWatch:
     """Notes, as a forward hook, the dtypes a linear layer really computes in."""
 
     def __init__(self, role: str) -> None:

@@ -95,11 +95,14 @@ class GradientStatsHooks(AbsMaxHooks):
     """Records the largest gradient of every module, and counts how many of those of leaf modules underflow.
 
     Only modules without children are counted, as one with children often returns what its last child returned.
+
+    Args:
+        groups: module → group, of those that are counted; by default as `groups_of` finds them.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, groups: Mapping[nn.Module, str] | None = None) -> None:
         super().__init__(model)
-        self._groups = groups_of(model)
+        self._groups = groups_of(model) if groups is None else groups
         self._counted: dict[str, Tensor] = {}
 
     def counts(self) -> dict[str, GradientCounts]:

@@ -61,9 +61,14 @@ class AbsMaxHooks(TensorHooks):
             if parameter in self._hooked_parameters:
                 continue
             self._hooked_parameters[parameter] = True
-            handle = parameter.register_hook(partial(self.record, name, module, PARAMETER))
+            handle = parameter.register_hook(partial(self._record_parameter, name, module, parameter))
             if parameter.is_leaf:
                 self.handles.append(handle)
+
+    def _record_parameter(self, name: str, module: nn.Module, parameter: Tensor, gradient: Tensor) -> None:
+        # Megatron's fused kernel has added it up in FP32 itself, and hands on a tensor that nobody has filled.
+        if not getattr(parameter, "grad_added_to_main_grad", False):
+            self.record(name, module, PARAMETER, gradient)
 
     def leave(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
         for value in _floating_tensors(output):

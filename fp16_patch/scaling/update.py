@@ -18,9 +18,11 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+from torch import nn
+
 from fp16_patch.runtime.activation import current_plan
 from fp16_patch.scaling.first_scale import measure_first_scale
-from fp16_patch.scaling.gradient_stats import GradientStats, GradientStatsHooks, stats_of_all_ranks
+from fp16_patch.scaling.gradient_stats import GradientStats, GradientStatsHooks, groups_of, stats_of_all_ranks
 from fp16_patch.scaling.random_state import RandomState
 from fp16_patch.scaling.retry import RepeatableUpdate, retries_wanted
 from fp16_patch.scaling.scale_growth import GradMaxWindow, maybe_hold_growth, wants_gradient_stats
@@ -50,17 +52,20 @@ class MiniBatchUpdate(RepeatableUpdate):
     def loss_is_finite(self, result: Any) -> bool:
         """Return whether the loss is, on this rank, in what computing a mini-batch returned."""
 
-    def run_mini_batch(self, compute: Callable[[], T], device: str) -> T:
+    def groups(self) -> Mapping[nn.Module, str]:
+        """Return the group of every module whose gradients are counted."""
+        return groups_of(self.module())
+
+    def run_mini_batch(self, compute: Callable[[], T], random: RandomState) -> T:
         """Compute a mini-batch and take its step: again at a lower loss scale while its gradients overflow.
 
         Args:
             compute: forward, backward and the optimizer step, which calls `run`.
-            device: type of the one that computes.
+            random: what `compute` draws from, and what else it changes, as they are now.
 
         Returns:
             What the last attempt returned.
         """
-        random = RandomState(device)
         if current_plan().first_scale == "measured" and not self.history.attempted:
             self._measure_first_scale(compute, random)
         maybe_hold_growth(self.scaler, self._grad_max, self.history.attempted, self.role)
@@ -96,7 +101,7 @@ class MiniBatchUpdate(RepeatableUpdate):
         def hooked() -> T:
             scale = self.loss_scale()
             assert scale is not None
-            with GradientStatsHooks(self.module()) as hooks:
+            with GradientStatsHooks(self.module(), self.groups()) as hooks:
                 result = compute()
             attempts[:] = [(scale, hooks)]
             return result

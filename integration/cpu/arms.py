@@ -38,6 +38,16 @@ ARMS = {
             ),
             OBSERVED,
         ),
+        # The same where Megatron learns. It reads them all.
+        Arm(
+            "stock-fp16-megatron",
+            (
+                "actor_rollout_ref.actor.megatron.dtype=float16",
+                "actor_rollout_ref.ref.megatron.dtype=float16",
+                "actor_rollout_ref.rollout.dtype=float16",
+            ),
+            OBSERVED,
+        ),
         # The one key the learner reads, which verl's documentation does not name.
         Arm(
             "switched-fp16",
@@ -54,6 +64,7 @@ ARMS = {
 
 
 DEMONSTRATED = ("bf16", "stock-fp16", "fp16_patch")
+DEMONSTRATED_ON_MEGATRON = ("bf16", "stock-fp16-megatron", "fp16_patch")
 
 
 def record_of(out: Path) -> Path:

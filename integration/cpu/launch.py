@@ -14,7 +14,7 @@ from packaging.specifiers import SpecifierSet
 from integration.cpu import process
 from integration.cpu.process import Job, RunResult
 
-__all__ = ["ENVIRONMENT", "LaunchConfig", "RunResult", "Sampler", "command", "environment", "run"]
+__all__ = ["ENVIRONMENT", "LaunchConfig", "RunResult", "Sampler", "Strategy", "command", "environment", "run"]
 
 MODULES = Path(__file__).resolve().parent
 
@@ -31,6 +31,11 @@ SGLANG_ENVIRONMENT = {
     "VERL_USE_EXTERNAL_MODULES": "verl_on_cpu,sglang_on_cpu",
     "SGLANG_USE_CPU_ENGINE": "1",
 }
+# Beside the first, where Megatron learns. Compiling takes longer than such a run does.
+MEGATRON_ENVIRONMENT = {
+    "VERL_USE_EXTERNAL_MODULES": "verl_on_cpu,megatron_on_cpu",
+    "TORCHDYNAMO_DISABLE": "1",
+}
 SGLANG_PACKAGES = MODULES / "sglang_on_cpu" / "packages"
 SGLANG_ARGUMENTS = {
     "device": "cpu",
@@ -42,11 +47,23 @@ SGLANG_ARGUMENTS = {
     # Sleeping needs CUDA's virtual memory.
     "enable_memory_saver": False,
 }
+# Its fused kernels are CUDA's.
+MEGATRON_TRANSFORMER_CONFIG = {
+    "gradient_accumulation_fusion": False,
+    "bias_dropout_fusion": False,
+    "bias_activation_fusion": False,
+    "apply_rope_fusion": False,
+    "masked_softmax_fusion": False,
+    "moe_permute_fusion": False,
+    "persist_layer_norm": False,
+    "attention_backend": "unfused",
+}
 # What is spelled otherwise in other releases of verl. Before 0.9.0 it knows no device but GPUs and NPUs by name.
 _DEVICE = {">=0.9": "cpu", "<0.9": "cuda"}
 _CRITIC_ENGINE = {">=0.8": "critic.fsdp", "<0.8": "critic.model.fsdp_config"}
 
 Sampler = Literal["vllm", "sglang"]
+Strategy = Literal["fsdp", "fsdp2", "megatron"]
 
 READY = re.compile(r"all initialize finished, ready to fit")
 
@@ -54,7 +71,8 @@ READY = re.compile(r"all initialize finished, ready to fit")
 @dataclass(frozen=True)
 class LaunchConfig:
     """A tiny verl run. What is not named here goes into ``overrides``, in hydra's syntax, which come last and win;
-    ``prefix`` is a command that runs the trainer's; ``python`` runs the trainer and all that Ray starts for it."""
+    ``prefix`` is a command that runs the trainer's; ``python`` runs the trainer and all that Ray starts for it;
+    ``tensor_parallel`` is how many ranks share each of Megatron's layers."""
 
     model: Path
     train_files: Path
@@ -64,8 +82,9 @@ class LaunchConfig:
     reward_name: str = "compute_score"
     steps: int = 3
     sampler: Sampler = "vllm"
-    strategy: Literal["fsdp", "fsdp2"] = "fsdp"
+    strategy: Strategy = "fsdp"
     ranks: int = 1
+    tensor_parallel: int = 1
     adv_estimator: Literal["grpo", "gae"] = "grpo"
     use_ref: bool = False
     lora_rank: int = 0
@@ -105,7 +124,8 @@ def environment(config: LaunchConfig) -> dict[str, str]:
     """The caller's environment, without what would tie the run to another cluster, with what a CPU run needs."""
     sglang = config.sampler == "sglang"
     sampler = SGLANG_ENVIRONMENT if sglang else {}
-    own = {**ENVIRONMENT, **sampler, "VERL_FILE_LOGGER_PATH": str(_metrics_file(config)), **config.env}
+    learner = MEGATRON_ENVIRONMENT if config.strategy == "megatron" else {}
+    own = {**ENVIRONMENT, **sampler, **learner, "VERL_FILE_LOGGER_PATH": str(_metrics_file(config)), **config.env}
     packages = str(SGLANG_PACKAGES) if sglang else None
     return process.environment(own, str(MODULES), packages, config.env.get("PYTHONPATH"))
 
@@ -145,21 +165,39 @@ def _data(config: LaunchConfig) -> dict[str, object]:
 def _actor(config: LaunchConfig) -> dict[str, object]:
     return {
         "actor_rollout_ref.model.path": config.model,
-        **_model_without_flash_attention("actor_rollout_ref.model"),
-        "actor_rollout_ref.actor.strategy": config.strategy,
-        "actor_rollout_ref.actor.fsdp_config.strategy": config.strategy,
-        "actor_rollout_ref.ref.strategy": config.strategy,
-        "actor_rollout_ref.ref.fsdp_config.strategy": config.strategy,
+        "actor_rollout_ref.model.enable_gradient_checkpointing": False,
+        **(_megatron(config) if config.strategy == "megatron" else _fsdp(config)),
         "actor_rollout_ref.actor.optim.lr": config.learning_rate,
         "actor_rollout_ref.actor.ppo_mini_batch_size": config.prompts_per_step,
         "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu": 16,
         "actor_rollout_ref.actor.use_kl_loss": config.use_ref,
         "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu": 16,
+    }
+
+
+def _fsdp(config: LaunchConfig) -> dict[str, object]:
+    return {
+        **_model_without_flash_attention("actor_rollout_ref.model"),
+        "actor_rollout_ref.actor.strategy": config.strategy,
+        "actor_rollout_ref.actor.fsdp_config.strategy": config.strategy,
+        "actor_rollout_ref.ref.strategy": config.strategy,
+        "actor_rollout_ref.ref.fsdp_config.strategy": config.strategy,
         # Compiling takes longer than such a run does.
         "actor_rollout_ref.actor.use_torch_compile": False,
         "actor_rollout_ref.actor.fsdp_config.use_torch_compile": False,
         "actor_rollout_ref.ref.fsdp_config.use_torch_compile": False,
     }
+
+
+def _megatron(config: LaunchConfig) -> dict[str, object]:
+    of_a_role = {
+        "vanilla_mbridge": True,
+        "tensor_model_parallel_size": config.tensor_parallel,
+        **{f"override_transformer_config.{name}": value for name, value in MEGATRON_TRANSFORMER_CONFIG.items()},
+    }
+    roles = ("actor", "ref")
+    settings = {f"++actor_rollout_ref.{role}.megatron.{key}": of_a_role[key] for role in roles for key in of_a_role}
+    return {"model_engine": "megatron", **settings}
 
 
 def _model_without_flash_attention(prefix: str) -> dict[str, object]:

@@ -45,15 +45,17 @@ ROUTED_IN_FP32: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny_family(model_type: str, seed: int = 0) -> PreTrainedModel:
-    """An untrained FP32 model of a family, of 64 dimensions and three layers, the same for the same seed."""
+def tiny_family(model_type: str, seed: int = 0, **sizes: int) -> PreTrainedModel:
+    """An untrained FP32 model of a family, of 64 dimensions and three layers, the same for the same seed.
+
+    ``sizes`` are of its configuration, and win.
+    """
     torch.manual_seed(seed)
     tokenizer = character_tokenizer()
     ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("eos", "pad")}
     config = AutoConfig.for_model(
         model_type,
-        **_COMMON,
-        **{**FAMILIES, **ROUTED_IN_FP32}[model_type],
+        **{**_COMMON, **{**FAMILIES, **ROUTED_IN_FP32}[model_type], **sizes},
         vocab_size=len(tokenizer),
         eos_token_id=ids["eos"],
         pad_token_id=ids["pad"],
@@ -140,8 +142,8 @@ UNSAFE = {
 }
 
 
-def write_family(model_type: str, out: Path) -> Path:
-    return _write(tiny_family(model_type), out)
+def write_family(model_type: str, out: Path, **sizes: int) -> Path:
+    return _write(tiny_family(model_type, **sizes), out)
 
 
 def write_unsafe(name: str, out: Path) -> Path:

@@ -14,13 +14,14 @@ import click
 from rich.console import Console
 
 from integration.bench import command
-from integration.cpu.arms import ARMS, DEMONSTRATED
-from integration.cpu.launch import LaunchConfig, Sampler, run
+from integration.cpu.arms import ARMS, DEMONSTRATED, DEMONSTRATED_ON_MEGATRON
+from integration.cpu.launch import LaunchConfig, Sampler, Strategy, run
 from integration.demo import make_model, task
 from integration.demo.side_by_side import SEED, STEPS, prepare_model, run_arm, write_reports
 
 OUT = Path(__file__).resolve().parent / "out"
-TITLES: dict[Sampler, str] = {"vllm": "vLLM", "sglang": "SGLang"}
+SAMPLERS: dict[Sampler, str] = {"vllm": "vLLM", "sglang": "SGLang"}
+LEARNERS: dict[Strategy, str] = {"fsdp": "FSDP", "fsdp2": "FSDP2", "megatron": "Megatron"}
 
 
 @click.command()
@@ -28,21 +29,25 @@ TITLES: dict[Sampler, str] = {"vllm": "vLLM", "sglang": "SGLang"}
 @click.option("--steps", default=STEPS, show_default=True, help="Training steps an arm.")
 @click.option("--arm", "names", multiple=True, type=click.Choice(list(ARMS)), help="Only this arm; may be repeated.")
 @click.option("--smoke", is_flag=True, help=command.SMOKE_HELP)
-@click.option("--sampler", type=click.Choice(["vllm", "sglang"]), default="vllm", show_default=True)
-def main(out: Path, steps: int, names: tuple[str, ...], smoke: bool, sampler: Sampler) -> None:
+@click.option("--sampler", type=click.Choice(list(SAMPLERS)), default="vllm", show_default=True)
+@click.option("--learner", type=click.Choice(list(LEARNERS)), default="fsdp", show_default=True)
+def main(out: Path, steps: int, names: tuple[str, ...], smoke: bool, sampler: Sampler, learner: Strategy) -> None:
     """Run the arms, print them side by side, write report.json and report.html."""
     with command.results_folder(out, smoke=smoke) as folder:
         if smoke:
-            compare(folder, 1, ("fp16_patch",), make_model.SMOKE, sampler)
+            compare(folder, 1, ("fp16_patch",), make_model.SMOKE, sampler, learner)
         else:
-            compare(folder, steps, names or tuple(DEMONSTRATED), make_model.FULL, sampler)
+            shown = DEMONSTRATED_ON_MEGATRON if learner == "megatron" else DEMONSTRATED
+            compare(folder, steps, names or shown, make_model.FULL, sampler, learner)
 
 
-def compare(out: Path, steps: int, names: Sequence[str], effort: make_model.Effort, sampler: Sampler) -> None:
+def compare(
+    out: Path, steps: int, names: Sequence[str], effort: make_model.Effort, sampler: Sampler, learner: Strategy
+) -> None:
     """Run these arms on one model and report them."""
     console = Console()
     started = time.monotonic()
-    config = replace(prepare(out, steps, console, effort), sampler=sampler)
+    config = replace(prepare(out, steps, console, effort), sampler=sampler, strategy=learner)
     results = {
         name: run_arm(
             name,
@@ -53,7 +58,7 @@ def compare(out: Path, steps: int, names: Sequence[str], effort: make_model.Effo
         )
         for name in names
     }
-    title = f"verl and {TITLES[sampler]} on a CPU in three precisions"
+    title = f"verl with {LEARNERS[learner]} and {SAMPLERS[sampler]} on a CPU in three precisions"
     write_reports(results, out, title, console)
     console.print(f"{time.monotonic() - started:.0f} s in all")
 

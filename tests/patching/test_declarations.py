@@ -69,7 +69,10 @@ def test_a_patch_says_why_and_until_when(patch: Patch) -> None:
 
 @each_patch
 def test_a_patch_names_what_the_framework_knows_of_the_defect_or_says_that_there_is_nothing(patch: Patch) -> None:
-    framework = {"verl": ("verl-project/verl",), "openrlhf": ("OpenRLHF/OpenRLHF", "deepspeedai/DeepSpeed")}
+    framework = {
+        "verl": ("verl-project/verl", "NVIDIA/Megatron-LM"),
+        "openrlhf": ("OpenRLHF/OpenRLHF", "deepspeedai/DeepSpeed"),
+    }
     assert all(thread.partition("#")[0] in framework[patch.framework] for thread in patch.threads)
     assert patch.threads or patch.upstream in NoThread
     assert patch.observes or patch.upstream is not NoThread.OURS

@@ -15,6 +15,7 @@ from fp16_patch import Plan
 from fp16_patch.scaling import gradient_stats, retry, scale_growth
 from fp16_patch.scaling import update as update_module
 from fp16_patch.scaling.gradient_stats import GradientCounts, GradientStats, GradientStatsHooks, groups_of
+from fp16_patch.scaling.random_state import RandomState
 from fp16_patch.scaling.scaler import StepOutcome
 from fp16_patch.scaling.update import MiniBatchUpdate
 
@@ -224,7 +225,7 @@ def looked_at(skipped: bool, monkeypatch: pytest.MonkeyPatch) -> Update:
     def compute() -> None:
         (update.model(torch.ones(1, 2).half()).float().sum() * update.loss_scale()).backward()
 
-    update.run_mini_batch(compute, "cpu")
+    update.run_mini_batch(compute, RandomState("cpu"))
     return update
 
 
@@ -234,7 +235,7 @@ def test_the_last_attempt_at_an_update_counts(monkeypatch: pytest.MonkeyPatch) -
     assert (update.gradients.scale, update.gradients.largest) == (1024.0, 1024.0)
     assert update.metrics()["fp16/gradient_headroom/min"] == 65504 / 1024
     monkeypatch.setattr(scale_growth, "current_plan", lambda: Plan(gradient_look_every=0))
-    update.run_mini_batch(lambda: None, "cpu")
+    update.run_mini_batch(lambda: None, RandomState("cpu"))
     assert update.gradients is None
     assert update.metrics() == update.history.metrics()
 

@@ -1,4 +1,4 @@
-"""The FSDP engine's updates: a mini-batch, its optimizer step, and the LR schedule after it."""
+"""The FSDP engine's updates: its optimizer step, and the LR schedule after it."""
 
 from __future__ import annotations
 
@@ -11,15 +11,11 @@ from torch import nn
 from fp16_patch.runtime.activation import current_plan
 from fp16_patch.scaling import norm_first
 from fp16_patch.scaling.lr_hold import holds_lr
-from fp16_patch.scaling.optimizer_step import step_of
 from fp16_patch.scaling.scaler import nonfinite_parameters
-from fp16_patch.scaling.step_report import report_taken_norms
 from fp16_patch.scaling.update import MiniBatchUpdate
 from fp16_patch.verl.fsdp import fused_step
-from fp16_patch.verl.fsdp.device import device_type
 from fp16_patch.verl.fsdp.engine import role_of
 from fp16_patch.verl.fsdp.gradients import local_gradients, note_gradients
-from fp16_patch.verl.fsdp.step_metrics import reducible
 
 
 class FSDPUpdate(MiniBatchUpdate):
@@ -50,23 +46,7 @@ class FSDPUpdate(MiniBatchUpdate):
         return all(map(math.isfinite, result["loss"]))
 
 
-def train_batch(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
-    """`BaseEngine.train_batch`: try again on an overflow; add the outcome to the metrics, and no skipped norm."""
-    if _is_repeatable(engine):
-        outputs = FSDPUpdate.of(engine).run_mini_batch(lambda: wrapped(*args, **kwargs), device_type())
-    else:
-        outputs = wrapped(*args, **kwargs)
-    # Of the FSDP engine or Megatron's; others record no steps.
-    step = step_of(engine)
-    if step is not None and step.history.last is not None and engine.is_mp_src_rank_with_outputs():
-        # Lists: the worker chains them over ranks and mini-batches.
-        outputs["metrics"].update({name: [value] for name, value in reducible(step.metrics()).items()})
-        if step.history.last.skipped:
-            report_taken_norms(outputs["metrics"], "grad_norm", [step.history.last])
-    return outputs
-
-
-def _is_repeatable(engine: Any) -> bool:
+def is_repeatable(engine: Any) -> bool:
     """Return whether all that an update does is in `train_batch`, and its scaler is the one made here."""
     scaler = getattr(engine, "scaler", None)
     if not current_plan().scales_loss or scaler is None or not scaler.is_enabled():

@@ -23,6 +23,7 @@ NO_BRIDGE = "without a bridge Megatron's models are built for bfloat16 only"
 _ROUTER_DTYPES = ("fp32", "fp64")
 _MERGER = "verl.model_merger.megatron_model_merger"
 _WATCHED = "_fp16_patch_watched"
+_CHECK_FOR_LARGE = {"check_for_large_grads"}
 
 
 def role_of(engine: Any) -> str:
@@ -61,12 +62,12 @@ def build_tf_config(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
 
 
 def make_module(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    """`make_megatron_module`: add up and reduce gradients in FP32, and note what the model computes in."""
+    """`make_megatron_module`: add up and reduce gradients in FP32, leave overflows to the loss scaler, note dtypes."""
     call = bound(wrapped, args, kwargs)
     wrap = call.arguments["wrap_config"]
     if current_plan().overrides_dtype and wrap.wrap_with_ddp:
         override = call.arguments.get("override_ddp_config") or {}
-        call.arguments["override_ddp_config"] = {**override, "grad_reduce_in_fp32": True}
+        call.arguments["override_ddp_config"] = {**override, **_ddp_settings(current_plan(), override)}
     result = wrapped(*call.args, **call.kwargs)
     watch_chunks(result[0] if isinstance(result, tuple) else result, _role(wrap.is_value_model, wrap.wrap_with_ddp))
     return result
@@ -120,14 +121,28 @@ def scalers_of(optimizer: Any) -> list[Any]:
 
 
 def watch_chunks(chunks: Iterable[Any], role: str) -> None:
-    """Note for `role` what the first linear layer of each stack of blocks computes in, at each forward."""
+    """Note for `role` what the first linear layer of each stack of blocks computes in, at each forward.
+
+    The last call says the role: a bridge that builds an actor for Muon's layer-wise optimizer is told of no DDP.
+    """
     if torch.distributed.is_initialized():
         ledger().rank = torch.distributed.get_rank()
     for chunk in chunks:
         for linear in _first_linears(chunk):
-            if not hasattr(linear, _WATCHED):
-                setattr(linear, _WATCHED, role)
-                watch_linear(linear, role)
+            if hasattr(linear, _WATCHED):
+                getattr(linear, _WATCHED).role = role
+            else:
+                setattr(linear, _WATCHED, watch_linear(linear, role))
+
+
+def _ddp_settings(plan: Plan, override: dict[str, Any]) -> dict[str, Any]:
+    """Return what has to hold of Megatron's DDP whatever is asked of it.
+
+    Its checks end the run at a non-finite gradient, or a large one, before the loss scaler sees it; `use_megatron_fsdp`
+    brings the first along. The second is a field of newer releases only, so it is taken back where it is asked for.
+    """
+    checks = {"check_for_nan_in_grad", *(_CHECK_FOR_LARGE & override.keys())} if plan.scales_loss else set()
+    return {"grad_reduce_in_fp32": True, **dict.fromkeys(checks, False)}
 
 
 def _fit(owner: Any, plan: Plan) -> None:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
 from fp16_patch.patching.call_arguments import argument
 from fp16_patch.runtime.activation import current_plan, ledger
@@ -19,7 +20,8 @@ from fp16_patch.scaling.optimizer_step import OptimizerStep
 from fp16_patch.scaling.saved_state import is_scale
 from fp16_patch.scaling.scaler import StepOutcome, nonfinite_parameters
 from fp16_patch.verl.fsdp.step_metrics import add_steps
-from fp16_patch.verl.megatron.dtypes import parts_of, role_of, scalers_of
+from fp16_patch.verl.megatron.dtypes import parts_of, scalers_of
+from fp16_patch.verl.megatron.scaler import MegatronScaler
 
 _SKIPPED = (False, None, None)
 # Methods of Megatron's optimizers that their `step` calls, in this order: one of these, then the step itself.
@@ -38,12 +40,9 @@ class MegatronStep(OptimizerStep):
         super().__init__(optimizer, role)
         self.chunks, self.scalers = list(chunks), scalers_of(optimizer)
 
-    def loss_scale(self) -> float | None:
-        return float(self.scalers[0].scale.item()) if self.scalers else None
-
-    def set_loss_scale(self, scale: float) -> None:
-        for scaler in self.scalers:
-            scaler._scale = torch.full_like(scaler.scale, scale)
+    @property
+    def scaler(self) -> MegatronScaler | None:
+        return MegatronScaler(self.scalers) if self.scalers else None
 
     def take(self, step: Callable[[], Any]) -> Any:
         if not current_plan().overrides_dtype:
@@ -92,15 +91,6 @@ class MegatronStep(OptimizerStep):
             yield
         finally:
             del self.engine.step
-
-
-def optimizer_step(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
-    """`MegatronEngine.optimizer_step`: record the step. verl would take one that Megatron skipped for an error."""
-    step = MegatronStep.of(engine.optimizer, role_of(engine), engine.module)
-    # verl's `train_batch` asks the engine.
-    step.share_with(engine)
-    with step.watching():
-        return wrapped(*args, **kwargs)
 
 
 def update_policy(wrapped: Any, actor: Any, args: Any, kwargs: Any) -> dict[str, Any]:
@@ -177,10 +167,17 @@ def _level(scalers: list[Any]) -> None:
 def _gradients(chunks: Iterable[Any]) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield name and gradient of every parameter, of which Megatron's buffers hold the sum."""
     for chunk in chunks:
-        for name, parameter in chunk.named_parameters():
+        for name, parameter in unwrapped(chunk).named_parameters():
             gradient = getattr(parameter, "main_grad", parameter.grad)
             if gradient is not None:
                 yield name, gradient
+
+
+def unwrapped(chunk: nn.Module) -> nn.Module:
+    """Return the model in what Megatron has put around it: DDP, and what casts its inputs."""
+    while isinstance(inner := getattr(chunk, "module", None), nn.Module):
+        chunk = inner
+    return chunk
 
 
 def _masters(part: Any) -> Iterator[torch.dtype]:

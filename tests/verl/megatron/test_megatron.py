@@ -131,59 +131,6 @@ def worker_config() -> Any:
     )
 
 
-def test_stock_engine_takes_a_skipped_step_for_an_error(make_engine: Callable[..., Any]) -> None:
-    with pytest.raises(NotImplementedError):
-        make_engine(parts.HUGE).train_batch({}, None)
-
-
-def test_an_engine_goes_on_after_a_skipped_step(activated: Activate, make_engine: Callable[..., Any]) -> None:
-    from fp16_patch.scaling.optimizer_step import history_of
-
-    activated()
-    engine = make_engine(parts.HUGE, 0.5)
-    before = engine.optimizer.masters[0].clone()
-    engine.optimizer_zero_grad()
-    engine.forward_backward_batch()
-    assert engine.optimizer_step() == float("inf")
-    assert torch.equal(engine.optimizer.masters[0], before)
-    assert engine.optimizer.grad_scaler.scale.item() == 2.0**15
-    engine.optimizer_zero_grad()
-    engine.forward_backward_batch()
-    assert engine.optimizer_step() == pytest.approx(0.5 * 32**0.5)
-    assert not torch.equal(engine.optimizer.masters[0], before)
-    history = history_of(engine)
-    assert (history.attempted, history.skipped_total, history.consecutive_skips) == (2, 1, 0)
-    assert "step" not in vars(engine.optimizer)
-
-
-def test_an_engines_skip_is_in_its_metrics_and_its_norm_is_not(
-    activated: Activate, make_engine: Callable[..., Any]
-) -> None:
-    step_metrics = next(patch for patch in declared_patches() if patch.name == "engine-step-metrics")
-    if step_metrics.verify().status is not Status.APPLIES:
-        pytest.skip("its engines report nothing of a step")
-    activated()
-    engine = make_engine(parts.HUGE, 0.5)
-    skipped, taken = (engine.train_batch({}, None)["metrics"] for _ in range(2))
-    assert "grad_norm" not in skipped
-    assert (skipped["fp16/step_skipped"], skipped["fp16/loss_scale/min"]) == ([1.0], [2.0**15])
-    assert (taken["fp16/step_skipped"], taken["grad_norm"]) == ([0.0], pytest.approx(0.5 * 32**0.5))
-
-
-def test_skips_that_do_not_end_stop_the_run_and_name_the_layer(
-    activated: Activate, make_engine: Callable[..., Any]
-) -> None:
-    from fp16_patch.plan.errors import LossScaleCollapse
-
-    activated(max_consecutive_skips=2)
-    engine = make_engine(parts.HUGE, parts.HUGE)
-    engine.forward_backward_batch()
-    engine.optimizer_step()
-    engine.forward_backward_batch()
-    with pytest.raises(LossScaleCollapse, match=r"decoder\.layers\.0\.weight"):
-        engine.optimizer_step()
-
-
 def fill(engine: Any, gradient: float) -> None:
     """Give every parameter a gradient, unscaled so much, in the FP32 buffers in which ranks' gradients add up."""
     for optimizer in getattr(engine.optimizer, "chained_optimizers", [engine.optimizer]):
@@ -602,7 +549,7 @@ def test_a_router_is_in_fp32_in_the_engine_too(activated: Activate, build_engine
 def make_module(bridges: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """A function that builds a model with verl's own, and returns the model and what its buffers were asked to be."""
 
-    def make(provides: bool, **wrap: Any) -> tuple[Any, dict[str, Any]]:
+    def make(provides: bool, engine: Any = None, **wrap: Any) -> tuple[Any, dict[str, Any]]:
         module = module_of("megatron-gradient-dtype")
         if provides and "provider" not in inspect.signature(module.make_megatron_module).parameters:
             pytest.skip("it knows one bridge")
@@ -614,7 +561,8 @@ def make_module(bridges: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) ->
         training: Any = ModuleType("megatron.bridge.training.config")
         training.DistributedDataParallelConfig = parts.Provider
         monkeypatch.setitem(sys.modules, training.__name__, training)
-        bridge = made[0] or sys.modules["verl.models.mcore.mbridge"].AutoBridge.from_config(None)
+        auto = sys.modules["verl.models.mcore.mbridge"].AutoBridge
+        bridge = engine.bridge if engine else made[0] or auto.from_config(None)
         provider = getattr(bridge, "provider", None)
         chunks = module.make_megatron_module(
             wrap_config=module.McoreModuleWrapperConfig(**wrap),
@@ -662,6 +610,25 @@ def test_what_a_model_computes_in_is_in_the_ledger(
     chunk, _ = make_module(provides, **wrap)
     chunk(torch.ones(1, 4, dtype=torch.float16))
     assert ledger().roles[role] == {name: ["float16"] for name in ("autocast", "parameter", "activation")}
+
+
+def test_the_actor_of_muons_layer_wise_optimizer_is_no_ref(
+    activated: Activate,
+    build_engine: Callable[..., Any],
+    make_module: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A bridge is told to build it without DDP, which verl puts around it afterwards."""
+    from fp16_patch.runtime.activation import ledger
+
+    module = module_of("megatron-gradient-dtype")
+    if not hasattr(module, wrapper := "wrap_model_chunks_with_layerwise_aware_ddp"):
+        pytest.skip("it knows no such optimizer")
+    monkeypatch.setattr(module, wrapper, lambda chunks, *_, **__: chunks)
+    activated()
+    chunk, _ = make_module(False, engine=build_engine(), use_layer_wise_distributed_optimizer=True)
+    chunk(torch.ones(1, 4, dtype=torch.float16))
+    assert set(ledger().roles) == {"actor"}
 
 
 def test_stock_merger_loads_shards_into_a_bfloat16_model(merge: Callable[[], Any]) -> None:

@@ -1,4 +1,4 @@
-"""verl's own trainer with Megatron as its learner, from its own command line: what a user types and what a user gets."""
+"""verl with Megatron as its learner, from its own command line: what a user types and what a user gets."""
 
 from __future__ import annotations
 

@@ -44,7 +44,8 @@ _OTHER_WORDS = {
 _PRECISION, _SCALE, _PROOF = "Precision", "Loss scale", "Checks"
 _MONITOR, _ALERTS = "Mismatch monitor", "Alerts"
 _VERL_FSDP = "verl's FSDP engine"
-_RETRYING = "verl's FSDP engine, OpenRLHF's PPO"
+_VERL_ENGINES = "verl's FSDP and Megatron engines"
+_RETRYING = f"{_VERL_ENGINES}, OpenRLHF's PPO"
 _RL = "RL runs"
 # From the highest scale to the lowest it takes 252 halvings.
 _MOST_TRIES = 1000
@@ -86,7 +87,7 @@ class Settings:
         "measured",
         "`measured` starts where the gradients of the first mini-batch fit, `fixed` at `init_scale`",
         group=_SCALE,
-        where=_VERL_FSDP,
+        where=_VERL_ENGINES,
         check=Choice(("measured", "fixed"), "start"),
     )
     growth_interval: int = setting(
@@ -140,7 +141,7 @@ class Settings:
         "`ahead` lets the scale grow only if the gradients seen lately would fit at the larger scale; `torch` grows "
         "it after `growth_interval` steps in any case, as every other learner does",
         group=_SCALE,
-        where=_VERL_FSDP,
+        where=_VERL_ENGINES,
         check=Choice(("torch", "ahead"), "rule"),
     )
     gradient_look_every: int = setting(
@@ -148,7 +149,7 @@ class Settings:
         "optimizer steps between measurements of the FP16 gradients: the largest, and how many underflow. `ahead` "
         "takes its own in any case",
         group=_SCALE,
-        where=_VERL_FSDP,
+        where=_VERL_ENGINES,
         check=_counted("steps", least=0, zero="never"),
     )
     max_consecutive_skips: int = setting(

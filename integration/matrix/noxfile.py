@@ -6,6 +6,7 @@ Sessions run in the environments that `make` has made; a release that an environ
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import nox
@@ -15,7 +16,7 @@ sys.path.insert(0, str(ROOT))
 
 from fp16_patch.patching.declarations import declared_patches
 from integration.matrix.overlay import overlay
-from integration.matrix.versions import Tested, others, tested_releases
+from integration.matrix.versions import Environment, Tested, Together, others, tested_releases, tested_together
 
 nox.options.default_venv_backend = "none"
 nox.options.error_on_missing_interpreters = True
@@ -78,10 +79,20 @@ def end_to_end(session: nox.Session, release: Tested) -> None:
     _test(session, release, "end to end", RUNS_START_COLD="1")
 
 
+@nox.session
+@nox.parametrize("pair", [nox.param(pair, id=str(pair)) for pair in tested_together()])
+def together(session: nox.Session, pair: Together) -> None:
+    """A release in an environment besides its own."""
+    _test_in(session, pair.release, pair.environment, pair.tests)
+
+
 def _test(session: nox.Session, release: Tested, level: str, **env: str) -> None:
+    _test_in(session, release, *release.tests(level), **env)
+
+
+def _test_in(session: nox.Session, release: Tested, environment: Environment, tests: Sequence[str], **env: str) -> None:
     session.chdir(ROOT)
     env["EVERY_ARM"] = "1"
-    environment, tests = release.tests(level)
     if not environment.holds(release.requirement):
         env["PYTHONPATH"] = str(overlay(release))
     session.run(str(environment.python), "-m", "pytest", *tests, *session.posargs, env=env, external=True)

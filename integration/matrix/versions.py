@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -82,10 +83,32 @@ class Tested:
         return f"{self.package}=={self.version}"
 
 
+@dataclass(frozen=True)
+class Together:
+    """A release in an environment besides its own, and the tests that are for both."""
+
+    release: Tested
+    environment: Environment
+    tests: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.release.package}-{self.release.version}-{self.environment.name}"
+
+
+def tested_together(path: Path = VERSIONS) -> list[Together]:
+    """What is tested besides each release in its own environment, in the order of the file."""
+    declared, known = _declared(path), {str(release): release for release in tested_releases(path)}
+    environments = _environments(declared)
+    return [
+        Together(known[row["release"]], environments[row["environment"]], tuple(row["tests"]))
+        for row in declared["together"]
+    ]
+
+
 def tested_releases(path: Path = VERSIONS) -> list[Tested]:
     """The releases of all frameworks, in the order of the file."""
-    declared = tomllib.loads(path.read_text(encoding="utf-8"))
-    environments = {name: _environment(name, table) for name, table in declared["environments"].items()}
+    declared = _declared(path)
+    environments = _environments(declared)
     return [
         Tested(
             package,
@@ -108,6 +131,14 @@ def tested_releases(path: Path = VERSIONS) -> list[Tested]:
 def others(releases: Sequence[Tested]) -> list[Tested]:
     """Those that `make test` does not run."""
     return [release for release in releases if not (release.locked and release.environment.in_make_test)]
+
+
+def _declared(path: Path) -> dict[str, Any]:
+    return tomllib.loads(path.read_text(encoding="utf-8"))
+
+
+def _environments(declared: Mapping[str, Any]) -> dict[str, Environment]:
+    return {name: _environment(name, table) for name, table in declared["environments"].items()}
 
 
 def _environment(name: str, table: Mapping[str, object]) -> Environment:

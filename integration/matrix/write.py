@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from fp16_patch.patching.declarations import declared_patches
-from integration.matrix.versions import ROOT, Environment, Tested, others, tested_releases
+from integration.matrix.versions import ROOT, Environment, Tested, others, tested_releases, tested_together
 from integration.pages.places import with_table
 
 PAGE = ROOT / "fp16_patch" / "releases" / "README.md"
@@ -78,7 +78,8 @@ def _patches_of(release: Tested) -> str:
 
 
 def _test_workflow() -> dict[str, Any]:
-    sessions = [name for release in others(tested_releases()) for name in _sessions(release)]
+    alone = [name for release in others(tested_releases()) for name in _sessions(release)]
+    sessions = [*alone, *(f"together({pair})" for pair in tested_together())]
     environments = _environments()
     jobs = {
         "lint": _job("lint", [{"run": "make lint"}], [environments["verl"]]),

@@ -23,7 +23,8 @@ def test_make_test_runs_what_its_environments_hold() -> None:
     run = {str(release) for release in versions.tested_releases()} - {
         str(release) for release in versions.others(versions.tested_releases())
     }
-    assert {name for name in run if not name.startswith("vllm")} == {"verl==0.9.1", "openrlhf==0.11.2"}
+    locked = {"verl==0.9.1", "openrlhf==0.11.2", "sglang==0.5.12", "megatron-core==0.16.1"}
+    assert {name for name in run if not name.startswith("vllm")} == locked
 
 
 @pytest.mark.parametrize("framework", ["verl", "openrlhf"])
@@ -63,6 +64,12 @@ def test_a_level_is_tested_elsewhere_where_the_release_says_so() -> None:
     assert (worker.name, whole.name) == ("verl-old", "verl")
     assert tests
     assert all((ROOT / path).exists() for path in tests)
+
+
+def test_what_is_tested_together_names_tests_that_exist_and_a_release_that_the_environment_does_not_hold() -> None:
+    for pair in versions.tested_together():
+        assert not pair.environment.holds(pair.release.requirement)
+        assert all((ROOT / test.partition("::")[0]).exists() for test in pair.tests)
 
 
 def test_an_overlay_holds_the_framework_and_nothing_that_hides_ours(

@@ -189,8 +189,8 @@ class Patch:
         upstream: the framework's issues and pull requests about the defect, `owner/repository#number`; or why there is
             none.
         exempt: releases whose code needs no such patch; where two say so of one release, the first holds.
-        tested: how, where that is not as far as the release is: `contract` if what it patches cannot run in the tests,
-            which then run the function's own code between stand-ins.
+        tested: releases → how far, where what runs with them does not reach this code: `contract` if its own code runs
+            between stand-ins, `fingerprint` if it is compared.
     """
 
     name: str
@@ -202,7 +202,7 @@ class Patch:
     live_in: tuple[str, ...] = ()
     upstream: tuple[str, ...] | NoThread = NoThread.NOT_REPORTED
     exempt: tuple[Exemption, ...] = ()
-    tested: str | None = None
+    tested: tuple[tuple[SpecifierSet, str], ...] = ()
 
     @classmethod
     def from_toml(cls, path: Path) -> Patch:
@@ -223,6 +223,8 @@ class Patch:
         declared["live_in"] = tuple(declared.get("live_in", ()))
         declared["upstream"] = _upstream(declared.get("upstream"), declared.get("observes", False))
         own = Exemption.all_from_toml(declared.pop("exempt", {}))
+        tested = declared.pop("tested", {})
+        declared["tested"] = tuple((SpecifierSet(releases), level) for releases, level in tested.items())
         shared = _of_groups(declared.pop("groups", ()), path)
         return cls(name=path.stem, framework=path.parent.name, exempt=(*own, *shared), **declared)
 
@@ -266,6 +268,10 @@ class Patch:
                 return Verdict(self, variant, Status.APPLIES, release, digest)
         variant, digest = next((each for each in found if each[1] is not None), found[0])
         return Verdict(self, variant, Status.MISSING if digest is None else Status.CHANGED, release, digest)
+
+    def tested_in(self, release: str) -> str | None:
+        """Return how far it is tested in a release, where that is not as far as the release is."""
+        return next((level for releases, level in self.tested if release in releases), None)
 
     def exemption_in(self, release: str | None) -> Exemption | None:
         """Return why this release needs no such patch; None if it does, or if nobody looked."""

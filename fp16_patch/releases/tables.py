@@ -162,8 +162,8 @@ _EXEMPT = {
 _NOBODY = ("?", "red")
 _LEGEND_TEXT = """\
 Fixed here, and how far the release is tested: E end to end, W its workers on
-several ranks, F its code is compared; C by contract: cannot run in the tests,
-the function's own code runs between stand-ins; ● no framework's package
+several ranks, F its code is compared; C by contract: what runs does not reach
+it, its own code runs between stand-ins; ● no framework's package
 ↑ fixed by another patch   = native: the release does it right
 · has nothing that could go wrong
 ✕ settings that need it stop the run   ? nobody looked: the release is refused
@@ -183,6 +183,6 @@ def _legend() -> Text:
 
 def _cell(patch: Patch, release: str, level: str | None) -> Cell:
     if release in patch.releases:
-        return _TESTED[patch.tested or level], "green"
+        return _TESTED[patch.tested_in(release) or level], "green"
     exemption = patch.exemption_in(release)
     return _NOBODY if exemption is None else _EXEMPT[exemption.reason]

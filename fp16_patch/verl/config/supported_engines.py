@@ -11,6 +11,7 @@ from fp16_patch.plan.plan import Plan
 from fp16_patch.verl.config.selection import Select
 
 FSDP = ("fsdp", "fsdp2")
+VEOMNI = "veomni"
 MEGATRON = "megatron"
 ENGINES = (*FSDP, MEGATRON)
 

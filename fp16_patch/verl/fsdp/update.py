@@ -15,6 +15,7 @@ from fp16_patch.scaling.optimizer_step import step_of
 from fp16_patch.scaling.scaler import nonfinite_parameters
 from fp16_patch.scaling.step_report import report_taken_norms
 from fp16_patch.scaling.update import MiniBatchUpdate
+from fp16_patch.verl.config.supported_engines import FSDP, VEOMNI
 from fp16_patch.verl.fsdp import fused_step
 from fp16_patch.verl.fsdp.device import device_type
 from fp16_patch.verl.fsdp.engine import role_of
@@ -68,10 +69,13 @@ def train_batch(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
 
 def _is_repeatable(engine: Any) -> bool:
     """Return whether all that an update does is in `train_batch`, and its scaler is the one made here."""
+    return scales_loss(engine) and engine.engine_config.strategy in (*FSDP, VEOMNI)
+
+
+def scales_loss(engine: Any) -> bool:
+    """Return whether the plan has the engine's losses scaled, and the engine a scaler for them."""
     scaler = getattr(engine, "scaler", None)
-    if not current_plan().scales_loss or scaler is None or not scaler.is_enabled():
-        return False
-    return engine.engine_config.strategy in ("fsdp", "fsdp2")
+    return current_plan().scales_loss and scaler is not None and bool(scaler.is_enabled())
 
 
 def optimizer_step(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> float:

@@ -17,7 +17,16 @@ from fp16_patch.cli import main
 from fp16_patch.mismatch.diagnosis.findings import diagnose_run
 from fp16_patch.mismatch.record.reading import load_run
 from integration.cpu.launch import RunResult
-from tests.e2e.verl_runs import FP16_PATCH, STEPS, TIMEOUT_S, finished, ledger, record, served_reward_model, served_teacher
+from tests.e2e.verl_runs import (
+    FP16_PATCH,
+    STEPS,
+    TIMEOUT_S,
+    finished,
+    ledger,
+    record,
+    served_reward_model,
+    served_teacher,
+)
 
 # Far above what FP16 gradients bear, and a power of two.
 OVERFLOWING = 2**40

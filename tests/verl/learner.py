@@ -120,6 +120,7 @@ def worker_config(
     of_values = model_type == "value_model" and arguments.value_model
     model = HFModelConfig(
         path=arguments.value_model if of_values else arguments.model,
+        hf_config_path=config_with_dropout(arguments, dropout) if arguments.strategy == "veomni" and dropout else None,
         use_remove_padding=False,
         enable_gradient_checkpointing=False,
         override_config={"attn_implementation": "sdpa", **({"attention_dropout": dropout} if dropout else {})},
@@ -153,6 +154,17 @@ def worker_config(
         optimizer_config=optimizer_config,
         checkpoint_config=checkpoint,
     )
+
+
+def config_with_dropout(arguments: argparse.Namespace, dropout: float) -> str:
+    """A folder of the model's configuration with dropout: VeOmni reads a file, and no overrides."""
+    folder = Path(arguments.out) / "with_dropout"
+    if dist.get_rank() == 0:
+        folder.mkdir(exist_ok=True)
+        config = json.loads(Path(arguments.model, "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "attention_dropout": dropout}))
+    dist.barrier()
+    return str(folder)
 
 
 # The one switch verl's FSDP engine reads; under a plan it is overruled, and the runs below leave it as it is.
@@ -676,6 +688,40 @@ def infinite_norm(learner: Learner) -> dict[str, Any]:
     return {"norm": str(norm), "unchanged_on_every_rank": unchanged, "halved": scale_before / scale(learner)}
 
 
+def vast_norm(arguments: argparse.Namespace) -> dict[str, Any]:
+    """A step of finite gradients, the norm of which is not, on the kernel that the engine takes."""
+    learner = Learner(arguments)
+    learner.step()
+    return infinite_norm(learner)
+
+
+def several_optimizers(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Steps with VeOmni's container of optimizers, which it makes for experts on ranks of their own.
+
+    The experts' kernels, and Muon, for which it makes one, too, need a GPU: here both parts are Adam's.
+    """
+    from veomni.optim.optimizer import MultiOptimizer
+
+    learner = Learner(arguments)
+    engine, parts = learner.engine, {"matrices": [], "vectors": []}
+    for parameter in engine.module.parameters():
+        parts["matrices" if parameter.ndim > 1 else "vectors"].append(parameter)
+    engine.optimizer = MultiOptimizer(
+        engine.module, {name: torch.optim.AdamW(part, lr=1e-3) for name, part in parts.items()}, list(parts)
+    )
+    steps = [learner.step()]
+    before = learner.parameters()
+    steps.append(learner.step(poisoned={dist.get_world_size() - 1}))
+    after = learner.parameters()
+    steps.append(learner.step())
+    return {
+        "optimizers": len(engine.optimizer),
+        "unchanged_on_every_rank": on_every_rank(torch.equal(before, after)),
+        "moved_by_a_clean_step": on_every_rank(not torch.equal(after, learner.parameters())),
+        "metrics": [plain(step) for step in steps],
+    }
+
+
 def two_counted_steps(learner: Learner) -> dict[str, Any]:
     """Passes over the gradients in each optimizer step, norms, and what became of the parameters."""
     take, counts = learner.engine.optimizer_step, []
@@ -816,6 +862,8 @@ SCENARIOS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
         infinite_loss,
         alone,
         kernels,
+        vast_norm,
+        several_optimizers,
         fused_chosen,
         grown,
         underflow,

@@ -1,7 +1,7 @@
 """VeOmni's engine, which is verl's FSDP engine but for its build, its backward pass and its step.
 
-verl has it build a module by VeOmni's FSDP2 in bfloat16, and gives it no scaler. Updates, log-probs and the schedule are
-those of the FSDP engine.
+It has VeOmni shard the module, by FSDP2 and in bfloat16, and never asks for a scaler. Updates, log-probs and the
+schedule are those of the FSDP engine.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ class LaunchConfig:
     reward_name: str = "compute_score"
     steps: int = 3
     sampler: Sampler = "vllm"
-    strategy: Literal["fsdp", "fsdp2"] = "fsdp"
+    strategy: Literal["fsdp", "fsdp2", "veomni"] = "fsdp"
     ranks: int = 1
     adv_estimator: Literal["grpo", "gae"] = "grpo"
     use_ref: bool = False
@@ -146,10 +146,7 @@ def _actor(config: LaunchConfig) -> dict[str, object]:
     return {
         "actor_rollout_ref.model.path": config.model,
         **_model_without_flash_attention("actor_rollout_ref.model"),
-        "actor_rollout_ref.actor.strategy": config.strategy,
-        "actor_rollout_ref.actor.fsdp_config.strategy": config.strategy,
-        "actor_rollout_ref.ref.strategy": config.strategy,
-        "actor_rollout_ref.ref.fsdp_config.strategy": config.strategy,
+        **(_VEOMNI if config.strategy == "veomni" else _fsdp(config)),
         "actor_rollout_ref.actor.optim.lr": config.learning_rate,
         "actor_rollout_ref.actor.ppo_mini_batch_size": config.prompts_per_step,
         "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu": 16,
@@ -157,9 +154,26 @@ def _actor(config: LaunchConfig) -> dict[str, object]:
         "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu": 16,
         # Compiling takes longer than such a run does.
         "actor_rollout_ref.actor.use_torch_compile": False,
+    }
+
+
+def _fsdp(config: LaunchConfig) -> dict[str, object]:
+    return {
+        "actor_rollout_ref.actor.strategy": config.strategy,
+        "actor_rollout_ref.actor.fsdp_config.strategy": config.strategy,
+        "actor_rollout_ref.ref.strategy": config.strategy,
+        "actor_rollout_ref.ref.fsdp_config.strategy": config.strategy,
         "actor_rollout_ref.actor.fsdp_config.use_torch_compile": False,
         "actor_rollout_ref.ref.fsdp_config.use_torch_compile": False,
     }
+
+
+# The ref's kernels are the actor's. Flash attention and the fused experts are for GPUs.
+_VEOMNI: dict[str, object] = {
+    "model_engine": "veomni",
+    "actor_rollout_ref.actor.veomni.attn_implementation": "eager",
+    "actor_rollout_ref.actor.veomni.moe_implementation": "eager",
+}
 
 
 def _model_without_flash_attention(prefix: str) -> dict[str, object]:

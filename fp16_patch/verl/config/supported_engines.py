@@ -22,11 +22,11 @@ _VEOMNI_ENGINE = "verl.workers.engine.veomni.transformer_impl"
 _VEOMNI_DTYPES = "MixedPrecisionConfig"
 _REFUSED = {
     "torchtitan": f"verl's torchtitan engine computes in bfloat16, whatever its keys say, and {_UNSCALED}",
-    VEOMNI: "the VeOmni of this release shards for bfloat16 in parallelize_model_fsdp2 and takes no other dtype, and its "
-    f"engine {_UNSCALED}",
+    VEOMNI: "VeOmni, as of this release, shards for bfloat16 in parallelize_model_fsdp2 and takes no other dtype, and "
+    f"its engine {_UNSCALED}",
     "automodel": f"verl's automodel engine computes in bfloat16 under autocast, and {_UNSCALED}",
-    "fsdp_turbo": "FSDPTurboEngineWithLMHead._build_fsdp_module shards by turbo_config and leaves the engine's autocast at "
-    f"bfloat16 and its scaler at None: it {_UNSCALED}; and the library behind it has no release to be tested with",
+    "fsdp_turbo": "FSDPTurboEngineWithLMHead._build_fsdp_module shards by turbo_config and leaves the engine's "
+    f"autocast at bfloat16 and its scaler at None: it {_UNSCALED}; and the library behind it has no release to test",
     "mindspeed": "it patches Megatron for Ascend, in places that nobody has checked",
     "mindspeed_megatron": "it patches Megatron for Ascend, in places that nobody has checked",
 }

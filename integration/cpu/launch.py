@@ -63,7 +63,7 @@ _DEVICE = {">=0.9": "cpu", "<0.9": "cuda"}
 _CRITIC_ENGINE = {">=0.8": "critic.fsdp", "<0.8": "critic.model.fsdp_config"}
 
 Sampler = Literal["vllm", "sglang"]
-Strategy = Literal["fsdp", "fsdp2", "megatron"]
+Strategy = Literal["fsdp", "fsdp2", "megatron", "veomni"]
 
 READY = re.compile(r"all initialize finished, ready to fit")
 
@@ -166,7 +166,7 @@ def _actor(config: LaunchConfig) -> dict[str, object]:
     return {
         "actor_rollout_ref.model.path": config.model,
         "actor_rollout_ref.model.enable_gradient_checkpointing": False,
-        **(_megatron(config) if config.strategy == "megatron" else _fsdp(config)),
+        **_LEARNERS[config.strategy](config),
         "actor_rollout_ref.actor.optim.lr": config.learning_rate,
         "actor_rollout_ref.actor.ppo_mini_batch_size": config.prompts_per_step,
         "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu": 16,
@@ -198,6 +198,25 @@ def _megatron(config: LaunchConfig) -> dict[str, object]:
     roles = ("actor", "ref")
     settings = {f"++actor_rollout_ref.{role}.megatron.{key}": of_a_role[key] for role in roles for key in of_a_role}
     return {"model_engine": "megatron", **settings}
+
+
+def _veomni(_config: LaunchConfig) -> dict[str, object]:
+    return {
+        **_model_without_flash_attention("actor_rollout_ref.model"),
+        "model_engine": "veomni",
+        # The ref's kernels are the actor's. Flash attention and the fused experts are for GPUs.
+        "actor_rollout_ref.actor.veomni.attn_implementation": "eager",
+        "actor_rollout_ref.actor.veomni.moe_implementation": "eager",
+        "actor_rollout_ref.actor.use_torch_compile": False,
+    }
+
+
+_LEARNERS: Mapping[Strategy, Callable[[LaunchConfig], dict[str, object]]] = {
+    "fsdp": _fsdp,
+    "fsdp2": _fsdp,
+    "megatron": _megatron,
+    "veomni": _veomni,
+}
 
 
 def _model_without_flash_attention(prefix: str) -> dict[str, object]:

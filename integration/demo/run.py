@@ -21,7 +21,7 @@ from integration.demo.side_by_side import SEED, STEPS, prepare_model, run_arm, w
 
 OUT = Path(__file__).resolve().parent / "out"
 SAMPLERS: dict[Sampler, str] = {"vllm": "vLLM", "sglang": "SGLang"}
-LEARNERS: dict[Strategy, str] = {"fsdp": "FSDP", "fsdp2": "FSDP2", "megatron": "Megatron"}
+LEARNERS: dict[Strategy, str] = {"fsdp": "FSDP", "fsdp2": "FSDP2", "megatron": "Megatron", "veomni": "VeOmni"}
 
 
 @click.command()

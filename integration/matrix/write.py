@@ -21,8 +21,16 @@ from integration.pages.places import with_table
 PAGE = ROOT / "fp16_patch" / "releases" / "README.md"
 WORKFLOWS = ROOT / ".github" / "workflows"
 _HEAD = "# Written by `python -m integration.matrix.write` from integration/matrix/versions.toml.\n"
-_NAMES = {"verl": "verl", "openrlhf": "OpenRLHF", "vllm": "vLLM", "sglang": "SGLang", "megatron-core": "Megatron-Core"}
+_NAMES = {
+    "verl": "verl",
+    "openrlhf": "OpenRLHF",
+    "vllm": "vLLM",
+    "sglang": "SGLang",
+    "megatron-core": "Megatron-Core",
+    "veomni": "VeOmni",
+}
 _FRAMEWORKS = ("verl", "openrlhf")
+_UNPATCHED = dict.fromkeys(("veomni", "megatron-core"), "none: verl's engine has them")
 _WORDS = {"fingerprint": "code compared"}
 _MINUTES = 90
 _REPORT = "A release that the patches do not know"
@@ -69,7 +77,7 @@ def table(releases: list[Tested]) -> str:
 def _patches_of(release: Tested) -> str:
     patches = [patch for patch in declared_patches() if patch.framework == release.package]
     if not patches:
-        return "verl's" if release.package == "megatron-core" else "none: its plugin interface"
+        return _UNPATCHED.get(release.package, "none: its plugin interface")
     # A patch of DeepSpeed or vLLM is declared for their releases, not for the framework's.
     own = [patch for patch in patches if patch.package == release.package]
     applying = sum(release.version in patch.releases for patch in own)

@@ -46,6 +46,17 @@ ARMS: Mapping[str, tuple[list[str], tuple[str, ...], Mapping[str, str]]] = {
     "ahead": ([], ("grown",), {**GROWING, "FP16_PATCH_SCALE_RULE": "ahead"}),
     "measured": ([], ("first_scale",), MEASURED),
 }
+# VeOmni's engine trains no adapters, and its configuration names no kernel, no stored dtype and no scaler to mend.
+OF_VEOMNI: Mapping[str, tuple[str, ...]] = {
+    "stock": ("compute_dtypes", "overflow_on_one_rank", "wire", "temperature"),
+    "plan": (
+        *("compute_dtypes", "overflow_on_one_rank", "wire", "wire_after_clearance", "temperature", "averaged_norm"),
+        *("resume", "exports", "endless_overflow", "resume_from_stock", "oracle", "lost", "vast_norm"),
+        "several_optimizers",
+    ),
+    "retry": ("retried", "first_scale", "lost", "infinite_loss", "alone"),
+    "measured": ("first_scale",),
+}
 
 
 @pytest.fixture
@@ -71,7 +82,9 @@ def compose() -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
-def learner(on_ranks: Ranks, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Facts]:
+def learner(
+    on_ranks: Ranks, tiny_model: Path, tiny_value_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Facts]:
     """Run scenarios of `learner.py` once for each arm, strategy and number of ranks; what they found."""
     known: dict[tuple[str, str, int], Facts] = {}
 
@@ -79,7 +92,11 @@ def learner(on_ranks: Ranks, tiny_model: Path, tmp_path_factory: pytest.TempPath
         if (arm, strategy, ranks) not in known:
             out = tmp_path_factory.mktemp(f"{arm}_{strategy}_{ranks}")
             options, scenarios, env = ARMS[arm]
-            arguments = ["--strategy", strategy, "--model", str(tiny_model), "--out", str(out), *options, *scenarios]
+            models = ["--model", str(tiny_model)]
+            if strategy == "veomni":
+                scenarios = OF_VEOMNI[arm]
+                models += ["--value-model", str(tiny_value_model)]
+            arguments = ["--strategy", strategy, *models, "--out", str(out), *options, *scenarios]
             facts = on_ranks.facts(LEARNER, arguments, ranks, out, verl_environment(env), IMPORTS)
             known[arm, strategy, ranks] = {"out": out, **facts}
         return known[arm, strategy, ranks]

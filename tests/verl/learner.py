@@ -27,7 +27,13 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from verl.trainer.config import CheckpointConfig
 from verl.utils import tensordict_utils as tu
-from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
+from verl.workers.config import (
+    FSDPEngineConfig,
+    FSDPOptimizerConfig,
+    HFModelConfig,
+    VeOmniEngineConfig,
+    VeOmniOptimizerConfig,
+)
 from verl.workers.config.engine import TrainingWorkerConfig
 from verl.workers.engine_workers import TrainingWorker
 
@@ -111,8 +117,10 @@ def worker_config(
     dropout: float = 0.0,
     optimizer: dict[str, Any] | None = None,
 ) -> TrainingWorkerConfig:
+    of_values = model_type == "value_model" and arguments.value_model
     model = HFModelConfig(
-        path=arguments.model,
+        path=arguments.value_model if of_values else arguments.model,
+        hf_config_path=config_with_dropout(arguments, dropout) if arguments.strategy == "veomni" and dropout else None,
         use_remove_padding=False,
         enable_gradient_checkpointing=False,
         override_config={"attn_implementation": "sdpa", **({"attention_dropout": dropout} if dropout else {})},
@@ -120,20 +128,24 @@ def worker_config(
         lora_alpha=2 * lora_rank,
         lora={"merge": True} if lora_rank else {},
     )
-    engine_config = FSDPEngineConfig(
-        strategy=arguments.strategy,
-        forward_only=forward_only,
-        use_torch_compile=False,
-        use_dynamic_bsz=False,
-        micro_batch_size_per_gpu=2,
-        infer_micro_batch_size_per_gpu=2,
-        **(engine if engine is not None else STOCK_FP16),
-    )
-    optimizer_config = FSDPOptimizerConfig(
-        lr=1e-3, lr_warmup_steps=4, total_training_steps=100, weight_decay=0.0, override_optimizer_config=optimizer
-    )
+    batches = {
+        "forward_only": forward_only,
+        "use_torch_compile": False,
+        "use_dynamic_bsz": False,
+        "micro_batch_size_per_gpu": 2,
+        "infer_micro_batch_size_per_gpu": 2,
+    }
+    schedule = {"lr": 1e-3, "total_training_steps": 100, "weight_decay": 0.0}
+    if arguments.strategy == "veomni":
+        # The config names no dtype: there is no key for one.
+        engine_config = VeOmniEngineConfig(**batches, **VEOMNI, **(engine or {}))
+        optimizer_config = VeOmniOptimizerConfig(lr_warmup_steps_ratio=0.04, **schedule, **(optimizer or {}))
+    else:
+        chosen = engine if engine is not None else STOCK_FP16
+        engine_config = FSDPEngineConfig(strategy=arguments.strategy, **batches, **chosen)
+        optimizer_config = FSDPOptimizerConfig(lr_warmup_steps=4, override_optimizer_config=optimizer, **schedule)
     # FSDP1 on several CPU ranks cannot gather a full state dict: offloading frees the storage it is about to read.
-    exportable = arguments.strategy == "fsdp2" or dist.get_world_size() == 1
+    exportable = arguments.strategy != "fsdp" or dist.get_world_size() == 1
     checkpoint = CheckpointConfig(save_contents=["model", "optimizer", "extra", *(["hf_model"] if exportable else [])])
     return TrainingWorkerConfig(
         model_type=model_type,
@@ -144,8 +156,26 @@ def worker_config(
     )
 
 
+def config_with_dropout(arguments: argparse.Namespace, dropout: float) -> str:
+    """A folder of the model's configuration with dropout: VeOmni reads a file, and no overrides."""
+    folder = Path(arguments.out) / "with_dropout"
+    if dist.get_rank() == 0:
+        folder.mkdir(exist_ok=True)
+        config = json.loads(Path(arguments.model, "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "attention_dropout": dropout}))
+    dist.barrier()
+    return str(folder)
+
+
 # The one switch verl's FSDP engine reads; under a plan it is overruled, and the runs below leave it as it is.
 STOCK_FP16 = {"mixed_precision": {"param_dtype": "fp16", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}}
+# As verl's YAML has it, but for kernels that a CPU has.
+VEOMNI = {
+    "mixed_precision": True,
+    "enable_full_shard": True,
+    "attn_implementation": "eager",
+    "moe_implementation": "eager",
+}
 # What verl documents as the switch.
 DOCUMENTED_FP16 = {"dtype": "float16"}
 
@@ -200,7 +230,7 @@ def compute_dtypes(arguments: argparse.Namespace) -> dict[str, Any]:
                 learner.worker.infer_batch(data)
             else:
                 learner.step()
-        scaler = learner.engine.scaler
+        scaler = getattr(learner.engine, "scaler", None)
         facts[role] = {"dtypes": sorted(seen), "scaler": scaler is not None and scaler.is_enabled()}
     return facts
 
@@ -224,6 +254,7 @@ def overflow_on_one_rank(arguments: argparse.Namespace) -> dict[str, Any]:
     overflow = learner.step(poisoned={dist.get_world_size() - 1})
     after, lr_after = learner.parameters(), learner.lr()
     last = learner.step()
+    scaler = getattr(learner.engine, "scaler", None)
     return {
         "clean_metrics": plain(clean),
         "overflow_metrics": plain(overflow),
@@ -232,8 +263,7 @@ def overflow_on_one_rank(arguments: argparse.Namespace) -> dict[str, Any]:
         "moved_by_a_clean_step": on_every_rank(not torch.equal(after, learner.parameters())),
         "nan_parameters": sum_over_ranks(int(after.isnan().sum())),
         "lr": [lr_before, lr_after, learner.lr()],
-        "scaler_enabled": learner.engine.scaler.is_enabled(),
-        "scale": learner.engine.scaler.get_scale(),
+        "scaler_enabled": scaler is not None and scaler.is_enabled(),
     }
 
 
@@ -533,7 +563,8 @@ def wire_after_clearance(arguments: argparse.Namespace) -> dict[str, Any]:
     from fp16_patch.runtime.preflight import allow_training
 
     facts: dict[str, Any] = {}
-    for name, lora_rank in (*((name, 0) for name in KEEPS), ("merged", 4)):
+    merged = () if arguments.strategy == "veomni" else (("merged", 4),)  # it trains no adapters
+    for name, lora_rank in (*((name, 0) for name in KEEPS), *merged):
         learner = Learner(arguments, lora_rank=lora_rank)
         for _ in range(2):  # the learning rate of the first step of a warm-up is 0
             learner.step()
@@ -655,6 +686,40 @@ def infinite_norm(learner: Learner) -> dict[str, Any]:
     norm = learner.engine.optimizer_step()
     unchanged = on_every_rank(torch.equal(before, learner.state()))
     return {"norm": str(norm), "unchanged_on_every_rank": unchanged, "halved": scale_before / scale(learner)}
+
+
+def vast_norm(arguments: argparse.Namespace) -> dict[str, Any]:
+    """A step of finite gradients, the norm of which is not, on the kernel that the engine takes."""
+    learner = Learner(arguments)
+    learner.step()
+    return infinite_norm(learner)
+
+
+def several_optimizers(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Steps with VeOmni's container of optimizers, which it makes for experts on ranks of their own.
+
+    The experts' kernels, and Muon, for which it makes one, too, need a GPU: here both parts are Adam's.
+    """
+    from veomni.optim.optimizer import MultiOptimizer
+
+    learner = Learner(arguments)
+    engine, parts = learner.engine, {"matrices": [], "vectors": []}
+    for parameter in engine.module.parameters():
+        parts["matrices" if parameter.ndim > 1 else "vectors"].append(parameter)
+    engine.optimizer = MultiOptimizer(
+        engine.module, {name: torch.optim.AdamW(part, lr=1e-3) for name, part in parts.items()}, list(parts)
+    )
+    steps = [learner.step()]
+    before = learner.parameters()
+    steps.append(learner.step(poisoned={dist.get_world_size() - 1}))
+    after = learner.parameters()
+    steps.append(learner.step())
+    return {
+        "optimizers": len(engine.optimizer),
+        "unchanged_on_every_rank": on_every_rank(torch.equal(before, after)),
+        "moved_by_a_clean_step": on_every_rank(not torch.equal(after, learner.parameters())),
+        "metrics": [plain(step) for step in steps],
+    }
 
 
 def two_counted_steps(learner: Learner) -> dict[str, Any]:
@@ -797,6 +862,8 @@ SCENARIOS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
         infinite_loss,
         alone,
         kernels,
+        vast_norm,
+        several_optimizers,
         fused_chosen,
         grown,
         underflow,
@@ -813,8 +880,10 @@ def seeded(scenario: Callable[..., dict[str, Any]], arguments: argparse.Namespac
 def main() -> None:
     dist.init_process_group("gloo")
     parser = argparse.ArgumentParser()
-    parser.add_argument("--strategy", choices=("fsdp", "fsdp2"), required=True)
+    parser.add_argument("--strategy", choices=("fsdp", "fsdp2", "veomni"), required=True)
     parser.add_argument("--model", required=True)
+    # VeOmni draws a head that is not stored as a DTensor, which torch does on GPUs only.
+    parser.add_argument("--value-model")
     parser.add_argument("--out", required=True)
     # Stock verl builds its scaler for CUDA. Some of its defects show only where that scaler works, as it does on a GPU.
     parser.add_argument("--working-scaler", action="store_true")

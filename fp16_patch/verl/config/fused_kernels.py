@@ -10,10 +10,14 @@ from fp16_patch.patching.sources import Installed, Sources
 from fp16_patch.plan.errors import Conflict
 from fp16_patch.plan.plan import Plan
 from fp16_patch.verl.config.selection import Select
-from fp16_patch.verl.config.supported_engines import MEGATRON
+from fp16_patch.verl.config.supported_engines import MEGATRON, VEOMNI
 
 SWITCH = "actor_rollout_ref.model.use_fused_kernels"
 BACKEND = "actor_rollout_ref.model.fused_kernel_options.impl_backend"
+_OF_VEOMNI = (
+    "VeOmni's chunked kernel adds up the head's gradient over chunks of tokens in float16, and divides logits by the "
+    "temperature in it"
+)
 _TRITON, _TORCH = "verl.utils.kernel.kernels", "verl.utils.experimental.torch_functional"
 
 
@@ -22,10 +26,12 @@ def fused_kernel_conflict(select: Select, strategy: object, plan: Plan) -> Confl
 
     Args:
         select: the value of a key in the run's configuration; None where there is none.
-        strategy: the actor's engine. On Megatron the kernels are Triton's, whatever `impl_backend` says.
+        strategy: the actor's engine. Megatron's kernels are Triton's, VeOmni's its own, whatever `impl_backend` says.
     """
     if not select(SWITCH) or not plan.scales_loss:
         return None
+    if strategy == VEOMNI:
+        return Conflict(SWITCH, True, _OF_VEOMNI, "set it to false")
     backend = "triton" if strategy == MEGATRON else str(select(BACKEND))
     sources = Installed()
     if backend == "triton" and scales_in_fp32(sources):

@@ -26,7 +26,14 @@ from fp16_patch.verl.config.samplers import (
 )
 from fp16_patch.verl.config.selection import select as _select
 from fp16_patch.verl.config.stock_dtypes import learner_dtype
-from fp16_patch.verl.config.supported_engines import FSDP, MEGATRON, engine_conflict, megatron_conflicts
+from fp16_patch.verl.config.supported_engines import (
+    FSDP,
+    MEGATRON,
+    VEOMNI,
+    engine_conflict,
+    megatron_conflicts,
+    veomni_conflicts,
+)
 from fp16_patch.verl.config.weight_sync import weight_sync_conflicts
 
 logger = logging.getLogger(__name__)
@@ -157,6 +164,8 @@ def _engine_conflicts(config: Any, plan: Plan) -> Iterator[Conflict]:
             yield conflict
         elif strategy == MEGATRON:
             yield from megatron_conflicts(partial(_select, config), role, plan, trains=role != REF)
+        elif strategy == VEOMNI:
+            yield from veomni_conflicts(partial(_select, config), role, plan, trains=role != REF)
         for qat in (f"{engine_config}.qat.enable", f"{role}.qat.enable"):
             if _select(config, qat):
                 reason = "quantization-aware training computes in the quantized dtype"
@@ -241,14 +250,10 @@ def _engine_sections(config: Any) -> list[tuple[str, str]]:
 
 
 def _engine_section(config: Any, role: str) -> str:
-    if _on_megatron(config, role):
-        return f"{role}.megatron"
+    if (strategy := _select(config, f"{role}.strategy")) in (MEGATRON, VEOMNI):
+        return f"{role}.{strategy}"
     legacy_critic = role == CRITIC and _select(config, _LEGACY_CRITIC_CONFIG) is not None
     return _LEGACY_CRITIC_CONFIG if legacy_critic else _ENGINE_CONFIG[role]
-
-
-def _on_megatron(config: Any, role: str) -> bool:
-    return bool(_select(config, f"{role}.strategy") == MEGATRON)
 
 
 def _forced_keys(config: Any, plan: Plan) -> dict[str, Any]:
@@ -256,13 +261,16 @@ def _forced_keys(config: Any, plan: Plan) -> dict[str, Any]:
     for role, engine_config in _engine_sections(config):
         if _select(config, f"{engine_config}.dtype") is not None:  # there is no such key before 0.6.1
             forced[f"{engine_config}.dtype"] = plan.dtype
-        if _on_megatron(config, role):
+        strategy = _select(config, f"{role}.strategy")
+        if strategy == VEOMNI:
+            forced[f"{engine_config}.mixed_precision"] = True
+        if strategy not in FSDP:
             continue
         forced[f"{engine_config}.mixed_precision"] = mixed_precision(plan)
         key = f"{engine_config}.model_dtype"
         forced[key] = stored_dtype(_select(config, key), trains=role != REF, plan=plan)
         no_sync = f"{engine_config}.use_no_sync_for_gradient_accumulation"
-        if _select(config, f"{role}.strategy") == "fsdp" and _select(config, no_sync) is not None:
+        if strategy == "fsdp" and _select(config, no_sync) is not None:
             forced[no_sync] = False
     for served in served_models(config):
         forced[f"{served.section}.dtype"] = plan.dtype

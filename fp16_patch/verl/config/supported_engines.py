@@ -5,21 +5,28 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from fp16_patch.plan.dtypes import BFLOAT16
+from fp16_patch.patching.sources import Installed, Sources
+from fp16_patch.plan.dtypes import BFLOAT16, is_half
 from fp16_patch.plan.errors import Conflict
 from fp16_patch.plan.plan import Plan
 from fp16_patch.verl.config.selection import Select
 
 FSDP = ("fsdp", "fsdp2")
+VEOMNI = "veomni"
 MEGATRON = "megatron"
 ENGINES = (*FSDP, MEGATRON)
 
 _UNSCALED = "never scales the loss, so small gradients would vanish"
+_VEOMNI_ENGINE = "verl.workers.engine.veomni.transformer_impl"
+# Without it verl can tell VeOmni of no dtype.
+_VEOMNI_DTYPES = "MixedPrecisionConfig"
 _REFUSED = {
     "torchtitan": f"verl's torchtitan engine computes in bfloat16, whatever its keys say, and {_UNSCALED}",
-    "veomni": f"verl's veomni engine computes in bfloat16, and {_UNSCALED}",
+    VEOMNI: "VeOmni, as of this release, shards for bfloat16 in parallelize_model_fsdp2 and takes no other dtype, and "
+    f"its engine {_UNSCALED}",
     "automodel": f"verl's automodel engine computes in bfloat16 under autocast, and {_UNSCALED}",
-    "fsdp_turbo": f"it builds its module past the FSDP engine's scaler and autocast: it {_UNSCALED}",
+    "fsdp_turbo": "FSDPTurboEngineWithLMHead._build_fsdp_module shards by turbo_config and leaves the engine's "
+    f"autocast at bfloat16 and its scaler at None: it {_UNSCALED}; and the library behind it has no release to test",
     "mindspeed": "it patches Megatron for Ascend, in places that nobody has checked",
     "mindspeed_megatron": "it patches Megatron for Ascend, in places that nobody has checked",
 }
@@ -27,11 +34,33 @@ _REFUSED = {
 
 def engine_conflict(role: str, strategy: object) -> Conflict | None:
     """Say why this engine is refused; None if it is not."""
-    if strategy in ENGINES:
+    if strategy in ENGINES or (strategy == VEOMNI and _veomni_takes_dtypes(Installed())):
         return None
     reason = _REFUSED.get(str(strategy), "fp16_patch cannot vouch for this engine")
     fix = f"use {', '.join(ENGINES[:-1])} or {ENGINES[-1]}, or FP16_PATCH=observe to measure without changing"
     return Conflict(f"{role}.strategy", strategy, reason, fix)
+
+
+def _veomni_takes_dtypes(sources: Sources) -> bool:
+    return _VEOMNI_DTYPES in (sources.read(_VEOMNI_ENGINE) or "")
+
+
+def veomni_conflicts(select: Select, role: str, plan: Plan, *, trains: bool) -> Iterator[Conflict]:
+    """Yield the settings of a role on VeOmni that cannot be had under the plan.
+
+    Args:
+        select: the value of a key in the run's configuration; None where there is none.
+        role: the key of the role, as `critic`; its VeOmni settings are at `<role>.veomni`.
+        trains: whether an optimizer updates it.
+    """
+    key = f"{role}.{VEOMNI}.attn_implementation"
+    if not is_half(plan.dtype) and "flash" in str(select(key)):
+        reason = "flash attention takes float16 and bfloat16 only"
+        yield Conflict(key, select(key), reason, "use sdpa, with actor_rollout_ref.model.use_remove_padding=False")
+    for key, kept, reason, fix in _VEOMNI_SETTINGS if plan.dtype == BFLOAT16.torch else _VEOMNI_OF_ANY_DTYPE:
+        yield from _unless_kept(select, f"{role}.{VEOMNI}.{key}", kept, reason, fix)
+    if trains:
+        yield from _unless_kept(select, f"{role}.optim.optimizer", *_VEOMNI_OPTIMIZER)
 
 
 def megatron_conflicts(select: Select, role: str, plan: Plan, *, trains: bool) -> Iterator[Conflict]:
@@ -61,6 +90,20 @@ def _unless_kept(select: Select, key: str, kept: tuple[Any, ...], reason: str, f
 
 # Key below the role, the values it may have (None: it is not there), why no other, and what to do.
 _Setting = tuple[str, tuple[Any, ...], str, str]
+_VEOMNI_SETTINGS: tuple[_Setting, ...] = (
+    (
+        "qat_implementation",
+        (None, "none"),
+        "quantization-aware training computes in the quantized dtype",
+        "set it to none",
+    ),
+)
+_VEOMNI_KERNELS = ("dsa_indexer_implementation", "dsa_attention_implementation", "mhc_implementation")
+_VEOMNI_OF_ANY_DTYPE: tuple[_Setting, ...] = (
+    *_VEOMNI_SETTINGS,
+    *((key, (None, "eager"), "its kernels take bfloat16 only", "use eager") for key in _VEOMNI_KERNELS),
+)
+_VEOMNI_OPTIMIZER = ((None, "adamw", "muon"), "it keeps its moments in bfloat16", "use adamw")
 _MODEL_SETTINGS: tuple[_Setting, ...] = (
     ("use_mbridge", (None, True), "without a bridge Megatron's models are built for bfloat16 only", "set it to true"),
     ("use_megatron_fsdp", (None, False), "fp16_patch cannot vouch for Megatron's own FSDP", "set it to false"),

@@ -39,12 +39,12 @@ _MOST_OTHERS = 16
 
 
 def save_checkpoint(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
-    """`FSDPEngine.save_checkpoint`: save the scale, its growth counter and the step counters with the model."""
+    """`save_checkpoint` of the FSDP engine and VeOmni's: save the scale, its growth counter and the step counters."""
     return save_with_scaler(FSDPUpdate.of(engine), wrapped, args, kwargs)
 
 
 def load_checkpoint(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
-    """`FSDPEngine.load_checkpoint`: go on with the saved scale; its factors and interval are the plan's."""
+    """`load_checkpoint` of the FSDP engine and VeOmni's: go on with the saved scale, and the plan's factors."""
     return load_with_scaler(FSDPUpdate.of(engine), wrapped, args, kwargs)
 
 

@@ -32,15 +32,20 @@ def build_module(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> nn.Module
 
 def build_fsdp_module(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> nn.Module:
     """`FSDPEngine._build_fsdp_module`: give it a scaler for this device with the plan's settings."""
-    plan = current_plan()
     module: nn.Module = wrapped(*args, **kwargs)
+    take_over(engine, module)
+    return module
+
+
+def take_over(engine: Any, module: nn.Module) -> None:
+    """Give an engine whose module was just built a scaler if it trains, and note what the module computes in."""
+    plan = current_plan()
     start_anew(engine)
     if plan.overrides_dtype:
         trains = plan.scales_loss and not engine.engine_config.forward_only
         engine.scaler = sharded_scaler(plan, device_type()) if trains else None
     ledger().rank = engine.rank
     watch_compute(module, role_of(engine))
-    return module
 
 
 def gradient_sync_context(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:

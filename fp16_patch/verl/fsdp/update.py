@@ -13,6 +13,7 @@ from fp16_patch.scaling import norm_first
 from fp16_patch.scaling.lr_hold import holds_lr
 from fp16_patch.scaling.scaler import nonfinite_parameters
 from fp16_patch.scaling.update import MiniBatchUpdate
+from fp16_patch.verl.config.supported_engines import FSDP, VEOMNI
 from fp16_patch.verl.fsdp import fused_step
 from fp16_patch.verl.fsdp.engine import role_of
 from fp16_patch.verl.fsdp.gradients import local_gradients, note_gradients
@@ -48,10 +49,13 @@ class FSDPUpdate(MiniBatchUpdate):
 
 def is_repeatable(engine: Any) -> bool:
     """Return whether all that an update does is in `train_batch`, and its scaler is the one made here."""
+    return scales_loss(engine) and engine.engine_config.strategy in (*FSDP, VEOMNI)
+
+
+def scales_loss(engine: Any) -> bool:
+    """Return whether the plan has the engine's losses scaled, and the engine a scaler for them."""
     scaler = getattr(engine, "scaler", None)
-    if not current_plan().scales_loss or scaler is None or not scaler.is_enabled():
-        return False
-    return engine.engine_config.strategy in ("fsdp", "fsdp2")
+    return current_plan().scales_loss and scaler is not None and bool(scaler.is_enabled())
 
 
 def optimizer_step(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> float:

@@ -63,7 +63,7 @@ _AS_THEY_ARE = _Rounding(torch.float32, {"parameters": [], "buffers": []}, froze
 
 
 def per_tensor_param(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
-    """`FSDPEngine.get_per_tensor_param`: send each weight in the dtype that it has in the sampler.
+    """`get_per_tensor_param` of the FSDP engine and VeOmni's: send each weight in the dtype that it has in the sampler.
 
     vLLM's loaders copy a weight into its parameter before anything else, and so would round it to the same; an FP32
     wire is twice as long. Until the driver has told what the samplers keep, and one sync has told what is sent,
@@ -74,7 +74,9 @@ def per_tensor_param(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
         return _sent(engine, _merged(engine), _rounding_of(engine)), None
     weights, adapter = wrapped(*args, **kwargs)
     # Adapters have a dtype of their own in the sampler, and a quantizer makes of the base what it needs.
-    if not current_plan().overrides_dtype or adapter is not None or engine._qat_enabled:
+    # VeOmni's engine has no quantizer.
+    quantizes = getattr(engine, "_qat_enabled", False)
+    if not current_plan().overrides_dtype or adapter is not None or quantizes:
         return weights, adapter
     return _sent(engine, weights, _rounding_of(engine)), adapter
 

@@ -31,7 +31,7 @@ def test_the_stock_configuration_has_no_conflict(activated: Any, compose: Callab
 @pytest.mark.parametrize(
     ("override", "key", "value", "fix"),
     [
-        ("critic.strategy=veomni", "critic.strategy", "veomni", "use fsdp, fsdp2 or megatron"),
+        ("critic.strategy=automodel", "critic.strategy", "automodel", "use fsdp, fsdp2 or megatron"),
         (f"{KEY}.qat.enable=True", f"{KEY}.qat.enable", "True", "set it to false"),
         (
             "actor_rollout_ref.rollout.quantization=fp8",

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from fp16_patch import Plan
+from fp16_patch.patching.fingerprint import parsed
+from fp16_patch.patching.sources import Installed
 
 pytestmark = pytest.mark.verl
 
-ACTOR = "actor_rollout_ref.actor"
+ACTOR, REF = "actor_rollout_ref.actor", "actor_rollout_ref.ref"
+VEOMNI_ENGINE, TURBO_ENGINE = "verl.workers.engine.veomni.transformer_impl", "verl.workers.engine.fsdp.fsdp_turbo_impl"
+TELLS_VEOMNI = "MixedPrecisionConfig" in (Installed().read(VEOMNI_ENGINE) or "")
+takes_dtypes = pytest.mark.skipif(not TELLS_VEOMNI, reason="this release can tell VeOmni of no dtype")
+takes_no_dtypes = pytest.mark.skipif(TELLS_VEOMNI, reason="this release tells VeOmni of a dtype")
+
+
+def source_of(module: str, name: str) -> str:
+    """A function of the installed verl, as Python writes it."""
+    function = parsed(Installed().read(module) or "", name)
+    assert function is not None, f"{module}:{name}"
+    return ast.unparse(function)
 
 
 @pytest.fixture
@@ -29,9 +43,8 @@ def conflicts(config: Any, **settings: Any) -> list[str]:
     ("engine", "reason"),
     [
         ("torchtitan", "torchtitan engine computes in bfloat16, whatever its keys say, and never scales the loss"),
-        ("veomni", "veomni engine computes in bfloat16, and never scales the loss"),
         ("automodel", "automodel engine computes in bfloat16 under autocast, and never scales the loss"),
-        ("fsdp_turbo", "past the FSDP engine's scaler and autocast"),
+        ("fsdp_turbo", "leaves the engine's autocast at bfloat16 and its scaler at None: it never scales the loss"),
         ("mindspeed", "patches Megatron for Ascend"),
         ("mindspeed_megatron", "patches Megatron for Ascend"),
         ("invented", "cannot vouch for this engine"),
@@ -45,6 +58,93 @@ def test_an_engine_that_would_train_wrongly_is_refused_by_name(
     assert message.startswith(f"{ACTOR}.strategy={engine}: ")
     assert reason in message
     assert "Fix: use fsdp, fsdp2 or megatron, or FP16_PATCH=observe" in message
+
+
+@pytest.mark.skipif(not Installed().read(TURBO_ENGINE), reason="this release has no such engine")
+def test_fsdp_turbo_is_what_its_refusal_says() -> None:
+    build = source_of(TURBO_ENGINE, "FSDPTurboEngineWithLMHead._build_fsdp_module")
+    assert "FSDPTurbo(self.fsdp_turbo_config, module)" in build
+    assert "scaler" not in build
+    assert "autocast" not in build
+    made = source_of("verl.workers.engine.fsdp.transformer_impl", "FSDPEngine.__init__")
+    assert "self._autocast_dtype = torch.bfloat16" in made
+    assert "self.scaler = None" in made
+
+
+@pytest.fixture
+def compose_veomni(compose: Callable[..., Any]) -> Callable[..., Any]:
+    both = ("algorithm.adv_estimator=gae", "algorithm.use_kl_in_reward=True")
+    return lambda *overrides: compose("model_engine=veomni", *both, *overrides)
+
+
+@takes_dtypes
+def test_veomni_as_verl_configures_it_has_no_conflict(activated: Any, compose_veomni: Callable[..., Any]) -> None:
+    activated()
+    assert conflicts(compose_veomni()) == []
+
+
+@takes_no_dtypes
+def test_an_engine_that_can_tell_veomni_no_dtype_is_refused(activated: Any, compose: Callable[..., Any]) -> None:
+    activated()
+    (message,) = conflicts(compose(f"{ACTOR}.strategy=veomni"))
+    assert "shards for bfloat16 in parallelize_model_fsdp2 and takes no other dtype" in message
+
+
+@takes_dtypes
+@pytest.mark.parametrize(
+    ("override", "key", "value", "fix"),
+    [
+        (f"{ACTOR}.veomni.qat_implementation=fp8_blockwise", f"{ACTOR}.veomni.qat_implementation", "fp8_blockwise", ""),
+        ("critic.veomni.mhc_implementation=tilelang", "critic.veomni.mhc_implementation", "tilelang", "use eager"),
+        (f"{REF}.veomni.dsa_attention_implementation=tilelang", f"{REF}.veomni.dsa_attention_implementation", "", ""),
+        (f"{ACTOR}.optim.optimizer=anyprecision_adamw", f"{ACTOR}.optim.optimizer", "", "use adamw"),
+        (
+            "actor_rollout_ref.model.use_fused_kernels=True",
+            "actor_rollout_ref.model.use_fused_kernels",
+            "True",
+            "set it to false",
+        ),
+    ],
+)
+def test_what_veomni_cannot_do_in_float16_is_refused_with_key_value_and_fix(
+    activated: Any, compose_veomni: Callable[..., Any], override: str, key: str, value: str, fix: str
+) -> None:
+    activated()
+    (message,) = conflicts(compose_veomni(f"++{override}"))
+    assert message.startswith(f"{key}={value}")
+    assert f"Fix: {fix}" in message
+
+
+@takes_dtypes
+def test_kernels_that_take_bfloat16_only_may_be_had_in_bfloat16(
+    activated: Any, compose_veomni: Callable[..., Any]
+) -> None:
+    activated(mode="bf16")
+    assert conflicts(compose_veomni("critic.veomni.mhc_implementation=tilelang"), mode="bf16") == []
+
+
+@takes_dtypes
+def test_flash_attention_is_refused_in_float32(activated: Any, compose_veomni: Callable[..., Any]) -> None:
+    activated(mode="fp32")
+    roles = (ACTOR, REF, "critic")
+    found = conflicts(compose_veomni(), mode="fp32")
+    assert [message.partition("=")[0] for message in found] == [f"{role}.veomni.attn_implementation" for role in roles]
+    chosen = [f"{role}.veomni.attn_implementation=sdpa" for role in roles]
+    assert conflicts(compose_veomni(*chosen), mode="fp32") == []
+
+
+@takes_dtypes
+def test_veomnis_masters_are_written_into_its_settings(activated: Any, compose_veomni: Callable[..., Any]) -> None:
+    from fp16_patch.verl.config.settings import apply_to, effective_dtypes
+
+    config, plan = compose_veomni(f"{ACTOR}.veomni.mixed_precision=False"), activated()
+    changed = apply_to(config, plan)
+    sections = (config.actor_rollout_ref.actor, config.actor_rollout_ref.ref, config.critic)
+    assert [section.veomni.mixed_precision for section in sections] == [True] * 3
+    assert f"{ACTOR}.veomni.mixed_precision: False → True" in changed
+    assert not any("fsdp" in line for line in changed)
+    roles = effective_dtypes(config, Plan(mode="observe"))
+    assert [roles[role] for role in ("actor", "ref", "critic")] == ["bfloat16"] * 3
 
 
 def test_megatron_as_verl_configures_it_has_no_conflict(activated: Any, compose_megatron: Callable[..., Any]) -> None:

@@ -85,6 +85,11 @@ JUDGES: dict[str, Judge] = {
 }
 
 
+CONVOLUTIONS = "SGLANG_MAMBA_CONV_DTYPE"
+"""Says in which dtype recurrent layers keep what their convolutions see: bfloat16 where it is unset."""
+_OF_RECURRENT_LAYERS: dict[str, Judge] = {CONVOLUTIONS: overridden, "SGLANG_MAMBA_SSM_DTYPE": overridden_downwards}
+
+
 class SGLang(Sampler):
     """SGLang's runtime, from the release on that loads plugins in its schedulers."""
 
@@ -98,6 +103,9 @@ class SGLang(Sampler):
         return spoilt(key, arguments, JUDGES, plan)
 
     def environment_conflicts(self, plan: Plan) -> Iterator[Conflict]:
+        for name, judge in _OF_RECURRENT_LAYERS.items():
+            if (value := os.environ.get(name)) and (reason := judge(value, plan)):
+                yield Conflict(name, value, reason, "unset it")
         value = os.environ.get(ORIGINAL_LOG_PROBS)
         if value is not None and value.strip().lower() in _ON:
             reason = "it makes SGLang report log-probs of temperature 1, whatever it samples at"

@@ -82,13 +82,13 @@ def _note_and_tell(runner: Any) -> None:
 
 
 def _cache_dtypes(runner: Any) -> set[torch.dtype]:
-    """Return the dtypes in which keys and values are stored; empty before there is a cache."""
+    """Return the dtypes of stored keys and values, and of what convolutions see; empty before there is a cache."""
     pool = getattr(runner, "token_to_kv_pool", None)
-    # Of a hybrid model, only some layers have one.
+    # Of a hybrid model, only some layers have one. The others' recurrent states may be in FP32.
     pool = getattr(pool, "full_kv_pool", pool)
-    if pool is None:
-        return set()
+    states = getattr(getattr(runner, "req_to_token_pool", None), "mamba_pool", None)
     buffers = [getattr(pool, name, None) for name in ("k_buffer", "v_buffer", "kv_buffer")]
+    buffers.append(getattr(getattr(states, "mamba_cache", None), "conv", None))
     return {tensor.dtype for listed in buffers if listed is not None for tensor in listed}
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from fp16_patch import Plan
 from fp16_patch.patching.sources import Installed
-from fp16_patch.sglang.sampler import BF16_ONLY_EXCHANGES, BF16_ONLY_EXPERTS, ORIGINAL_LOG_PROBS, SGLANG
+from fp16_patch.sglang.sampler import BF16_ONLY_EXCHANGES, BF16_ONLY_EXPERTS, CONVOLUTIONS, ORIGINAL_LOG_PROBS, SGLANG
 
 KEY = "rollout.engine_kwargs.sglang"
 
@@ -98,12 +98,32 @@ def test_log_probs_without_the_temperature_are_refused(
     assert all(conflict.startswith(f"{ORIGINAL_LOG_PROBS}={value}: ") for conflict in found)
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "refused"),
+    [
+        (CONVOLUTIONS, "bfloat16", True),
+        (CONVOLUTIONS, "float16", False),
+        ("SGLANG_MAMBA_SSM_DTYPE", "bfloat16", True),
+        ("SGLANG_MAMBA_SSM_DTYPE", "float32", False),
+    ],
+)
+def test_states_of_recurrent_layers_in_another_dtype_are_refused(
+    variable: str, value: str, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+    found = [str(conflict) for conflict in SGLANG.environment_conflicts(Plan())]
+    assert len(found) == refused
+    assert all(conflict.startswith(f"{variable}={value}: it overrides the plan's float16") for conflict in found)
+
+
 @pytest.mark.sglang
 def test_the_installed_sglang_knows_the_names() -> None:
     known = Installed().read("sglang.srt.server_args")
     if known is None:
         pytest.skip("SGLang is not installed here")
-    assert [backend for backend in BF16_ONLY_EXPERTS if f'"{backend}"' in known]
-    assert [backend for backend in BF16_ONLY_EXCHANGES if f'"{backend}"' in known]
+    # Later releases have one more way of computing experts.
+    assert {backend for backend in BF16_ONLY_EXPERTS if f'"{backend}"' not in known} <= {"experimental_sgl_trtllm"}
+    assert {backend for backend in BF16_ONLY_EXCHANGES if f'"{backend}"' not in known} == set()
+    assert CONVOLUTIONS in str(Installed().read("sglang.srt.configs.mamba_utils"))
     # Later releases have no `torchao_config`.
     assert all(f"{argument}:" in known for argument in ("rl_on_policy_target", "kv_cache_dtype", "quantization"))

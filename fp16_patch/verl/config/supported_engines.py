@@ -109,6 +109,7 @@ _MODEL_SETTINGS: tuple[_Setting, ...] = (
     ("use_megatron_fsdp", (None, False), "fp16_patch cannot vouch for Megatron's own FSDP", "set it to false"),
     ("qat.enable", (None, False), "quantization-aware training computes in the quantized dtype", "set it to false"),
     ("override_transformer_config.fp8", (None, False), "it computes in 8 bits", "remove it"),
+    ("override_transformer_config.fp4", (None, False), "it computes in 4 bits", "remove it"),
     (
         "override_transformer_config.first_last_layers_bf16",
         (None, False),
@@ -124,6 +125,7 @@ _DEEPEP: tuple[_Setting, ...] = tuple(
         ("moe_token_dispatcher_type", (None, "alltoall", "allgather"), "use alltoall"),
     )
 )
+_HOOKED = "Megatron makes no CUDA graphs of modules with hooks, by which the plan measures gradients"
 _TRAINING_SETTINGS: tuple[_Setting, ...] = (
     (
         "megatron.override_ddp_config.grad_reduce_in_fp32",
@@ -142,6 +144,10 @@ _TRAINING_SETTINGS: tuple[_Setting, ...] = (
         (None, True),
         "Megatron's precision-aware optimizer, which FP16 has in verl, is a distributed one",
         "set it to true",
+    ),
+    *(
+        (f"megatron.override_transformer_config.{key}", (None, False, "none"), _HOOKED, "remove it")
+        for key in ("cuda_graph_impl", "enable_cuda_graph", "external_cuda_graph")
     ),
     (
         "optim.override_optimizer_config.loss_scale",

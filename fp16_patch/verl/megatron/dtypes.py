@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from fp16_patch.patching.call_arguments import argument, bound
+from fp16_patch.plan.dtypes import BFLOAT16
 from fp16_patch.plan.errors import Conflict, PlanError
 from fp16_patch.plan.plan import Plan
 from fp16_patch.runtime.activation import current_plan, ledger
@@ -24,6 +25,8 @@ _ROUTER_DTYPES = ("fp32", "fp64")
 _MERGER = "verl.model_merger.megatron_model_merger"
 _WATCHED = "_fp16_patch_watched"
 _CHECK_FOR_LARGE = {"check_for_large_grads"}
+_BF16_BRIDGE = "DeepseekV3Bridge"
+_ATTENTION, _BF16_ATTENTION = "experimental_attention_variant", "dsa"
 
 
 def role_of(engine: Any) -> str:
@@ -138,8 +141,8 @@ def watch_chunks(chunks: Iterable[Any], role: str) -> None:
 def _ddp_settings(plan: Plan, override: dict[str, Any]) -> dict[str, Any]:
     """Return what has to hold of Megatron's DDP whatever is asked of it.
 
-    Its checks end the run at a non-finite gradient, or a large one, before the loss scaler sees it; `use_megatron_fsdp`
-    brings the first along. The second is a field of newer releases only, so it is taken back where it is asked for.
+    Its checks end the run at a non-finite gradient, or a large one, before the loss scaler sees it. The second is a
+    field of newer releases only, so it is taken back where it is asked for.
     """
     checks = {"check_for_nan_in_grad", *(_CHECK_FOR_LARGE & override.keys())} if plan.scales_loss else set()
     return {"grad_reduce_in_fp32": True, **dict.fromkeys(checks, False)}
@@ -147,8 +150,8 @@ def _ddp_settings(plan: Plan, override: dict[str, Any]) -> dict[str, Any]:
 
 def _fit(owner: Any, plan: Plan) -> None:
     """Make what was built for one dtype fit for the plan's: verl sets only some of it, and not in each release."""
-    if owner.bridge is None:
-        raise PlanError([Conflict("megatron.use_mbridge", False, NO_BRIDGE, "set it to true for every role")])
+    if conflicts := list(_bridge_conflicts(owner.bridge, owner.tf_config, plan)):
+        raise PlanError(conflicts)
     provider = getattr(owner, "provider", None)
     for config in (owner.tf_config, provider):
         if config is not None:
@@ -156,6 +159,20 @@ def _fit(owner: Any, plan: Plan) -> None:
     if provider is None:
         owner.bridge.dtype = plan.torch_dtype
         owner.bridge.get_model = partial(_get_model, owner.bridge.get_model, plan)
+
+
+def _bridge_conflicts(bridge: Any, config: Any, plan: Plan) -> Iterator[Conflict]:
+    """Yield what a bridge, or Megatron for the model that it builds, can have in bfloat16 only."""
+    if bridge is None:
+        yield Conflict("megatron.use_mbridge", False, NO_BRIDGE, "set it to true for every role")
+    if plan.dtype == BFLOAT16.torch:
+        return
+    if _BF16_BRIDGE in {each.__name__ for each in type(bridge).__mro__}:
+        reason = "mbridge loads models of DeepSeek-V3's architecture in bfloat16 only"
+        yield Conflict("megatron.vanilla_mbridge", True, reason, "set it to false: Megatron-Bridge loads them")
+    if (attention := getattr(config, _ATTENTION, None)) == _BF16_ATTENTION:
+        reason = "Megatron computes DeepSeek's sparse attention in bfloat16 only"
+        yield Conflict(f"the model's {_ATTENTION}", attention, reason, "use another model, or FP16_PATCH=bf16")
 
 
 def _fit_config(config: Any, plan: Plan) -> None:

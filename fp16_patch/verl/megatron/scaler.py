@@ -47,3 +47,4 @@ class MegatronScaler:
         for scaler in self.scalers:
             scaler._scale = torch.full_like(scaler.scale, state[_SCALE])
             scaler._growth_tracker = state[_GROWTH]
+            scaler._hysteresis_tracker = 1

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -50,12 +50,14 @@ class MegatronStep(OptimizerStep):
         if any(not is_scale(float(scaler.scale.item())) for scaler in self.scalers):
             # As of a damaged checkpoint. A scale of 0 makes NaN of gradients that Megatron has found finite.
             return _SKIPPED
+        before = [_State.of(scaler) for scaler in self.scalers]
         with _finite_norms_only(self.engine) as refused:
             answer = step()
         if self.scalers:
             if refused:
-                # They were adapted before the norm was known.
-                for scaler in self.scalers:
+                # They were adapted before the norm was known, and may have grown.
+                for scaler, state in zip(self.scalers, before, strict=True):
+                    state.restore(scaler)
                     scaler.update(True)
             _level(self.scalers)
         return answer
@@ -120,6 +122,21 @@ def _with_outcomes(step: MegatronStep, update: Callable[[], dict[str, Any]]) -> 
     return metrics
 
 
+class _State(NamedTuple):
+    """What the steps of a run change in a loss scaler of Megatron's."""
+
+    scale: torch.Tensor
+    growth: int
+    hysteresis: int
+
+    @classmethod
+    def of(cls, scaler: Any) -> _State:
+        return cls(scaler._scale.clone(), scaler._growth_tracker, scaler._hysteresis_tracker)
+
+    def restore(self, scaler: Any) -> None:
+        scaler._scale, scaler._growth_tracker, scaler._hysteresis_tracker = self.scale.clone(), *self[1:]
+
+
 @contextmanager
 def _finite_norms_only(optimizer: Any) -> Iterator[list[float]]:
     """Keep Megatron from a step whose gradients' norm is not finite; the list is of such norms.
@@ -157,15 +174,18 @@ def _level(scalers: list[Any]) -> None:
     Each looks at its own gradients only. If those of the experts overflow and the others do not, the loss goes on being
     multiplied by the scale of the others, and the experts' gradients are divided by theirs.
     """
-    lowest = min(scalers, key=lambda scaler: float(scaler.scale.item())).scale.clone()
-    growth = min(scaler._growth_tracker for scaler in scalers)
-    hysteresis = min(scaler._hysteresis_tracker for scaler in scalers)
+    states = [_State.of(scaler) for scaler in scalers]
+    lowest = min((state.scale for state in states), key=float)
+    level = _State(lowest, min(state.growth for state in states), min(state.hysteresis for state in states))
     for scaler in scalers:
-        scaler._scale, scaler._growth_tracker, scaler._hysteresis_tracker = lowest.clone(), growth, hysteresis
+        level.restore(scaler)
 
 
 def _gradients(chunks: Iterable[Any]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield name and gradient of every parameter, of which Megatron's buffers hold the sum."""
+    """Yield name and gradient of every parameter as Megatron's buffers hold it.
+
+    That is the sum over all ranks in the part that this rank's optimizer steps, and elsewhere this rank's own.
+    """
     for chunk in chunks:
         for name, parameter in unwrapped(chunk).named_parameters():
             gradient = getattr(parameter, "main_grad", parameter.grad)

@@ -50,7 +50,7 @@ class MegatronUpdate(MegatronStep, MiniBatchUpdate):
         scale_before = self.loss_scale()
         answer = super().take(step)
         if not answer[0] and retries_wanted() and is_scale(scale_before) and self.loss_scale() == scale_before:
-            # Hysteresis would have the same mini-batch computed again at the scale it has just overflowed at.
+            # Hysteresis would have the same mini-batch computed again at the scale that it has just overflowed at.
             assert scale_before is not None
             self.set_loss_scale(max(scale_before * current_plan().backoff_factor, current_plan().min_scale))
         return answer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ from fp16_patch.plan.errors import Conflict, PlanError
 from fp16_patch.plan.plan import Plan
 from fp16_patch.runtime.activation import current_plan
 from fp16_patch.sglang import SCHEDULER
-from fp16_patch.sglang.sampler import JUDGES
+from fp16_patch.sglang.sampler import CONVOLUTIONS, JUDGES
 from fp16_patch.verl.samplers.server import begin_server
 
 SERVER = "sglang_server"
@@ -26,8 +27,10 @@ def set_envs_and_config(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> 
     """
     arguments = argument(wrapped, args, kwargs, "server_args")
     plan = current_plan()
-    if plan.overrides_dtype and (conflicts := list(_settled_conflicts(arguments, plan))):
-        raise PlanError(conflicts)
+    if plan.overrides_dtype:
+        if conflicts := list(_settled_conflicts(arguments, plan)):
+            raise PlanError(conflicts)
+        os.environ[CONVOLUTIONS] = str(plan.dtype)
     begin_server(SERVER, {SCHEDULER: _schedulers_of(arguments)})
     return wrapped(*args, **kwargs)
 

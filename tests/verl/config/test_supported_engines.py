@@ -176,6 +176,18 @@ def test_megatron_as_verl_configures_it_has_no_conflict(activated: Any, compose_
             "hybrid",
             "remove it",
         ),
+        (
+            f"+{ACTOR}.megatron.override_transformer_config.fp4=e2m1",
+            f"{ACTOR}.megatron.override_transformer_config.fp4",
+            "e2m1",
+            "remove it",
+        ),
+        (
+            f"+{ACTOR}.megatron.override_transformer_config.cuda_graph_impl=local",
+            f"{ACTOR}.megatron.override_transformer_config.cuda_graph_impl",
+            "local",
+            "remove it",
+        ),
         (f"{ACTOR}.megatron.use_megatron_fsdp=True", f"{ACTOR}.megatron.use_megatron_fsdp", "True", "set it to false"),
         (
             f"+{ACTOR}.optim.override_optimizer_config.loss_scale=128",

@@ -18,7 +18,7 @@ class Scaler:
     def __init__(self, scale: float = 2.0**16) -> None:
         self._scale = torch.tensor([scale])
         self.growth_factor, self.backoff_factor = torch.tensor([2.0]), torch.tensor([0.5])
-        self._growth_tracker, self._hysteresis_tracker = 0, 1
+        self._growth_tracker, self._hysteresis_tracker, self.interval = 0, 1, 1000
 
     @property
     def scale(self) -> torch.Tensor:
@@ -29,6 +29,8 @@ class Scaler:
             self._growth_tracker, self._scale = 0, self._scale * self.backoff_factor
         else:
             self._growth_tracker += 1
+            if self._growth_tracker == self.interval:
+                self._growth_tracker, self._scale = 0, self._scale * self.growth_factor
 
 
 class Optimizer:

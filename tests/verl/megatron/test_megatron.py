@@ -17,11 +17,13 @@ pytestmark = pytest.mark.verl
 torch = pytest.importorskip("torch")
 
 from fp16_patch.patching.declarations import Status, declared_patches
+from fp16_patch.patching.sources import Installed
+from fp16_patch.plan.plan import Plan
 from fp16_patch.scaling.scaler import StepOutcome
 from integration.cpu import megatron_stand_in
 from tests.verl.megatron import megatron_parts as parts
 
-PATCHES = {patch.name: patch for patch in declared_patches() if patch.tested == "contract"}
+PATCHES = {patch.name: patch for patch in declared_patches() if patch.name.startswith("megatron-")}
 Activate = Callable[..., Any]
 BOTH = pytest.mark.parametrize("provides", [False, True], ids=["mbridge", "megatron-bridge"])
 
@@ -176,6 +178,19 @@ def test_finite_gradients_of_an_infinite_norm_are_a_skipped_step(
     assert engine.optimizer_step() < 10
     assert not any(map(torch.equal, masters_of(engine), before))
     assert not {"step", "clip_grad_norm", "get_grad_norm", "step_with_ready_grads"} & vars(engine.optimizer).keys()
+
+
+def test_a_scale_that_grew_before_the_norm_was_known_is_lowered_all_the_same(
+    activated: Activate, make_engine: Callable[..., Any]
+) -> None:
+    activated()
+    engine = make_engine()
+    scaler = engine.optimizer.grad_scaler
+    scaler.interval, scaler._growth_tracker = 5, 4
+    fill(engine, 1e30)
+    assert engine.optimizer_step() == float("inf")
+    assert float(scaler.scale) == 2.0**15
+    assert scaler._growth_tracker == 0
 
 
 def test_in_bfloat16_too_a_norm_of_nan_is_a_skipped_step(activated: Activate, make_engine: Callable[..., Any]) -> None:
@@ -629,6 +644,36 @@ def test_the_actor_of_muons_layer_wise_optimizer_is_no_ref(
     chunk, _ = make_module(False, engine=build_engine(), use_layer_wise_distributed_optimizer=True)
     chunk(torch.ones(1, 4, dtype=torch.float16))
     assert set(ledger().roles) == {"actor"}
+
+
+@pytest.mark.parametrize(
+    ("bridge", "model", "named"),
+    [
+        ("DeepseekV3Bridge", {}, "megatron.vanilla_mbridge=True: mbridge loads models of DeepSeek-V3's architecture"),
+        ("Qwen2Bridge", {"experimental_attention_variant": "dsa"}, "experimental_attention_variant=dsa: Megatron"),
+    ],
+)
+def test_what_a_bridge_has_in_bfloat16_only_is_refused_but_in_bfloat16(
+    bridge: str, model: dict[str, str], named: str
+) -> None:
+    from fp16_patch.verl.megatron.dtypes import _bridge_conflicts
+
+    made, config = type(bridge, (), {})(), SimpleNamespace(**model)
+    (conflict,) = _bridge_conflicts(made, config, Plan(mode="fp16"))
+    assert named in str(conflict)
+    assert list(_bridge_conflicts(made, config, Plan(mode="bf16"))) == []
+
+
+@pytest.mark.megatron
+def test_the_names_of_what_is_in_bfloat16_only_are_those_of_the_real_packages() -> None:
+    pytest.importorskip("megatron.core")
+    bridge = Installed().read("mbridge.models.deepseek_v3")
+    assert bridge is not None
+    assert "class DeepseekV3Bridge" in bridge
+    assert "only support bfloat16" in bridge
+    attention = Installed().read("megatron.core.transformer.experimental_attention_variant.dsa")
+    assert attention is not None
+    assert "torch.bfloat16" in attention
 
 
 def test_stock_merger_loads_shards_into_a_bfloat16_model(merge: Callable[[], Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ import fp16_patch
 from fp16_patch import Plan, PlanError
 from fp16_patch.runtime import propagation
 from fp16_patch.runtime.activation import ledger
+from fp16_patch.sglang.sampler import CONVOLUTIONS
 
 pytestmark = pytest.mark.verl
 
@@ -75,6 +77,18 @@ def test_what_sglang_has_settled_on_is_refused_before_a_scheduler_starts(
     with pytest.raises(PlanError, match=named):
         starts(Plan(strict=False), **settled)
     assert propagation.expected_children() == {}
+
+
+def test_recurrent_layers_are_told_the_plans_dtype(starts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(CONVOLUTIONS, raising=False)
+    starts(Plan(strict=False))
+    assert os.environ[CONVOLUTIONS] == "float16"
+
+
+def test_observe_tells_them_nothing(starts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(CONVOLUTIONS, raising=False)
+    starts(Plan(mode="observe"))
+    assert CONVOLUTIONS not in os.environ
 
 
 def test_observe_refuses_nothing(starts: Any) -> None:

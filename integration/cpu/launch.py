@@ -191,7 +191,6 @@ def _fsdp(config: LaunchConfig) -> dict[str, object]:
 
 def _megatron(config: LaunchConfig) -> dict[str, object]:
     of_a_role = {
-        "vanilla_mbridge": True,
         "tensor_model_parallel_size": config.tensor_parallel,
         **{f"override_transformer_config.{name}": value for name, value in MEGATRON_TRANSFORMER_CONFIG.items()},
     }

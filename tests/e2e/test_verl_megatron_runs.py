@@ -32,8 +32,9 @@ def bf16(start_verl: Callable[..., RunResult]) -> RunResult:
 
 @pytest.fixture(scope="session")
 def two_ranks(start_verl: Callable[..., RunResult]) -> RunResult:
-    """Two ranks share each layer, with a reference, at a first scale that overflows."""
-    overrides = (f"+fp16_patch.init_scale={2**24}",)
+    """Two ranks share each layer, with a reference and the older bridge, at a first scale that overflows."""
+    mbridge = [f"actor_rollout_ref.{role}.megatron.vanilla_mbridge=True" for role in ("actor", "ref")]
+    overrides = (f"+fp16_patch.init_scale={2**24}", *mbridge)
     return finished(
         start_verl("fp16_patch", strategy="megatron", ranks=2, tensor_parallel=2, use_ref=True, overrides=overrides)
     )

@@ -64,6 +64,7 @@ def import_once() -> None:
     with _named_packages():
         importlib.import_module("megatron.bridge")
     _build_layers_by_the_same_names()
+    _adapt_what_the_norm_gives()
 
 
 @contextmanager
@@ -88,10 +89,34 @@ def _undecorated(function: Any = None, *_: Any, **__: Any) -> Any:
 
 
 def _build_layers_by_the_same_names() -> None:
+    """As TransformerEngine's specification, ours is that of one layer: the block counts the stage's by itself."""
     from megatron.bridge.models import gpt_provider
     from megatron.core.models.gpt import gpt_layer_specs
+    from megatron.core.transformer import transformer_block
+    from megatron_on_cpu.layer_specs import complete
+    from megatron_on_cpu.layers import TENorm
 
-    def block_spec(config: Any) -> Any:
-        return gpt_layer_specs.get_gpt_decoder_block_spec(config)
+    def layer_spec(config: Any) -> Any:
+        spec = gpt_layer_specs.get_gpt_decoder_layer_specs(
+            config, use_transformer_engine=False, normalization="RMSNorm"
+        )[0]
+        complete(spec.submodules, config)
+        return spec
 
-    gpt_provider.transformer_engine_layer_spec = gpt_provider.local_layer_spec = block_spec
+    transformer_block.LayerNormImpl = TENorm
+    gpt_provider.transformer_engine_layer_spec = gpt_provider.local_layer_spec = layer_spec
+
+
+def _adapt_what_the_norm_gives() -> None:
+    """A layer with a norm in front gives the norm's output, too, if an adapter is put beside it."""
+    from megatron.bridge.peft import lora
+    from megatron_on_cpu.layers import TELayerNormColumnParallelLinear
+
+    attributes = lora.get_adapter_attributes_from_linear
+
+    def asking(layer: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(layer, TELayerNormColumnParallelLinear):
+            layer.return_layernorm_output = True
+        return attributes(layer, *args, **kwargs)
+
+    lora.get_adapter_attributes_from_linear = asking

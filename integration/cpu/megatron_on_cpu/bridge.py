@@ -64,7 +64,6 @@ def import_once() -> None:
     with _named_packages():
         importlib.import_module("megatron.bridge")
     _build_layers_by_the_same_names()
-    _adapt_what_the_norm_gives()
 
 
 @contextmanager
@@ -105,18 +104,3 @@ def _build_layers_by_the_same_names() -> None:
 
     transformer_block.LayerNormImpl = TENorm
     gpt_provider.transformer_engine_layer_spec = gpt_provider.local_layer_spec = layer_spec
-
-
-def _adapt_what_the_norm_gives() -> None:
-    """A layer with a norm in front gives the norm's output, too, if an adapter is put beside it."""
-    from megatron.bridge.peft import lora
-    from megatron_on_cpu.layers import TELayerNormColumnParallelLinear
-
-    attributes = lora.get_adapter_attributes_from_linear
-
-    def asking(layer: Any, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(layer, TELayerNormColumnParallelLinear):
-            layer.return_layernorm_output = True
-        return attributes(layer, *args, **kwargs)
-
-    lora.get_adapter_attributes_from_linear = asking

@@ -17,13 +17,7 @@ class TENorm(nn.RMSNorm):
 
 
 class TELayerNormColumnParallelLinear(ColumnParallelLinear):
-    """An RMS norm, and a linear layer behind it.
-
-    Attributes:
-        return_layernorm_output: also return what the norm gave, of which adapters beside the layer are computed.
-    """
-
-    return_layernorm_output = False
+    """An RMS norm, and a linear layer behind it."""
 
     def __init__(self, input_size: int, output_size: int, *, config: Any, **kwargs: Any) -> None:
         super().__init__(input_size, output_size, config=config, **kwargs)
@@ -33,8 +27,7 @@ class TELayerNormColumnParallelLinear(ColumnParallelLinear):
 
     def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         normed = F.rms_norm(hidden, hidden.shape[-1:], self.layer_norm_weight, self.epsilon)
-        output, bias = super().forward(normed, *args, **kwargs)
-        return ((output, normed) if self.return_layernorm_output else output), bias
+        return super().forward(normed, *args, **kwargs)
 
 
 class TEGroupedLinear(nn.Module):

@@ -31,6 +31,7 @@ from verl.utils import tensordict_utils as tu
 from verl.workers.config import HFModelConfig, McoreEngineConfig, McoreOptimizerConfig
 from verl.workers.config.engine import TrainingWorkerConfig
 from verl.workers.config.model import MtpConfig
+from verl.workers.engine.megatron import transformer_impl
 from verl.workers.engine_workers import TrainingWorker
 
 from integration.cpu.launch import MEGATRON_TRANSFORMER_CONFIG
@@ -132,12 +133,15 @@ class Learner:
             handle.remove()
 
     def parameters(self) -> torch.Tensor:
-        """This rank's parameters, one after the other."""
+        """This rank's parameters, one after the other; with the optimizer they come back from the host."""
+        if self.engine.is_param_offload_enabled:
+            self.engine.to(transformer_impl.get_device_name())
         parameters = (parameter for chunk in self.engine.module for parameter in chunk.parameters())
         return torch.cat([parameter.detach().float().flatten() for parameter in parameters])
 
     def state(self) -> torch.Tensor:
         """Parameters, and this rank's part of masters and moments."""
+        parameters = self.parameters()
         kept = [
             value.detach().float().flatten()
             for part in self.parts()
@@ -145,7 +149,7 @@ class Learner:
             for _, value in sorted(state.items())
             if isinstance(value, torch.Tensor)
         ]
-        return torch.cat([self.parameters(), *kept])
+        return torch.cat([parameters, *kept])
 
     def parts(self) -> list[Any]:
         return list(getattr(self.engine.optimizer, "chained_optimizers", [self.engine.optimizer]))
@@ -540,15 +544,24 @@ def resumed(arguments: argparse.Namespace, layout: str) -> dict[str, Any]:
         return {"errors": gathered(error)}
     at_load = [facts_of(each) for each in (learner, fresh)]
     same = on_every_rank(torch.equal(learner.state(), fresh.state()))
+    others = gathered(sorted(differing(learner, fresh)))
     steps = [seen_by_driver(each.step(9)) for each in (learner, fresh)]
     return {
         "errors": gathered(error),
         "saved": at_load[0],
         "resumed": at_load[1],
         "same_state": same,
+        "differing": others,
         "steps": steps,
         "same_next_state": on_every_rank(torch.equal(learner.state(), fresh.state())),
     }
+
+
+def differing(learner: Learner, other: Learner) -> Iterator[str]:
+    """The names of this rank's parameters that differ between two learners."""
+    for chunk, of_other in zip(learner.engine.module, other.engine.module, strict=True):
+        found = dict(of_other.named_parameters())
+        yield from (name for name, own in chunk.named_parameters() if not torch.equal(own, found[name]))
 
 
 def facts_of(learner: Learner) -> dict[str, Any]:

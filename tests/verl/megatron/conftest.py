@@ -35,7 +35,7 @@ ARMS: Mapping[str, tuple[Mapping[str, str], Mapping[str, str]]] = {
             "pp": "built,overflow_on_one_rank,endless_overflow",
             "ep": "built,overflow_on_one_rank,exported,resumed",
             "vpp": "built,skipped",
-            "cp": "built,skipped",
+            "cp": "built",
         },
         SKIP,
     ),

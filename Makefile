@@ -6,6 +6,7 @@
 #   make demo-megatron   the same with real verl and Megatron
 #   make bench           the evidence in integration/README.md; make bench-full trains for it, too
 #   make test            all tests, real end-to-end runs included
+#   make grid-megatron   verl's Megatron learner in every layout, on both bridges
 #   make matrix          every release that is supported, at every level it is tested at
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -39,7 +40,7 @@ COMPILED := torch transformers vllm sglang ray verl openrlhf deepspeed megatron 
 # which come first.
 PYTEST := -m pytest -n 2
 
-.PHONY: demo demo-openrlhf demo-sglang demo-megatron test test-verl test-openrlhf test-sglang test-megatron fingerprints test-learners test-releases matrix session unit lint dist bench bench-full bench-mismatch bench-monitor bench-step bench-faults bench-reading clean
+.PHONY: demo demo-openrlhf demo-sglang demo-megatron test test-verl test-openrlhf test-sglang test-megatron fingerprints test-learners test-releases matrix grid-megatron session unit lint dist bench bench-full bench-mismatch bench-monitor bench-step bench-faults bench-reading clean
 
 demo: $(READY)
 	$(BIN)/python -m integration.demo.run
@@ -80,6 +81,11 @@ test-releases: $(READY) $(OPENRLHF_READY) $(SGLANG_READY) $(MEGATRON_READY) $(OL
 
 matrix: $(READY) $(OPENRLHF_READY) $(SGLANG_READY) $(MEGATRON_READY) $(OLD_READY)
 	$(NOX)
+
+# Every layout of verl's Megatron learner on both bridges, cell by cell; goes on where it was stopped.
+grid-megatron: $(READY) $(MEGATRON_READY)
+	$(MEGATRON_BIN)/python -m integration.matrix.megatron
+	$(BIN)/python -m integration.matrix.write
 
 session: $(READY) $(OPENRLHF_READY) $(SGLANG_READY) $(MEGATRON_READY) $(OLD_READY)
 	$(NOX) --session '$(NAME)'

@@ -1,4 +1,5 @@
-"""Write what follows from `versions.toml` and `patches/`: the table of releases and CI's workflows.
+"""Write what follows from `versions.toml` and `patches/`, the table of releases and CI's workflows; and the table of
+Megatron's layouts from what `integration.matrix.megatron` found.
 
     python -m integration.matrix.write
 
@@ -7,6 +8,7 @@ A test says whether they are up to date.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any
 import yaml
 
 from fp16_patch.patching.declarations import declared_patches
+from integration.matrix import megatron_table
 from integration.matrix.versions import ROOT, Environment, Tested, others, tested_releases, tested_together
 from integration.pages.places import with_table
 
@@ -38,9 +41,11 @@ _REPORT = "A release that the patches do not know"
 
 def written() -> dict[Path, str]:
     """Every file that follows from the data, and what belongs in it."""
+    releases = with_table(PAGE.read_text(encoding="utf-8"), table(tested_releases()), "releases")
+    layouts = megatron_table.table(json.loads(megatron_table.RESULTS.read_text(encoding="utf-8")))
     workflows = {"test.yml": _test_workflow(), "releases.yml": _releases_workflow()}
     return {
-        PAGE: with_table(PAGE.read_text(encoding="utf-8"), table(tested_releases()), "releases"),
+        PAGE: with_table(releases, layouts, "megatron"),
         **{WORKFLOWS / name: _HEAD + _yaml(jobs) for name, jobs in workflows.items()},
     }
 

@@ -88,10 +88,19 @@ def _undecorated(function: Any = None, *_: Any, **__: Any) -> Any:
 
 
 def _build_layers_by_the_same_names() -> None:
+    """As TransformerEngine's specification, ours is that of one layer: the block counts the stage's by itself."""
     from megatron.bridge.models import gpt_provider
     from megatron.core.models.gpt import gpt_layer_specs
+    from megatron.core.transformer import transformer_block
+    from megatron_on_cpu.layer_specs import complete
+    from megatron_on_cpu.layers import TENorm
 
-    def block_spec(config: Any) -> Any:
-        return gpt_layer_specs.get_gpt_decoder_block_spec(config)
+    def layer_spec(config: Any) -> Any:
+        spec = gpt_layer_specs.get_gpt_decoder_layer_specs(
+            config, use_transformer_engine=False, normalization="RMSNorm"
+        )[0]
+        complete(spec.submodules, config)
+        return spec
 
-    gpt_provider.transformer_engine_layer_spec = gpt_provider.local_layer_spec = block_spec
+    transformer_block.LayerNormImpl = TENorm
+    gpt_provider.transformer_engine_layer_spec = gpt_provider.local_layer_spec = layer_spec

@@ -32,7 +32,9 @@ class CudaIsCpu(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if str(kwargs.get("device")).startswith("cuda"):
             kwargs["device"] = "cpu"
-        if func is torch.Tensor.cuda:
+        # No host memory is pinned without a device that would read it.
+        kwargs.pop("pin_memory", None)
+        if func in (torch.Tensor.cuda, torch.Tensor.pin_memory):
             return args[0]
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
             # Megatron's optimizers tell FP16 from FP32 parameters by the names of CUDA's types.

@@ -24,7 +24,18 @@ def name_layers_as_the_bridges_do(specs: ModuleType) -> None:
             complete(layer.submodules, config)
         return block
 
-    specs.get_gpt_decoder_block_spec = block_spec
+    stock_mtp = specs.get_gpt_mtp_block_spec
+
+    @functools.wraps(stock_mtp)
+    def mtp_block_spec(config: Any, spec: Any, use_transformer_engine: bool = False, **kwargs: Any) -> Any:
+        from megatron_on_cpu.layers import TENorm
+
+        block = stock_mtp(config, spec, use_transformer_engine=False, **kwargs)
+        for head in block.layer_specs if block else ():
+            head.submodules.enorm = head.submodules.hnorm = head.submodules.layer_norm = TENorm
+        return block
+
+    specs.get_gpt_decoder_block_spec, specs.get_gpt_mtp_block_spec = block_spec, mtp_block_spec
 
 
 def complete(parts: Any, config: Any) -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, set_tensor_model_parallel_attributes
 from torch import Tensor, nn
 
 
@@ -31,15 +31,27 @@ class TELayerNormColumnParallelLinear(ColumnParallelLinear):
 
 
 class TEGroupedLinear(nn.Module):
-    """A linear layer an expert, on tokens that are sorted by expert. No expert is split over tensor-parallel ranks."""
+    """A linear layer an expert, on tokens that are sorted by expert.
+
+    Attributes:
+        split: the dimension of the weight of which each rank of expert-tensor parallelism has a part. What is sent
+            between these ranks is the dispatcher's.
+    """
+
+    split: int
 
     def __init__(self, num_gemms: int, input_size: int, output_size: int, *, config: Any, **_: Any) -> None:
         super().__init__()
         self.experts = num_gemms
+        ranks = config.expert_tensor_parallel_size
+        sizes = [output_size, input_size]
+        sizes[self.split] //= ranks
         for expert in range(num_gemms):
-            weight = nn.Parameter(torch.empty(output_size, input_size, dtype=config.params_dtype))
+            weight = nn.Parameter(torch.empty(sizes, dtype=config.params_dtype))
             # Megatron's word for a parameter that all data-parallel ranks have.
             weight.allreduce = config.expert_model_parallel_size == 1
+            if ranks > 1:
+                set_tensor_model_parallel_attributes(weight, is_parallel=True, dim=self.split, stride=1)
             self.register_parameter(f"weight{expert}", weight)
 
     def forward(self, hidden: Tensor, tokens_per_expert: list[int]) -> tuple[Tensor, None]:
@@ -50,6 +62,10 @@ class TEGroupedLinear(nn.Module):
 class TEColumnParallelGroupedLinear(TEGroupedLinear):
     """The first of an expert's two."""
 
+    split = 0
+
 
 class TERowParallelGroupedLinear(TEGroupedLinear):
     """The second."""
+
+    split = 1

@@ -12,8 +12,10 @@ import json
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,8 @@ from verl.trainer.config import CheckpointConfig
 from verl.utils import tensordict_utils as tu
 from verl.workers.config import HFModelConfig, McoreEngineConfig, McoreOptimizerConfig
 from verl.workers.config.engine import TrainingWorkerConfig
+from verl.workers.config.model import MtpConfig
+from verl.workers.engine.megatron import transformer_impl
 from verl.workers.engine_workers import TrainingWorker
 
 from integration.cpu.launch import MEGATRON_TRANSFORMER_CONFIG
@@ -39,14 +43,26 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     "tp": {"tensor_model_parallel_size": 2},
     "pp": {"pipeline_model_parallel_size": 2},
     "ep": {"expert_model_parallel_size": 2},
+    "vpp": {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2},
+    "cp": {"context_parallel_size": 2},
 }
 MIXTURES = ("ep",)
-"""Layouts of a mixture of experts."""
+"""Layouts of a mixture of experts, whatever the options."""
+OPTIONS = {
+    "mixture": "a mixture of experts",
+    "bridged": "on Megatron-Bridge",
+    "offload": "parameters and optimizer on the host between calls",
+    "value_model": "a head of one output, as a critic's",
+    "lora": "adapters are trained alone",
+    "mtp": "a head predicts one token more, and is trained, too",
+}
+OFFLOADED = {"param_offload": True, "optimizer_offload": True}
 TOO_HIGH = 2.0**21
 """A mean over few tokens has finite gradients some halvings below it."""
 STEEP = 2.0**6
 """Makes gradients overflow at 65536."""
 DROPOUT = {"attention_dropout": 0.2, "hidden_dropout": 0.2}
+ADAPTERS = {"type": "lora", "rank": 4, "alpha": 8}
 BALANCED = {"moe_router_score_function": "sigmoid", "moe_router_bias_update_rate": 1e-2}
 
 
@@ -55,6 +71,8 @@ class Learner:
 
     def __init__(self, arguments: argparse.Namespace, layout: str, **settings: Any) -> None:
         self.factor = 1.0
+        if arguments.value_model:
+            settings = {"model_type": "value_model", **settings}
         self.worker = TrainingWorker(worker_config(arguments, layout, **settings))
         self.worker.reset()
         self.worker.set_loss_fn(self.loss)
@@ -82,11 +100,15 @@ class Learner:
 
     def log_probs(self) -> list[torch.Tensor] | None:
         """FP32 log-probs of the first batch, by sequence; None on ranks that have no output."""
+        found = self.outputs("log_probs")
+        return None if found is None else [row[:-1] for row in found]
+
+    def outputs(self, name: str) -> list[torch.Tensor] | None:
         with self.engine.eval_mode():
             output = self.engine.infer_batch(self.batch())
         if "model_output" not in output or not self.engine.is_mp_src_rank_with_outputs():
             return None
-        return [row.float()[:-1] for row in output["model_output"]["log_probs"].unbind()]
+        return [row.float() for row in output["model_output"][name].unbind()]
 
     @contextmanager
     def overflowing(self, rank: int, always: bool = False) -> Iterator[None]:
@@ -95,7 +117,7 @@ class Learner:
         Args:
             always: below it, too.
         """
-        named = [pair for chunk in self.engine.module for pair in chunk.named_parameters()]
+        named = [pair for chunk in self.engine.module for pair in chunk.named_parameters() if pair[1].requires_grad]
         experts = [parameter for name, parameter in named if ".experts." in name]
         victim = experts[-1] if experts else named[-1][1]
         too_high = self.scales()[0]
@@ -111,12 +133,15 @@ class Learner:
             handle.remove()
 
     def parameters(self) -> torch.Tensor:
-        """This rank's parameters, one after the other."""
+        """This rank's parameters, one after the other; with the optimizer they come back from the host."""
+        if self.engine.is_param_offload_enabled:
+            self.engine.to(transformer_impl.get_device_name())
         parameters = (parameter for chunk in self.engine.module for parameter in chunk.parameters())
         return torch.cat([parameter.detach().float().flatten() for parameter in parameters])
 
     def state(self) -> torch.Tensor:
         """Parameters, and this rank's part of masters and moments."""
+        parameters = self.parameters()
         kept = [
             value.detach().float().flatten()
             for part in self.parts()
@@ -124,7 +149,7 @@ class Learner:
             for _, value in sorted(state.items())
             if isinstance(value, torch.Tensor)
         ]
-        return torch.cat([self.parameters(), *kept])
+        return torch.cat([parameters, *kept])
 
     def parts(self) -> list[Any]:
         return list(getattr(self.engine.optimizer, "chained_optimizers", [self.engine.optimizer]))
@@ -157,10 +182,23 @@ def worker_config(
     transformer: dict[str, Any] | None = None,
     optimizer: dict[str, Any] | None = None,
 ) -> TrainingWorkerConfig:
-    parallel = {"vanilla_mbridge": arguments.bridge == "mbridge", **LAYOUTS[layout], **(engine or {})}
+    parallel = {"vanilla_mbridge": not arguments.bridged, **LAYOUTS[layout], **(engine or {})}
+    if arguments.offload:
+        parallel = {**OFFLOADED, **parallel}
+    heads: dict[str, Any] = {}
+    if arguments.mtp:
+        # The bridge reads the model's own configuration, which has no such head.
+        transformer = {"mtp_num_layers": 1, **(transformer or {})}
+        heads = {
+            "mtp": MtpConfig(enable=True, enable_train=True),
+            "override_config": {"num_nextn_predict_layers": 1},
+        }
+    adapters = {"lora": {**ADAPTERS, "merge": True}} if arguments.lora else {}
     return TrainingWorkerConfig(
         model_type=model_type,
-        model_config=HFModelConfig(path=model_of(arguments, layout), enable_gradient_checkpointing=False),
+        model_config=HFModelConfig(
+            path=model_of(arguments, layout), enable_gradient_checkpointing=False, **adapters, **heads
+        ),
         engine_config=McoreEngineConfig(
             forward_only=forward_only,
             dtype="float16",
@@ -187,7 +225,11 @@ def worker_config(
 
 
 def model_of(arguments: argparse.Namespace, layout: str) -> str:
-    return str(arguments.mixture if layout in MIXTURES else arguments.model)
+    return str(arguments.mixture_model if layout in MIXTURES or arguments.mixture else arguments.model)
+
+
+def has_experts(path: str) -> bool:
+    return "moe_intermediate_size" in json.loads(Path(path, "config.json").read_text())
 
 
 def rows_as_batch(rows: list[torch.Tensor]) -> TensorDict:
@@ -206,9 +248,45 @@ def built(arguments: argparse.Namespace, layout: str) -> dict[str, Any]:
     parameters = [parameter for chunk in learner.engine.module for parameter in chunk.parameters()]
     return {
         "parameters": dtypes(parameters),
-        "main_grads": dtypes(parameter.main_grad for parameter in parameters),
+        "main_grads": dtypes(parameter.main_grad for parameter in parameters if parameter.requires_grad),
+        **errors_of(learner, model_of(arguments, layout)),
+    }
+
+
+def errors_of(learner: Learner, path: str) -> dict[str, float]:
+    """How far what the learner computes is from transformers."""
+    if learner.engine.is_value_model:
+        return {"value_error": largest(value_error(learner, path))}
+    return {"log_prob_error": largest(log_prob_error(learner, path))}
+
+
+def reference(arguments: argparse.Namespace, layout: str) -> dict[str, Any]:
+    """What is built without an optimizer, and its log-probs."""
+    learner = Learner(arguments, layout, forward_only=True)
+    return {
+        "parameters": dtypes(parameter for chunk in learner.engine.module for parameter in chunk.parameters()),
         "log_prob_error": largest(log_prob_error(learner, model_of(arguments, layout))),
     }
+
+
+def value_error(learner: Learner, path: str) -> float:
+    """The largest |difference| of this rank's values to those of transformers' layers in float16 under the same head.
+
+    The head is the learner's: it has one output, and the bridges do not read it of every checkpoint.
+    """
+    from transformers import AutoModel
+
+    found = learner.outputs("values")
+    if found is None:
+        return 0.0
+    head = next(p for name, p in learner.engine.module[-1].named_parameters() if "output_layer.weight" in name)
+    body = AutoModel.from_pretrained(path, dtype=torch.float16).eval()
+    errors = []
+    for row, values in zip(learner.batch()["input_ids"].unbind(), found, strict=True):
+        with torch.no_grad():
+            expected = (body(row[None]).last_hidden_state[0].float() @ head.float().T)[:, 0]
+        errors.append((expected - values).abs().max().item())
+    return max(errors)
 
 
 def log_prob_error(learner: Learner, model: Any) -> float:
@@ -235,14 +313,18 @@ def largest(own: float) -> float:
     return max(gathered(own))
 
 
-def overflow_on_one_rank(arguments: argparse.Namespace, layout: str) -> dict[str, Any]:
-    """For each rank: a clean step, one with an infinite gradient on that rank only, and a clean one."""
+def overflow_on_one_rank(arguments: argparse.Namespace, layout: str, always: bool = False) -> dict[str, Any]:
+    """For each rank asked for: a clean step, one with an infinite gradient on that rank only, and a clean one.
+
+    Args:
+        always: it is infinite at every scale.
+    """
     facts: dict[str, Any] = {}
-    for rank in range(dist.get_world_size()):
+    for rank in overflowing_ranks(arguments):
         learner = Learner(arguments, layout)
         clean = learner.step()
         before, lr_before = learner.parameters(), learner.lr()
-        with learner.overflowing(rank):
+        with learner.overflowing(rank, always):
             error, overflow = tried(learner.step)
         after, lr_after, scales = learner.parameters(), learner.lr(), learner.scales()
         last = learner.step()
@@ -255,6 +337,12 @@ def overflow_on_one_rank(arguments: argparse.Namespace, layout: str) -> dict[str
             "scales": sorted({scale for own in gathered(scales) for scale in own}),
         }
     return facts
+
+
+def overflowing_ranks(arguments: argparse.Namespace) -> range:
+    """The ranks on which a gradient overflows, one after the other."""
+    world = dist.get_world_size()
+    return range(world - 1 if arguments.last_rank else 0, world)
 
 
 def tried(step: Callable[[], dict[str, Any]]) -> tuple[str | None, dict[str, Any]]:
@@ -271,19 +359,24 @@ def seen_by_driver(metrics: dict[str, Any]) -> dict[str, Any]:
 
 
 def retried(arguments: argparse.Namespace, layout: str) -> dict[str, Any]:
-    """Three updates with dropout: from far too high a scale, and with a gradient that overflows on one rank.
+    """Three updates with dropout: with a gradient that overflows on one rank, and from far too high a scale.
 
     Each is of two micro-batches. Beside each run is one from the scale that was found. It has nothing to retry, so it
     says what the first should have come to.
     """
     facts: dict[str, Any] = {}
-    for name, start, rank in (("too_high", TOO_HIGH, None), *((f"rank {rank}", 1024.0, rank) for rank in range(2))):
+    starts: dict[str, tuple[float, int | None]] = {
+        f"rank {rank}": (1024.0, rank) for rank in overflowing_ranks(arguments)
+    }
+    if not arguments.last_rank:
+        starts["too_high"] = TOO_HIGH, None
+    for name, (start, rank) in starts.items():
         found = dropout_run(arguments, layout, start, rank)
         clean = dropout_run(arguments, layout, found["scales"][0])
         same = {key: on_every_rank(found[key] == clean[key]) for key in ("state", "random", "losses", "norms", "lr")}
         facts[name] = {"same": same, "found": found, "clean": clean}
-    other = dropout_run(arguments, layout, facts["too_high"]["found"]["scales"][0], seed=12)
-    facts["dropout_matters"] = other["state"] != facts["too_high"]["clean"]["state"]
+    other = dropout_run(arguments, layout, clean["scales"][0], seed=12)
+    facts["dropout_matters"] = other["state"] != clean["state"]
     return facts
 
 
@@ -293,7 +386,9 @@ def dropout_run(
     """What three updates leave behind: digests of parameters and optimizer state, and of the generators."""
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-    learner = Learner(arguments, layout, transformer={**DROPOUT, **(BALANCED if layout in MIXTURES else {})})
+    learner = Learner(
+        arguments, layout, transformer={**DROPOUT, **(BALANCED if has_experts(model_of(arguments, layout)) else {})}
+    )
     biases = balance(learner)
     learner.start_at(start)
     torch.manual_seed(seed)
@@ -449,15 +544,24 @@ def resumed(arguments: argparse.Namespace, layout: str) -> dict[str, Any]:
         return {"errors": gathered(error)}
     at_load = [facts_of(each) for each in (learner, fresh)]
     same = on_every_rank(torch.equal(learner.state(), fresh.state()))
+    others = gathered(sorted(differing(learner, fresh)))
     steps = [seen_by_driver(each.step(9)) for each in (learner, fresh)]
     return {
         "errors": gathered(error),
         "saved": at_load[0],
         "resumed": at_load[1],
         "same_state": same,
+        "differing": others,
         "steps": steps,
         "same_next_state": on_every_rank(torch.equal(learner.state(), fresh.state())),
     }
+
+
+def differing(learner: Learner, other: Learner) -> Iterator[str]:
+    """The names of this rank's parameters that differ between two learners."""
+    for chunk, of_other in zip(learner.engine.module, other.engine.module, strict=True):
+        found = dict(of_other.named_parameters())
+        yield from (name for name, own in chunk.named_parameters() if not torch.equal(own, found[name]))
 
 
 def facts_of(learner: Learner) -> dict[str, Any]:
@@ -472,7 +576,9 @@ def facts_of(learner: Learner) -> dict[str, Any]:
 
 SCENARIOS: dict[str, Callable[[argparse.Namespace, str], dict[str, Any]]] = {
     "built": built,
+    "reference": reference,
     "overflow_on_one_rank": overflow_on_one_rank,
+    "skipped": partial(overflow_on_one_rank, always=True),
     "retried": retried,
     "first_scale": first_scale,
     "grown": grown,
@@ -489,19 +595,26 @@ def main() -> None:
     dist.init_process_group("gloo")
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", required=True)
-    parser.add_argument("--mixture", help="a mixture of experts")
-    parser.add_argument("--bridge", choices=("mbridge", "megatron-bridge"), default="mbridge")
+    parser.add_argument("--mixture", dest="mixture_model", help="a mixture of experts")
+    parser.add_argument("--last-rank", action="store_true", help="gradients overflow there only, not on each in turn")
     parser.add_argument("--out", required=True)
-    parser.add_argument("cells", nargs="+", metavar="LAYOUT:SCENARIO,…")
+    parser.add_argument("cells", nargs="+", metavar="LAYOUT[+OPTION…]:SCENARIO,…", help=", ".join(OPTIONS))
     arguments = parser.parse_args()
     facts: dict[str, Any] = {}
     for cell in arguments.cells:
-        layout, _, scenarios = cell.partition(":")
+        where, _, scenarios = cell.partition(":")
+        layout, *options = where.split("+")
+        own = argparse.Namespace(**vars(arguments), **{name: name in options for name in OPTIONS})
         # A rank that fails ends the others: nothing here waits for a collective it will not join.
-        facts[layout] = {name: SCENARIOS[name](arguments, layout) for name in scenarios.split(",")}
+        for name in scenarios.split(","):
+            started = time.monotonic()
+            facts.setdefault(where, {})[name] = SCENARIOS[name](own, layout)
+            facts[where].setdefault("seconds", {})[name] = round(time.monotonic() - started, 1)
+            if dist.get_rank() == 0:
+                # At once: it may be read at any time.
+                Path(arguments.out, "new.json").write_text(json.dumps(facts, indent=1))
+                Path(arguments.out, "new.json").replace(Path(arguments.out, "facts.json"))
         parallel_state.destroy_model_parallel()
-    if dist.get_rank() == 0:
-        Path(arguments.out, "facts.json").write_text(json.dumps(facts, indent=1))
     dist.barrier()
     dist.destroy_process_group()
 

@@ -41,6 +41,19 @@ def test_log_probs_are_those_of_transformers(megatron_learner: Arm, layout: str)
     assert megatron_learner("skip")[layout]["built"]["log_prob_error"] < bound
 
 
+@pytest.mark.parametrize("layout", ["vpp", "cp"])
+def test_stages_in_turns_and_parts_of_a_sequence_compute_the_same(megatron_learner: Arm, layout: str) -> None:
+    assert megatron_learner("skip")[layout]["built"]["log_prob_error"] < 1e-6
+
+
+@pytest.mark.parametrize("rank", RANKS)
+def test_an_overflow_of_one_rank_changes_no_stage_of_any_turn(megatron_learner: Arm, rank: str) -> None:
+    facts = megatron_learner("skip")["vpp"]["skipped"][rank]
+    assert facts["errors"] == [None, None]
+    assert facts["unchanged_on_every_rank"]
+    assert facts["moved_by_a_clean_step"]
+
+
 @pytest.mark.parametrize("rank", RANKS)
 def test_stock_ends_at_an_overflow_of_one_rank(megatron_learner: Arm, layout: str, rank: str) -> None:
     facts = megatron_learner("stock")[layout]["overflow_on_one_rank"][rank]

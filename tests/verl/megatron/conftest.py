@@ -34,6 +34,7 @@ ARMS: Mapping[str, tuple[Mapping[str, str], Mapping[str, str]]] = {
             "tp": "built,overflow_on_one_rank,exported",
             "pp": "built,overflow_on_one_rank,endless_overflow",
             "ep": "built,overflow_on_one_rank,exported,resumed",
+            "dp+offload": "overlapped",
             "vpp": "built,skipped",
             "cp": "built",
         },

@@ -197,8 +197,9 @@ def test_stock_exports_weights_of_which_a_part_is_a_step_old(megatron_learner: A
     assert facts["after_a_forward_pass"]["log_prob_error"] < 5e-3
 
 
-def test_weights_are_gathered_before_they_are_exported(megatron_learner: Arm) -> None:
-    facts = megatron_learner("skip")["dp"]["overlapped"]
+@pytest.mark.parametrize("cell", ["dp", "dp+offload"])
+def test_weights_are_gathered_before_they_are_exported(megatron_learner: Arm, cell: str) -> None:
+    facts = megatron_learner("skip")[cell]["overlapped"]
     assert facts["after_a_step"] == facts["after_a_forward_pass"]
     assert facts["after_a_step"]["log_prob_error"] < 5e-3
 

@@ -189,7 +189,9 @@ def why_stopped(cell: Cell, facts: Mapping[str, Any], log: str) -> dict[str, str
         r"^(?:\[rank\d+\]: *)?(\w*(?:\.\w+)*(?:Error|Exception|Collapse|Conflict)\b.*)$", log, re.MULTILINE
     )
     cause = next((cause.because for cause in CAUSES if re.search(cause.says, log)), None)
-    return {"in": scenario, "error": errors[0][:300] if errors else log[-300:], "because": cause}
+    # Where an environment lies says nothing of the cause.
+    said = re.sub(r" (?:in |\()/[^\s)]+\)?", "", errors[0] if errors else log[-300:])
+    return {"in": scenario, "error": said[:300], "because": cause}
 
 
 def judged(facts: Mapping[str, Any]) -> dict[str, Any]:

@@ -165,7 +165,6 @@ def _data(config: LaunchConfig) -> dict[str, object]:
 def _actor(config: LaunchConfig) -> dict[str, object]:
     return {
         "actor_rollout_ref.model.path": config.model,
-        "actor_rollout_ref.model.enable_gradient_checkpointing": False,
         **_LEARNERS[config.strategy](config),
         "actor_rollout_ref.actor.optim.lr": config.learning_rate,
         "actor_rollout_ref.actor.ppo_mini_batch_size": config.prompts_per_step,
@@ -196,7 +195,7 @@ def _megatron(config: LaunchConfig) -> dict[str, object]:
     }
     roles = ("actor", "ref")
     settings = {f"++actor_rollout_ref.{role}.megatron.{key}": of_a_role[key] for role in roles for key in of_a_role}
-    return {"model_engine": "megatron", **settings}
+    return {"model_engine": "megatron", "actor_rollout_ref.model.enable_gradient_checkpointing": False, **settings}
 
 
 def _veomni(_config: LaunchConfig) -> dict[str, object]:

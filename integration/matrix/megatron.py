@@ -26,6 +26,7 @@ from typing import Any
 
 from integration.bench.command import parser, results_folder
 from integration.bench.ranks import cpu_environment
+from integration.cpu.launch import MEGATRON_ENVIRONMENT
 from integration.cpu.process import die_with_parent
 from integration.cpu.tiny_families import write_family
 from integration.cpu.tiny_model import make_random_model
@@ -37,8 +38,8 @@ LEARNER = ROOT / "tests" / "verl" / "megatron" / "learner.py"
 POLL_S = 1.0
 END_OF_LOG = 6000
 ENVIRONMENT = {
-    "VERL_USE_EXTERNAL_MODULES": "verl_on_cpu,megatron_on_cpu,fp16_patch.autoload",
-    "TORCHDYNAMO_DISABLE": "1",
+    **MEGATRON_ENVIRONMENT,
+    "VERL_USE_EXTERNAL_MODULES": f"{MEGATRON_ENVIRONMENT['VERL_USE_EXTERNAL_MODULES']},fp16_patch.autoload",
     "FP16_PATCH": "fp16",
     "FP16_PATCH_INIT_SCALE": "65536",
 }

@@ -15,7 +15,7 @@ if find_spec("megatron") is None:
 from fp16_patch.mismatch.diagnosis.findings import diagnose_run
 from fp16_patch.mismatch.record.reading import load_run
 from integration.cpu.launch import RunResult
-from tests.e2e.verl_runs import STEPS, TIMEOUT_S, finished, ledger, record
+from tests.e2e.verl_runs import STEPS, TIMEOUT_S, finished, ledger, mean_abs, record
 
 
 @pytest.fixture(scope="session")
@@ -38,10 +38,6 @@ def two_ranks(start_verl: Callable[..., RunResult]) -> RunResult:
     return finished(
         start_verl("fp16_patch", strategy="megatron", ranks=2, tensor_parallel=2, use_ref=True, overrides=overrides)
     )
-
-
-def mismatch(result: RunResult) -> float:
-    return float(load_run(record(result)).summary()["mismatch"]["mean_abs"])
 
 
 @pytest.mark.timeout(TIMEOUT_S)
@@ -71,8 +67,8 @@ def test_every_sampled_token_is_observed(one_flag: RunResult, bf16: RunResult) -
 
 
 def test_three_more_bits_show_on_the_same_seeds(one_flag: RunResult, bf16: RunResult) -> None:
-    assert mismatch(one_flag) < 1.2e-3
-    assert mismatch(bf16) / mismatch(one_flag) >= 7
+    assert mean_abs(one_flag) < 1.2e-3
+    assert mean_abs(bf16) / mean_abs(one_flag) >= 7
 
 
 def test_the_step_and_its_scale_are_in_verls_metrics(one_flag: RunResult) -> None:
@@ -102,4 +98,4 @@ def test_both_ranks_compute_in_float16_and_try_an_overflow_again(two_ranks: RunR
     assert [process["kind"] for process in found["processes"]].count("worker") == 2
     assert [step["fp16/skipped_total"] for step in two_ranks.steps] == [0.0] * STEPS
     assert two_ranks.steps[0]["fp16/retries"] > 0
-    assert mismatch(bf16) / mismatch(two_ranks) >= 7
+    assert mean_abs(bf16) / mean_abs(two_ranks) >= 7

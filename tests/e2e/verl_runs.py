@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from fp16_patch.mismatch.record.reading import load_run
 from integration.cpu.arms import record_of
 from integration.cpu.launch import RunResult
 
@@ -25,6 +26,11 @@ def finished(result: RunResult) -> RunResult:
 
 def record(result: RunResult) -> Path:
     return record_of(result.log.parent)
+
+
+def mean_abs(result: RunResult) -> float:
+    """Mean |d| of all tokens that the run's monitor observed, in nats."""
+    return float(load_run(record(result)).summary()["mismatch"]["mean_abs"])
 
 
 def ledger(result: RunResult) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def row(name: str, owner: str | None) -> dict[str, list[str]]:
     runner.model = model
     model_loaded(None, runner)
     # As later releases do.
-    states = SimpleNamespace(conv=[torch.empty(1, dtype=torch.float16)], temporal=torch.empty(1))
+    states = SimpleNamespace(conv=[torch.empty(1, dtype=torch.bfloat16)], temporal=torch.empty(1))
     runner.req_to_token_pool = SimpleNamespace(mamba_pool=SimpleNamespace(mamba_cache=states))
     runner.token_to_kv_pool = SimpleNamespace(k_buffer=[torch.empty(1, dtype=torch.float16)])
     hidden_states = model.layer(torch.ones(1, 2, dtype=torch.float16))

@@ -17,7 +17,7 @@ MEGATRON = "megatron"
 ENGINES = (*FSDP, MEGATRON)
 
 _UNSCALED = "never scales the loss, so small gradients would vanish"
-_VEOMNI_ENGINE = "verl.workers.engine.veomni.transformer_impl"
+VEOMNI_ENGINE = "verl.workers.engine.veomni.transformer_impl"
 # Without it verl can tell VeOmni of no dtype.
 _VEOMNI_DTYPES = "MixedPrecisionConfig"
 _REFUSED = {
@@ -42,7 +42,7 @@ def engine_conflict(role: str, strategy: object) -> Conflict | None:
 
 
 def _veomni_takes_dtypes(sources: Sources) -> bool:
-    return _VEOMNI_DTYPES in (sources.read(_VEOMNI_ENGINE) or "")
+    return _VEOMNI_DTYPES in (sources.read(VEOMNI_ENGINE) or "")
 
 
 def veomni_conflicts(select: Select, role: str, plan: Plan, *, trains: bool) -> Iterator[Conflict]:

@@ -19,10 +19,9 @@ from fp16_patch.plan.plan import Plan
 from fp16_patch.runtime.activation import current_plan
 from fp16_patch.scaling.norm_first import float_of, skip_unless_finite
 from fp16_patch.verl.config.settings import force, mixed_precision
+from fp16_patch.verl.config.supported_engines import VEOMNI_ENGINE
 from fp16_patch.verl.fsdp.engine import take_over
 from fp16_patch.verl.fsdp.update import FSDPUpdate, scales_loss
-
-_ENGINE = "verl.workers.engine.veomni.transformer_impl"
 
 
 def build_model_optimizer(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
@@ -80,7 +79,7 @@ def _take(scaler: Any, optimizers: list[Optimizer], step: Callable[[], float]) -
 def _mixed_precision_of(plan: Plan) -> Iterator[None]:
     # verl names no dtype when it makes VeOmni's settings: they would be bfloat16's.
     dtypes = mixed_precision(plan)
-    module: Any = import_module(_ENGINE)
+    module: Any = import_module(VEOMNI_ENGINE)
     settings = module.MixedPrecisionConfig
     module.MixedPrecisionConfig = partial(settings, **{name: dtypes[name] for name in ("param_dtype", "reduce_dtype")})
     try:

@@ -3,11 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 _SCALE, _GROWTH = "scale", "_growth_tracker"
+
+
+class ScalerState(NamedTuple):
+    """What the steps of a run change in one of Megatron's scalers."""
+
+    scale: torch.Tensor
+    growth: int
+    hysteresis: int
+
+    @classmethod
+    def of(cls, scaler: Any) -> ScalerState:
+        return cls(scaler._scale.clone(), scaler._growth_tracker, scaler._hysteresis_tracker)
+
+    def restore(self, scaler: Any) -> None:
+        scaler._scale, scaler._growth_tracker, scaler._hysteresis_tracker = self.scale.clone(), *self[1:]
 
 
 class MegatronScaler:
@@ -45,6 +60,4 @@ class MegatronScaler:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with a scale and a growth counter; the next overflow lowers the scale."""
         for scaler in self.scalers:
-            scaler._scale = torch.full_like(scaler.scale, state[_SCALE])
-            scaler._growth_tracker = state[_GROWTH]
-            scaler._hysteresis_tracker = 1
+            ScalerState(torch.full_like(scaler.scale, state[_SCALE]), state[_GROWTH], hysteresis=1).restore(scaler)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,7 +21,7 @@ from fp16_patch.scaling.saved_state import is_scale
 from fp16_patch.scaling.scaler import StepOutcome, nonfinite_parameters
 from fp16_patch.verl.fsdp.step_metrics import add_steps
 from fp16_patch.verl.megatron.dtypes import parts_of, scalers_of
-from fp16_patch.verl.megatron.scaler import MegatronScaler
+from fp16_patch.verl.megatron.scaler import MegatronScaler, ScalerState
 
 _SKIPPED = (False, None, None)
 # Methods of Megatron's optimizers that their `step` calls, in this order: one of these, then the step itself.
@@ -50,7 +50,7 @@ class MegatronStep(OptimizerStep):
         if any(not is_scale(float(scaler.scale.item())) for scaler in self.scalers):
             # As of a damaged checkpoint. A scale of 0 makes NaN of gradients that Megatron has found finite.
             return _SKIPPED
-        before = [_State.of(scaler) for scaler in self.scalers]
+        before = [ScalerState.of(scaler) for scaler in self.scalers]
         with _finite_norms_only(self.engine) as refused:
             answer = step()
         if self.scalers:
@@ -122,21 +122,6 @@ def _with_outcomes(step: MegatronStep, update: Callable[[], dict[str, Any]]) -> 
     return metrics
 
 
-class _State(NamedTuple):
-    """What the steps of a run change in a loss scaler of Megatron's."""
-
-    scale: torch.Tensor
-    growth: int
-    hysteresis: int
-
-    @classmethod
-    def of(cls, scaler: Any) -> _State:
-        return cls(scaler._scale.clone(), scaler._growth_tracker, scaler._hysteresis_tracker)
-
-    def restore(self, scaler: Any) -> None:
-        scaler._scale, scaler._growth_tracker, scaler._hysteresis_tracker = self.scale.clone(), *self[1:]
-
-
 @contextmanager
 def _finite_norms_only(optimizer: Any) -> Iterator[list[float]]:
     """Keep Megatron from a step whose gradients' norm is not finite; the list is of such norms.
@@ -174,9 +159,9 @@ def _level(scalers: list[Any]) -> None:
     Each looks at its own gradients only. If those of the experts overflow and the others do not, the loss goes on being
     multiplied by the scale of the others, and the experts' gradients are divided by theirs.
     """
-    states = [_State.of(scaler) for scaler in scalers]
+    states = [ScalerState.of(scaler) for scaler in scalers]
     lowest = min((state.scale for state in states), key=float)
-    level = _State(lowest, min(state.growth for state in states), min(state.hysteresis for state in states))
+    level = ScalerState(lowest, min(state.growth for state in states), min(state.hysteresis for state in states))
     for scaler in scalers:
         level.restore(scaler)
 

@@ -13,6 +13,7 @@ from fp16_patch.scaling.gradient_stats import EMBEDDING, HEAD, LAYERS
 from fp16_patch.scaling.retry import retries_wanted
 from fp16_patch.scaling.saved_state import is_scale
 from fp16_patch.scaling.update import MiniBatchUpdate
+from fp16_patch.verl.config.supported_engines import MEGATRON
 from fp16_patch.verl.megatron.dtypes import role_of
 from fp16_patch.verl.megatron.step import MegatronStep, unwrapped
 
@@ -75,7 +76,7 @@ def groups_of_chunk(chunk: nn.Module) -> dict[nn.Module, str]:
 def is_repeatable(engine: Any) -> bool:
     """Return whether it is Megatron's engine, training with a scaled loss: the same answer on each of its ranks."""
     config = engine.engine_config
-    return current_plan().scales_loss and config.strategy == "megatron" and not config.forward_only
+    return current_plan().scales_loss and config.strategy == MEGATRON and not config.forward_only
 
 
 def optimizer_step(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:

@@ -12,6 +12,7 @@ from tests.conftest import verl_environment
 from tests.installed_release import ORACLE, needs, sits_in
 from tests.ranks import RANKS
 from tests.verl.conftest import UNDER_A_PLAN, Facts
+from tests.verl.fsdp.skips import assert_each_rank_tells_of_the_skip
 
 pytestmark = [pytest.mark.verl, pytest.mark.e2e]
 pytest.importorskip("verl")
@@ -96,14 +97,7 @@ def test_the_schedule_holds_on_a_skip_and_goes_on_after_it(
 
 def test_a_skip_is_in_the_metrics_of_every_rank(learner: Callable[..., Facts], strategy: str, ranks: int) -> None:
     facts = learner("plan", strategy, ranks)["overflow_on_one_rank"]
-
-    def seen(metrics: str) -> list[set[float]]:
-        names = ("loss_scale/min", "step_skipped", "skipped_total/max", "consecutive_skips/max")
-        return [{value for [value] in facts[metrics][f"fp16/{name}"]} for name in names]
-
-    assert seen("clean_metrics") == [{65536.0}, {0.0}, {0.0}, {0.0}]
-    assert seen("overflow_metrics") == [{32768.0}, {1.0}, {1.0}, {1.0}]
-    assert seen("last_metrics") == [{32768.0}, {0.0}, {1.0}, {0.0}]
+    assert_each_rank_tells_of_the_skip(facts)
 
 
 def test_an_update_tried_again_is_bit_for_bit_the_one_from_the_scale_it_ends_at(

@@ -12,6 +12,7 @@ from fp16_patch.patching.fingerprint import parsed
 from fp16_patch.patching.sources import Installed
 from tests.installed_release import ORACLE
 from tests.verl.conftest import Facts
+from tests.verl.fsdp.skips import assert_each_rank_tells_of_the_skip
 
 pytestmark = [pytest.mark.verl, pytest.mark.e2e]
 pytest.importorskip("verl")
@@ -57,13 +58,7 @@ def test_an_overflow_on_one_rank_is_a_skip_on_all_and_holds_the_schedule(learner
     before, after, last = facts["lr"]
     assert before == after < last
 
-    def seen(metrics: str) -> list[set[float]]:
-        names = ("loss_scale/min", "step_skipped", "skipped_total/max", "consecutive_skips/max")
-        return [{value for [value] in facts[metrics][f"fp16/{name}"]} for name in names]
-
-    assert seen("clean_metrics") == [{65536.0}, {0.0}, {0.0}, {0.0}]
-    assert seen("overflow_metrics") == [{32768.0}, {1.0}, {1.0}, {1.0}]
-    assert seen("last_metrics") == [{32768.0}, {0.0}, {1.0}, {0.0}]
+    assert_each_rank_tells_of_the_skip(facts)
 
 
 def test_an_update_tried_again_is_bit_for_bit_the_one_from_the_scale_it_ends_at(learner: Learner) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from integration.cpu.launch import MEGATRON_ENVIRONMENT
 from integration.cpu.warm.servers import IMPORTS
 from tests.conftest import verl_environment
 from tests.ranks import Facts, Ranks
@@ -14,8 +15,8 @@ from tests.verl.conftest import MEASURED
 
 LEARNER = Path(__file__).parent / "learner.py"
 LAYOUTS = ("dp", "tp", "pp", "ep")
-STOCK = {"VERL_USE_EXTERNAL_MODULES": "verl_on_cpu,megatron_on_cpu", "TORCHDYNAMO_DISABLE": "1"}
-FIRST = {**MEASURED, **STOCK, "VERL_USE_EXTERNAL_MODULES": "verl_on_cpu,megatron_on_cpu,fp16_patch.autoload"}
+STOCK = MEGATRON_ENVIRONMENT
+FIRST = {**MEASURED, **STOCK, "VERL_USE_EXTERNAL_MODULES": f"{STOCK['VERL_USE_EXTERNAL_MODULES']},fp16_patch.autoload"}
 RETRY = {**FIRST, "FP16_PATCH_INIT_SCALE": "65536"}
 SKIP = {**RETRY, "FP16_PATCH_ON_OVERFLOW": "skip"}
 GROWING = {**RETRY, "FP16_PATCH_GROWTH_INTERVAL": "4", "FP16_PATCH_GRADIENT_LOOK_EVERY": "3"}

@@ -33,6 +33,7 @@ class RunMonitor:
         self._monitor = Monitor(out_dir, run, plan.monitor_timeout_s, SINKS, self._judge)
         self._fired: list[Alert] = []
         self._tokens = 0
+        self._which = ""
         self.write, self.flush = self._monitor.write, self._monitor.flush
 
     @property
@@ -64,7 +65,7 @@ class RunMonitor:
         self._fired, self._tokens = [], 0
         self._monitor.end_step(step, metrics)
         for alert in self._fired:
-            logger.warning("sampler and learner: %s", alert.message)
+            logger.warning("sampler and learner%s: %s", self._which, alert.message)
         if self._fired and self._plan.on_alert == "stop":
             self.flush()
             raise MismatchAlert(step, [alert.message for alert in self._fired])
@@ -75,6 +76,7 @@ class RunMonitor:
         self._monitor.pass_step(step, metrics)
 
     def _judge(self, step: int, metrics: Mapping[str, float]) -> dict[str, Any]:
+        self._which = ", where both hold the same weights" if "mismatch/lag_known" in metrics else ""
         standing = self._alerts.update(step, dict(metrics))
         self._fired = list(self._alerts.new)
         return {"alerts": [alert.as_dict() for alert in standing]}

@@ -7,7 +7,7 @@ from typing import Any
 Line = dict[str, Any]
 
 KEPT_STEPS = 256
-BULKY = ("state", "noise_floor")
+BULKY = ("state", "noise_floor", "by_lag")
 
 
 class History:

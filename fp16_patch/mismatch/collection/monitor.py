@@ -17,6 +17,7 @@ from fp16_patch.mismatch.collection.part import Message, Part, join
 from fp16_patch.mismatch.collection.patience import Patience
 from fp16_patch.mismatch.collection.root import root_of
 from fp16_patch.mismatch.record.reading import STEPS
+from fp16_patch.mismatch.statistics.by_lag import Lags, of_numerics, staleness_names
 from fp16_patch.mismatch.statistics.summary import MismatchStats
 from fp16_patch.plan.guard import Guard
 
@@ -41,7 +42,8 @@ class Monitor:
             root that an earlier trainer of the job has left begins anew then.
         timeout_s: the longest that the end of a step waits for its figures.
         sinks: ``module:class`` of what gets each line besides the disk.
-        annotate: is given a step and its ``mismatch/*``, returns what else belongs on the step's line (alerts).
+        annotate: is given a step and its ``mismatch/*``, returns what else belongs on the step's line (alerts). Where
+            lags are known, figures of the gap are those of lag 0, and missing without tokens of lag 0.
 
     Attributes:
         run: what ``Observer`` needs to know.
@@ -86,9 +88,9 @@ class Monitor:
         """Add tokens to the open round, where the driver has both sides; see ``MismatchStats.from_log_probs``."""
         self._guard.run(lambda: self.add(MismatchStats.from_log_probs(sampler, learner, mask, sequence_ids, token_ids)))
 
-    def add(self, stats: MismatchStats, noise_floor: MismatchStats | None = None) -> None:
+    def add(self, stats: MismatchStats, noise_floor: MismatchStats | None = None, by_lag: Lags | None = None) -> None:
         """Add what the driver has measured itself to the open round."""
-        self._local.append(Part(stats, noise_floor))
+        self._local.append(Part(stats, noise_floor, by_lag=by_lag or {}))
 
     def expect(self, tokens: int | None, ranks: int | None = None) -> None:
         """Say what the open round has to cover: so many sampled tokens, or so many ranks where these are unknown."""
@@ -146,13 +148,14 @@ class Monitor:
         covered = _share(coverage)
         measured |= {} if covered is None else {"mismatch/coverage": covered}
         metrics.update(measured)
-        for name, value in part.stats.aliases().items() if part.stats.tokens else ():
+        named = part.stats.aliases() | staleness_names(measured) if part.stats.tokens else {}
+        for name, value in named.items():
             metrics.setdefault(name, value)
         if lost := self._dropped + self._unwritten:
             metrics["mismatch/records_dropped"] = float(lost)
         annotate = self._annotate
         if annotate is not None and part.stats.tokens:
-            extra |= self._guard.run(lambda: annotate(step, measured)) or {}
+            extra |= self._guard.run(lambda: annotate(step, of_numerics(measured, part.by_lag))) or {}
         self._send("close", *question, {**self._stamp(step), **extra})
         self._record_metrics(step, metrics)
         return part.stats if part.stats.tokens else None

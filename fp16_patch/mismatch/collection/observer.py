@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from fp16_patch.mismatch.collection.aggregator import aggregator_here
 from fp16_patch.mismatch.collection.background import Background
 from fp16_patch.mismatch.collection.part import Part
+from fp16_patch.mismatch.statistics.by_lag import Lags
 from fp16_patch.mismatch.statistics.summary import MismatchStats
 from fp16_patch.plan.guard import Guard
 
@@ -49,15 +51,27 @@ class Observer:
         """Count the reports that did not arrive, so far."""
         return self._reports.dropped
 
-    def observe(self, round: int, stats: MismatchStats, noise_floor: MismatchStats | None = None) -> None:
+    def observe(
+        self, round: int, stats: MismatchStats, noise_floor: MismatchStats | None = None, by_lag: Lags | None = None
+    ) -> None:
         """Report a batch, or one of its micro-batches; returns at once and never raises.
 
         Args:
             round: number of the batch in this attempt, as in ``Monitor.round``.
             stats: on any device; on an accelerator, made on its current stream.
             noise_floor: the learner against itself, where that was measured.
+            by_lag: of the same tokens, those whose lag is known.
         """
-        self._guard.run(lambda: self._reports.put(_Measured(round, HostCopy(stats), _copy(noise_floor))))
+        self._guard.run(
+            lambda: self._reports.put(
+                _Measured(
+                    round,
+                    HostCopy(stats),
+                    None if noise_floor is None else HostCopy(noise_floor),
+                    {lag: HostCopy(part) for lag, part in (by_lag or {}).items()},
+                )
+            )
+        )
 
     def _deliver(self, measured: _Measured) -> None:
         dropped = self._reports.dropped
@@ -67,6 +81,7 @@ class Observer:
             ranks=frozenset([self._rank]),
             world_size=self._world_size,
             dropped=dropped - self._told_dropped,
+            by_lag={lag: part.wait() for lag, part in measured.by_lag.items()},
         )
         self._sent += 1
         self._send(self._sent, measured.round, part.pack())
@@ -125,7 +140,4 @@ class _Measured:
     round: int
     stats: HostCopy
     noise_floor: HostCopy | None
-
-
-def _copy(stats: MismatchStats | None) -> HostCopy | None:
-    return None if stats is None else HostCopy(stats)
+    by_lag: Mapping[int, HostCopy]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from fp16_patch.mismatch.statistics.by_lag import Lags, lag_metrics, merge_by_lag
 from fp16_patch.mismatch.statistics.summary import MismatchStats
 
 _FLOOR_METRICS = ("mismatch/noise_floor_tokens", "mismatch/noise_floor_mean_abs", "mismatch/noise_floor_max_abs")
@@ -20,6 +21,7 @@ class Message(NamedTuple):
     ranks: tuple[int, ...]
     world_size: int | None
     dropped: int
+    by_lag: Mapping[int, bytes]
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Part:
         ranks: who measured; empty for what the driver measured itself.
         world_size: how many ranks report in all; None if nobody said.
         dropped: reports that were lost on the way here.
+        by_lag: of the same tokens, those whose lag is known; empty where nobody asked for lags.
     """
 
     stats: MismatchStats
@@ -38,18 +41,24 @@ class Part:
     ranks: frozenset[int] = frozenset()
     world_size: int | None = None
     dropped: int = 0
+    by_lag: Lags = field(default_factory=dict)
 
     def metrics(self) -> dict[str, float]:
-        """Return the ``mismatch/*`` of the statistics and of the noise floor, if there is one; none without tokens."""
+        """Return the ``mismatch/*``: of all tokens, by lag and of the noise floor, if these are known; none of none."""
         if not self.stats.tokens:
             return {}
         floor = {} if self.noise_floor is None else self.noise_floor.metrics("mismatch/noise_floor_")
-        return {**self.stats.metrics(), **{name: floor[name] for name in _FLOOR_METRICS if name in floor}}
+        return {
+            **self.stats.metrics(),
+            **lag_metrics(self.by_lag, self.stats.tokens),
+            **{name: floor[name] for name in _FLOOR_METRICS if name in floor},
+        }
 
     def pack(self) -> Message:
         floor = None if self.noise_floor is None else self.noise_floor.to_bytes()
         ranks = tuple(sorted(self.ranks))
-        return Message(self.stats.to_bytes(), floor, self.stats.tokens, ranks, self.world_size, self.dropped)
+        by_lag = {lag: stats.to_bytes() for lag, stats in self.by_lag.items() if stats.tokens}
+        return Message(self.stats.to_bytes(), floor, self.stats.tokens, ranks, self.world_size, self.dropped, by_lag)
 
     @classmethod
     def unpack(cls, message: Message) -> Part:
@@ -60,7 +69,8 @@ class Part:
         """
         floor = None if message.noise_floor is None else MismatchStats.from_bytes(message.noise_floor)
         stats = MismatchStats.from_bytes(message.stats)
-        return cls(stats, floor, frozenset(message.ranks), message.world_size, message.dropped)
+        by_lag = {lag: MismatchStats.from_bytes(state) for lag, state in message.by_lag.items()}
+        return cls(stats, floor, frozenset(message.ranks), message.world_size, message.dropped, by_lag)
 
 
 def join(parts: Sequence[Part]) -> Part:
@@ -72,4 +82,5 @@ def join(parts: Sequence[Part]) -> Part:
         ranks=frozenset().union(*(part.ranks for part in parts)),
         world_size=max((part.world_size for part in parts if part.world_size is not None), default=None),
         dropped=sum(part.dropped for part in parts),
+        by_lag=merge_by_lag(part.by_lag for part in parts),
     )

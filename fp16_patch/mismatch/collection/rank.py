@@ -11,6 +11,7 @@ from torch import distributed
 from torch.distributed.distributed_c10d import _get_default_store
 
 from fp16_patch.mismatch.collection.observer import Observer
+from fp16_patch.mismatch.statistics.by_lag import Lags
 from fp16_patch.mismatch.statistics.summary import MismatchStats
 from fp16_patch.plan.errors import RankLeftAlone
 from fp16_patch.plan.guard import Guard
@@ -29,7 +30,12 @@ _scorings = 0
 
 
 def observe(
-    run: str, rank: int, size: int, round: int, measure: Callable[[], MismatchStats], noise_floor: MismatchStats | None
+    run: str,
+    rank: int,
+    size: int,
+    round: int,
+    measure: Callable[[], tuple[MismatchStats, Lags]],
+    noise_floor: MismatchStats | None,
 ) -> None:
     """Report what this rank measures of a round; an error is one warning.
 
@@ -37,10 +43,10 @@ def observe(
         run: the name that the driver's monitor has.
         rank: among the ranks that have sequences of their own.
         size: number of those.
-        measure: compares both sides of this rank's sequences.
+        measure: compares both sides of this rank's sequences, and by lag where that is known.
         noise_floor: of `noise_floor`.
     """
-    guard.run(lambda: _observer_of(run, rank, size).observe(round, measure(), noise_floor))
+    guard.run(lambda: _report(_observer_of(run, rank, size), round, measure, noise_floor))
 
 
 def noise_floor(
@@ -114,6 +120,16 @@ def rows_to_rescore(rows: int, share: float) -> list[int]:
     """Choose about ``share`` of the rows, at least one, evenly spread: as many on ranks with equally many rows."""
     count = min(rows, max(1, round(rows * share)))
     return [index * rows // count for index in range(count)]
+
+
+def _report(
+    observer: Observer,
+    round: int,
+    measure: Callable[[], tuple[MismatchStats, Lags]],
+    noise_floor: MismatchStats | None,
+) -> None:
+    stats, by_lag = measure()
+    observer.observe(round, stats, noise_floor, by_lag)
 
 
 def _observer_of(run: str, rank: int, size: int) -> Observer:

@@ -98,8 +98,9 @@ class Round:
         self._changed = False
         part = self.joined()
         floor = {} if part.noise_floor is None else {"noise_floor": part.noise_floor.to_dict()}
-        measured = {"metrics": part.metrics(), "state": part.stats.to_dict(), "coverage": self.coverage(), **floor}
-        return {**self._closing, **measured}
+        by_lag = {"by_lag": {str(lag): stats.to_dict() for lag, stats in part.by_lag.items()}} if part.by_lag else {}
+        measured = {"metrics": part.metrics(), "state": part.stats.to_dict(), "coverage": self.coverage()}
+        return {**self._closing, **measured, **floor, **by_lag}
 
 
 class Rounds:

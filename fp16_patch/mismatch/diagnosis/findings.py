@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fp16_patch.mismatch.diagnosis import causes, few_tokens, recorded
+from fp16_patch.mismatch.diagnosis.drift import LagCurve, drift
 from fp16_patch.mismatch.diagnosis.evidence import Evidence, Roles, bursts_of
 from fp16_patch.mismatch.diagnosis.rounding import MIN_TOKENS
 from fp16_patch.mismatch.diagnosis.sentences import Sentences
@@ -128,7 +129,13 @@ _NO_FAULT = {
 _TOO_FEW = _Cause(causes.too_few, "Record more steps, or more sequences a step.")
 
 AFTER_START = "after_start"
-CAUSES = (*_NO_FIGURES, *_BROKEN, AFTER_START, *_FAULTS, *_NO_FAULT)
+DRIFT = "drift"
+_DRIFT = (
+    "Nothing to repair: this is the price of sampling ahead. Where it hurts, let samples be fresher (verl: "
+    "trainer.v1.sampler.max_off_policy_threshold, async_training.staleness_threshold; OpenRLHF: "
+    "--train.async_queue_size), or correct by importance ratios (verl: algorithm.rollout_correction)."
+)
+CAUSES = (*_NO_FIGURES, *_BROKEN, DRIFT, AFTER_START, *_FAULTS, *_NO_FAULT)
 
 
 def diagnose(
@@ -174,8 +181,19 @@ def _explains_too_little(faults: list[Diagnosis], last: Diagnosis, evidence: Evi
 
 
 def diagnose_run(run: RunRecord) -> list[Diagnosis]:
-    """Diagnose a recorded run."""
-    return diagnose(run.step_stats, run.ledger or None, run.plan or None, run.noise_floor, run.starts)
+    """Diagnose a recorded run; where it knows how old its samples are, by those that are fresh."""
+    known = run.ledger or None, run.plan or None, run.noise_floor
+    curve = LagCurve.of(run.by_lag)
+    if curve.is_fresh():
+        return diagnose(run.step_stats, *known, run.starts)
+    whole = Evidence.of(run.step_stats, *known)
+    if no_figures := _found(_NO_FIGURES, whole):
+        return no_figures
+    found = [*_found(_BROKEN, whole), Diagnosis(DRIFT, drift(curve), _DRIFT)]
+    numerics = run.numerics()
+    if sum(stats.finite_tokens for stats in numerics.values()) < MIN_TOKENS:
+        return found
+    return found + [each for each in diagnose(numerics, *known, run.starts) if each.cause not in _BROKEN]
 
 
 def _found(table: Mapping[str, _Cause], evidence: Evidence) -> list[Diagnosis]:

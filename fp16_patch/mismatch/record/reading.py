@@ -46,6 +46,8 @@ class RunRecord:
         steps, mismatch: the metrics of each step, from the two files.
         stats: the mismatch of all steps, merged.
         step_stats: the mismatch of each step, of at most ``KEPT_STEPS`` steps.
+        step_fresh: of these steps, those that know how old their samples' weights are, and their tokens of lag 0.
+        by_lag: lag → the mismatch of all steps' tokens of that lag; empty where no step knows.
         worst: (step, token) of the largest finite |d|, largest first.
         noise_floor: the learner against itself, merged; None where it was not measured.
         alerts: in the order in which they began.
@@ -62,6 +64,8 @@ class RunRecord:
     wall_s: float | None = None
     notes: list[str] = field(default_factory=list)
     step_stats: Mapping[int, MismatchStats] = field(default_factory=dict)
+    step_fresh: Mapping[int, MismatchStats] = field(default_factory=dict)
+    by_lag: Mapping[int, MismatchStats] = field(default_factory=dict)
     worst: list[tuple[int, WorstToken]] = field(default_factory=list)
     noise_floor: MismatchStats | None = None
     covered: CoveredSteps = field(default_factory=CoveredSteps)
@@ -72,6 +76,13 @@ class RunRecord:
     def total(self) -> MismatchStats:
         """Return the mismatch of all steps, merged."""
         return self.stats
+
+    def numerics(self) -> dict[int, MismatchStats]:
+        """Return the mismatch of each step without drift: of tokens that were sampled with the learner's weights.
+
+        A step that does not know how old its samples' weights are has all of its tokens.
+        """
+        return {step: self.step_fresh.get(step, stats) for step, stats in self.step_stats.items()}
 
     def series(self, metric: str) -> dict[int, float]:
         """Return the metric's finite values by step, wherever it was recorded; of many steps, those that are kept.
@@ -92,7 +103,10 @@ class RunRecord:
         return sorted({*self.steps, *self.mismatch})
 
     def summary(self) -> dict[str, Any]:
-        """Return what a run comes to; means are over all tokens of all steps, NaN where nothing was recorded."""
+        """Return what a run comes to; means are over all tokens of all steps, NaN where nothing was recorded.
+
+        ``mismatch_by_lag`` is empty where nobody knows how old the samples' weights are.
+        """
         totals = self.total().metrics(prefix="")
         scales = list(self.series("fp16/loss_scale").values())
         return {
@@ -106,12 +120,18 @@ class RunRecord:
             "mismatch": {
                 name: totals[name] for name in ("mean_abs", "max_abs", "seq_mean_abs", "k1", "k3", "prob_mean_abs")
             },
+            "mismatch_by_lag": {
+                str(lag): {"tokens": stats.tokens, "mean_abs": stats.metrics(prefix="")["mean_abs"]}
+                for lag, stats in self.by_lag.items()
+            },
         }
 
     def over_floor(self) -> float:
-        """Return mean |d| as a multiple of the learner's against itself; NaN where that was not measured, or is 0."""
+        """Return mean |d| without drift as a multiple of the learner's against itself; NaN where one is not known."""
         floor = self.noise_floor.metrics(prefix="")["mean_abs"] if self.noise_floor is not None else math.nan
-        return self.total().metrics(prefix="")["mean_abs"] / floor if floor else math.nan
+        # Drift is not the learner's doing.
+        compared = self.by_lag.get(0, MismatchStats.empty()) if self.by_lag else self.total()
+        return compared.metrics(prefix="")["mean_abs"] / floor if floor else math.nan
 
     def planned_dtype(self) -> str | None:
         """Return the dtype that the plan asks for, by torch's name; None if no plan was recorded."""
@@ -180,6 +200,8 @@ def load_run(path: str | Path) -> RunRecord:
         wall_s=(trained if len(steps) else mismatch.progress).wall_s,
         notes=notes + mismatch.covered.notes(),
         step_stats=mismatch.states.kept,
+        step_fresh=mismatch.states.fresh,
+        by_lag=mismatch.states.by_lag(),
         worst=mismatch.states.worst,
         noise_floor=mismatch.states.noise_floor,
         covered=mismatch.covered,

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from fp16_patch.mismatch.diagnosis.drift import LagCurve
 from fp16_patch.mismatch.diagnosis.findings import Diagnosis, diagnose_run
 from fp16_patch.mismatch.diagnosis.rounding import MIN_TOKENS
 from fp16_patch.mismatch.record.reading import RunRecord, Runs
@@ -28,6 +29,7 @@ CAUSES = {
     "nonfinite_learner": "the learner's log-probs are not all finite",
     "not_log_probs": "what is recorded are no log-probs",
     "certain_tokens": "the sampler has no log-prob for some tokens that are certain, a known artefact",
+    "drift": "part of the gap is drift: samples of older weights",
     "after_start": "the gap is large in the first steps after a start",
     "coarse_record": "the log-probs on record are rounded to a coarse dtype",
     "one_position": "the gap lies on one place of the sequences",
@@ -38,6 +40,9 @@ CAUSES = {
 OFFLINE = "analyze"
 """The mode of a record that was made of a file of log-probs, not of a run."""
 
+FRESH, LAG = "mean |d| at lag 0", "mean lag, versions"
+"""Of runs that know how old their samples' weights are."""
+
 AGAINST_ITSELF, COVERAGE, ALERTS = "mean |d| ÷ learner against itself", "tokens measured", "alerts at the end"
 PLAN, WALL_TIME, REWARD, LOSS_SCALE, SKIPPED = (
     "plan",
@@ -47,7 +52,7 @@ PLAN, WALL_TIME, REWARD, LOSS_SCALE, SKIPPED = (
     "skipped steps",
 )
 ACTOR, SAMPLER = "actor compute", "sampler weights"
-LEFT_OUT_IF_EMPTY = frozenset({PLAN, WALL_TIME, REWARD, LOSS_SCALE, SKIPPED, ACTOR, SAMPLER})
+LEFT_OUT_IF_EMPTY = frozenset({FRESH, LAG, PLAN, WALL_TIME, REWARD, LOSS_SCALE, SKIPPED, ACTOR, SAMPLER})
 """A file of log-probs has none of these. A metric that is missing is shown as missing."""
 
 COMPUTE_QUANTITIES = ("activation", "autocast", "parameter")
@@ -93,13 +98,14 @@ def comparison_rows(runs: Runs) -> list[tuple[str, list[str]]]:
     """Return rows of (label, a cell for each run); without those that say nothing of any run."""
     summaries = {name: run.summary() for name, run in runs.items()}
     first = next(iter(summaries), "")
-    against_first = f"mean |d| of {first} ÷ this"
+    at = " at lag 0" if any(run.by_lag for run in runs.values()) else ""
+    against_first = f"mean |d|{at} of {first} ÷ this"
 
     def mismatch(key: str) -> Callable[[str], str]:
         return lambda name: number_text(summaries[name]["mismatch"][key])
 
     def times_less(name: str) -> str:
-        return _times(ratio(summaries[first]["mismatch"]["mean_abs"], summaries[name]["mismatch"]["mean_abs"]))
+        return _times(ratio(numeric_mean_abs(runs[first]), numeric_mean_abs(runs[name])))
 
     rows: dict[str, Callable[[str], str]] = {
         PLAN: lambda name: _plan_text(runs[name]),
@@ -107,6 +113,8 @@ def comparison_rows(runs: Runs) -> list[tuple[str, list[str]]]:
         "tokens": lambda name: number_text(summaries[name]["tokens"]),
         WALL_TIME: lambda name: _duration(summaries[name]["wall_s"]),
         "mean |d|": mismatch("mean_abs"),
+        FRESH: lambda name: number_text(fresh_mean_abs(runs[name])),
+        LAG: lambda name: number_text(LagCurve.of(runs[name].by_lag).mean_lag),
         against_first: times_less,
         AGAINST_ITSELF: lambda name: _times(runs[name].over_floor()),
         "max |d|": mismatch("max_abs"),
@@ -127,6 +135,17 @@ def comparison_rows(runs: Runs) -> list[tuple[str, list[str]]]:
     idle = _idle_rows(runs, against_first)
     shown = [(label, [cell(name) for name in runs]) for label, cell in rows.items() if label not in idle]
     return [(label, cells) for label, cells in shown if label not in LEFT_OUT_IF_EMPTY or {*cells} != {"–"}]
+
+
+def fresh_mean_abs(run: RunRecord) -> float:
+    """Return mean |d| of the tokens that were sampled with the learner's weights; NaN where lags are not known."""
+    fresh = run.by_lag.get(0)
+    return math.nan if fresh is None else fresh.metrics(prefix="")["mean_abs"]
+
+
+def numeric_mean_abs(run: RunRecord) -> float:
+    """Return mean |d| by which runs are compared: without drift, where the run knows how old its samples are."""
+    return fresh_mean_abs(run) if run.by_lag else run.total().metrics(prefix="")["mean_abs"]
 
 
 def _idle_rows(runs: Runs, against_first: str) -> set[str]:
@@ -179,15 +198,18 @@ def _alerts_verdict(name: str, run: RunRecord) -> str:
 
 
 def _mismatch_verdict(runs: Runs) -> str:
-    means = {name: run.summary()["mismatch"]["mean_abs"] for name, run in runs.items()}
+    means = {name: numeric_mean_abs(run) for name, run in runs.items()}
     measured = {name: mean for name, mean in means.items() if math.isfinite(mean)}
     if not measured:
         return "No mismatch was measured."
     best = min(measured, key=measured.__getitem__)
     worst = max(measured, key=measured.__getitem__)
     least = number_text(measured[best])
+    if runs[best].by_lag:
+        least += ", at lag 0,"
     if best == worst:
-        return f"{best}: mean |d| is {least} over {number_text(runs[best].total().tokens)} tokens."
+        tokens = runs[best].by_lag[0].tokens if runs[best].by_lag else runs[best].total().tokens
+        return f"{best}: mean |d| is {least} over {number_text(tokens)} tokens."
     factor = _times(ratio(measured[worst], measured[best]))
     return f"{best} has the smallest mismatch: mean |d| is {least}, {factor} less than in {worst}."
 

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fp16_patch.mismatch.diagnosis.drift import LagCurve
 from fp16_patch.mismatch.record.reading import Runs
 from fp16_patch.mismatch.report.charts import Axis, Chart, Heatmap, Line, power_text
 from fp16_patch.mismatch.report.comparison import number_text, ratio
+from fp16_patch.mismatch.statistics.by_lag import MOST_LAG
 from fp16_patch.mismatch.statistics.summary import BINS_PER_DECADE, BINS_PER_SIGN, Band, MismatchStats, bin_edges
 
 ROOM_FOR_ZERO = 0.04
@@ -32,6 +34,7 @@ def distribution_charts(runs: Runs) -> list[Chart]:
         ),
         _band_chart(runs, "|d| by position", "position in the sequence", MismatchStats.position_bands),
         _length_chart(runs),
+        _lag_chart(runs),
     ]
     return [chart for chart in candidates if chart is not None]
 
@@ -75,6 +78,18 @@ def _length_chart(runs: Runs) -> Chart | None:
     means = [{float(ranges.index((band.low, band.high))): band.mean_abs for band in each} for each in bands.values()]
     texts = [_range_text(low, high) for low, high in ranges]
     return _category_chart("|Σd| by length", "sampled tokens of the sequence", texts, means, runs, "mean |Σd| (nats)")
+
+
+def _lag_chart(runs: Runs) -> Chart | None:
+    """Draw mean |d| by the lag of the sampler's weights; nothing where every sample is fresh, or nobody knows."""
+    curves = {name: LagCurve.of(run.by_lag) for name, run in runs.items()}
+    if all(curve.is_fresh() for curve in curves.values()):
+        return None
+    lags = sorted({lag for curve in curves.values() for lag in curve.points})
+    means = [{float(lags.index(lag)): point.mean_abs for lag, point in each.points.items()} for each in curves.values()]
+    texts = [f"{lag}–" if lag == MOST_LAG else str(lag) for lag in lags]
+    label = "lag: versions by which the sampler's weights are older than the learner's"
+    return _category_chart("|d| by lag", label, texts, means, runs, "mean |d| (nats)")
 
 
 def _range_text(low: float, high: float) -> str:

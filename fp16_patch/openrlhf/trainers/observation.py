@@ -37,7 +37,7 @@ def _observe(trainer: Any, number: int, floor: MismatchStats | None) -> None:
         return
     index, size = mesh["dp"].get_local_rank(), mesh["dp"].size()
     first = index * len(items)
-    rank.observe(actors.job_run(), index, size, number, lambda: compare(items, "rollout_log_probs", first), floor)
+    rank.observe(actors.job_run(), index, size, number, lambda: (compare(items, "rollout_log_probs", first), {}), floor)
 
 
 def has_sampler_log_probs(experience: Any) -> bool:

@@ -23,7 +23,8 @@ def compute_log_prob(wrapped: Any, actor: Any, args: Any, kwargs: Any) -> Any:
     outputs = wrapped(*args, **kwargs)
     if order is None or "rollout_log_probs" not in data.batch.keys():  # noqa: SIM118, it iterates over rows
         return outputs
-    run, number, rescore = json.loads(order)
+    # Of these workers' samples nobody knows the version of the weights.
+    run, number, rescore, _ = json.loads(order)
     learner = _log_probs_of(outputs)
     floor = _noise_floor(wrapped, data, learner) if rescore else None
     # Ranks of one sequence-parallel group have the same sequences.
@@ -31,7 +32,7 @@ def compute_log_prob(wrapped: Any, actor: Any, args: Any, kwargs: Any) -> Any:
     index, size = torch.distributed.get_rank() // parallel, torch.distributed.get_world_size() // parallel
     if torch.distributed.get_rank() % parallel == 0:
         first = index * len(data)
-        rank.observe(run, index, size, number, lambda: _compare(data, learner, first), floor)
+        rank.observe(run, index, size, number, lambda: (_compare(data, learner, first), {}), floor)
     return outputs
 
 

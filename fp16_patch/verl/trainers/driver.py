@@ -11,6 +11,7 @@ from typing import Any
 
 from fp16_patch.runtime.activation import refine
 from fp16_patch.runtime.driver import FrameworkDriver
+from fp16_patch.runtime.weight_versions import WeightVersions
 from fp16_patch.verl.config import settings as verl_config
 from fp16_patch.verl.config.caveats import caveats_of
 from fp16_patch.verl.config.samplers import REWARD, TEACHER, policy_sampler, served_models
@@ -26,6 +27,10 @@ class VerlDriver(FrameworkDriver):
     """Drives a run of `PPOTrainer`."""
 
     framework = "verl"
+
+    def __init__(self, trainer: Any) -> None:
+        super().__init__(trainer)
+        self.versions = WeightVersions()
 
     def reconcile(self) -> None:
         prepare(self.trainer.config)
@@ -77,17 +82,32 @@ class VerlDriver(FrameworkDriver):
 
     def update(self, role: str, wrapped: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Call what updates this role's engine; see `checked_update`."""
-        return self.checked_update(self.trainer.global_steps, lambda: wrapped(*args, **kwargs), lambda _: (role,))
+        result = self.checked_update(self.trainer.global_steps, lambda: wrapped(*args, **kwargs), lambda _: (role,))
+        if role == "actor":
+            self.versions.updated()
+        return result
 
     @contextmanager
     def ordering(self, extra: MutableMapping[str, Any]) -> Iterator[None]:
         """Order the ranks to observe, by an entry in what goes along with the batch, in this pass only."""
         if self.monitor is not None and self.monitor.measures:
-            extra[ORDER] = json.dumps(self.monitor.order)
+            lags = self.versions.lags(restored=self._restores_synced()) if self.samples_ahead() else {}
+            extra[ORDER] = json.dumps([*self.monitor.order, lags])
         try:
             yield
         finally:
             extra.pop(ORDER, None)
+
+    def samples_ahead(self) -> bool:
+        """Return whether samplers draw with older weights than the learner's by design."""
+        return self.trainer.config.trainer.v1.trainer_mode != "sync"
+
+    def _restores_synced(self) -> bool:
+        """Return whether the trainer restores the weights of the last sync before it scores samples.
+
+        Those that update several times between syncs do, so that all samples of a sync are scored by one policy.
+        """
+        return hasattr(getattr(self.trainer, "actor_rollout_wg", None), "restore_model_from_cpu")
 
     def expect_batch(self, batch: Any) -> None:
         """Expect the ranks to have observed this batch's sampled tokens."""

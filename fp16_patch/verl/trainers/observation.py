@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fp16_patch.mismatch.collection import rank
+from fp16_patch.mismatch.statistics.by_lag import Lags, measure_by_lag
 from fp16_patch.mismatch.statistics.summary import MismatchStats
 from fp16_patch.patching.call_arguments import argument
 from fp16_patch.runtime.activation import current_plan
 from fp16_patch.verl.fsdp.engine import role_of
+from fp16_patch.verl.trainers.lags import lags_of
 
-# Rides in the batch from the driver to the ranks, as JSON: run, round, and whether to measure the noise floor.
+# Rides in the batch from the driver to the ranks, as JSON: run, round, whether to measure the noise floor, and the lag
+# of each label of a weight sync, empty where samples are never older than the learner's weights.
 ORDER = "fp16_patch_observe"
 
 
@@ -25,12 +29,12 @@ def infer_batch(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
     outputs = wrapped(*args, **kwargs)
     if order is None or role_of(engine) != "actor":
         return outputs
-    run, number, rescore = order
+    run, number, rescore, lag_of_label = order
     floor = _noise_floor(wrapped, data, outputs) if rescore else None
     if engine.is_mp_src_rank_with_outputs():
         index, size = engine.get_data_parallel_rank(), engine.get_data_parallel_size()
         first = index * len(data)
-        rank.observe(run, index, size, number, lambda: _compare(data, outputs, first), floor)
+        rank.observe(run, index, size, number, lambda: _compare(data, outputs, first, lag_of_label), floor)
     return outputs
 
 
@@ -54,27 +58,30 @@ def response_log_probs(log_probs: Tensor, lengths: Tensor, sequence_lengths: Ten
     return picked.masked_fill(~inside.to(values.device, non_blocking=True), 0.0)
 
 
-def _order_in(data: Any) -> tuple[str, int, bool] | None:
+def _order_in(data: Any) -> tuple[str, int, bool, Mapping[str, int]] | None:
     """Take the driver's order out of the data; None for a pass that is not over freshly sampled tokens."""
     from verl.utils import tensordict_utils
 
     order = tensordict_utils.pop(data, key=ORDER, default=None)
     if order is None or "rollout_log_probs" not in data.keys():  # noqa: SIM118, a TensorDict iterates over its rows
         return None
-    run, number, rescore = json.loads(order)
-    return run, number, rescore
+    run, number, rescore, lag_of_label = json.loads(order)
+    return run, number, rescore, lag_of_label
 
 
-def _compare(data: Any, outputs: Any, first_sequence: int) -> MismatchStats:
-    learner = response_log_probs(outputs["model_output"]["log_probs"], *_lengths(data))
+def _compare(
+    data: Any, outputs: Any, first_sequence: int, lag_of_label: Mapping[str, int]
+) -> tuple[MismatchStats, Lags]:
+    lengths, sequence_lengths = _lengths(data)
+    learner = response_log_probs(outputs["model_output"]["log_probs"], lengths, sequence_lengths)
     sampler, mask, tokens = (
         _padded(data[name], learner.shape[1]).to(learner.device, non_blocking=True)
         for name in ("rollout_log_probs", "response_mask", "responses")
     )
-    stats: MismatchStats = MismatchStats.from_log_probs(
-        sampler, learner, mask, token_ids=tokens, first_sequence=first_sequence
-    )
-    return stats
+    if not lag_of_label:
+        return MismatchStats.from_log_probs(sampler, learner, mask, token_ids=tokens, first_sequence=first_sequence), {}
+    lags = lags_of(data, lag_of_label, lengths, sequence_lengths - lengths)
+    return measure_by_lag(sampler, learner, mask, lags, tokens, first_sequence)
 
 
 def _lengths(data: Any) -> tuple[Tensor, Tensor]:

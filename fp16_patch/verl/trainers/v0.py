@@ -18,6 +18,9 @@ class VerlV0Driver(VerlDriver):
 
     kind = "task_runner_v0"
 
+    def samples_ahead(self) -> bool:
+        return False
+
 
 def create_dataloader(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
     """`RayPPOTrainer._create_dataloader`, before workers start: reconcile plan and configuration, open the record."""

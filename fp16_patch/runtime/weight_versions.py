@@ -11,8 +11,8 @@ KEPT_LABELS = 256
 class WeightVersions:
     """Knows for each label, by which a framework tells its syncs apart, which version of the weights it stands for.
 
-    Frameworks label a sync with a step, and not all of them send other weights at each: two labels are one version if no
-    update lies between them. So a lag is counted in versions that differ, and is 0 only where the weights are the same.
+    Frameworks label a sync with a step, and not every sync sends other weights: two labels are one version if no update
+    lies between them. So a lag is counted in versions that differ, and is 0 only where the weights are the same.
     """
 
     def __init__(self) -> None:

@@ -125,7 +125,7 @@ def _numeric_part(points: Mapping[int, LagPoint]) -> NumericPart | None:
 
 
 def _extrapolated(points: Mapping[int, LagPoint]) -> NumericPart:
-    """Fit n² and c by weighted least squares for each q; of those that fit about as well as the best, all are likely."""
+    """Fit n² and c by weighted least squares for each q; every q that fits about as well as the best is likely."""
     lags = torch.tensor(list(points), dtype=torch.float64)
     means, errors = (
         torch.tensor([getattr(point, name) for point in points.values()], dtype=torch.float64)

@@ -38,8 +38,8 @@ def measure_by_lag(
     """Summarize one batch, whole and by lag, without waiting for the learner's device.
 
     Args:
-        lags: integers on the host, of the other tensors' shape, (sequences, tokens); ``UNKNOWN`` where nobody knows, and
-            anything where nothing was sampled. A lag below 0, of weights that the learner does not have yet, is unknown.
+        lags: integers on the host, of the other tensors' shape, (sequences, tokens); ``UNKNOWN`` where nobody knows,
+            anything where nothing was sampled. A lag below 0, of weights the learner does not have yet, is unknown.
 
     The other arguments are those of ``MismatchStats.from_log_probs``.
 

@@ -10,7 +10,7 @@ from contextvars import ContextVar
 from typing import Any
 
 RUNS = "fp16_patch_versions"
-"""Rides in a trajectory's `extra_fields`: {"runs": [[start, tokens, label], …]}, the start counted from the prompt's."""
+"""In a trajectory's `extra_fields`: {"runs": [[start, tokens, label], …]}, starts counted from the prompt's."""
 
 # A trajectory is one task of an agent loop, and all of its turns add to one object, the one that its first turn has
 # handed on: of later turns, agent loops take over what verl knows only. No list: numpy would take it for a dimension.

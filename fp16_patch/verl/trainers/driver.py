@@ -100,7 +100,7 @@ class VerlDriver(FrameworkDriver):
 
     def samples_ahead(self) -> bool:
         """Return whether samplers draw with older weights than the learner's by design."""
-        return self.trainer.config.trainer.v1.trainer_mode != "sync"
+        return bool(self.trainer.config.trainer.v1.trainer_mode != "sync")
 
     def _restores_synced(self) -> bool:
         """Return whether the trainer restores the weights of the last sync before it scores samples.

@@ -55,7 +55,7 @@ def compute_old_log_prob(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> 
 
 
 def update_weights(wrapped: Any, manager: Any, args: Any, kwargs: Any) -> Any:
-    """`CheckpointEngineManager.update_weights`, in the process that trains: note under which label samplers get what."""
+    """`CheckpointEngineManager.update_weights`, in the process that trains: note under which label weights go out."""
     driver = VerlDriver.running()
     if driver is not None:
         driver.versions.synced(argument(wrapped, args, kwargs, "global_steps"))

@@ -44,7 +44,8 @@ def _untrained(framework: str, what: str, fix: str = _NOT_UNDER_US) -> Main:
 
 _PPO = "verl.trainer.main_ppo"
 _DAPO = f"{_PPO} with algorithm.filter_groups, from verl 0.9.0 on"
-_ASYNC = f"{_PPO}, from verl 0.9.0 on with trainer.v1.trainer_mode=separate_async"
+_FULLY_ASYNC = "verl.experimental.fully_async_policy.fully_async_main"
+_ONE_STEP_OFF = "verl.experimental.one_step_off_policy.main_ppo"
 _UNCHECKED_SFT = Main(
     "verl", "no process of verl's SFT trainers is checked", f"{_NOT_UNDER_US}: it computes as verl is configured"
 )
@@ -56,12 +57,16 @@ _UNTRIED = Main(
 
 MAINS: dict[str, Main] = {
     _PPO: Main("verl"),
-    "verl.trainer.main_ppo_sync": _own_trainer(_PPO),
+    "verl.trainer.main_ppo_sync": Main(
+        "verl",
+        "its trainer is a part of the program itself, which Ray sends to its process by value: nothing checks it there",
+        f"use {_PPO}, or {_OBSERVE}",
+    ),
     "verl.trainer.main_ppo_v0": Main(
         "verl", "it is a part of main_ppo, and starts nothing by itself", f"use {_PPO} trainer.use_v1=False"
     ),
-    "verl.experimental.fully_async_policy.fully_async_main": _own_trainer(_ASYNC),
-    "verl.experimental.one_step_off_policy.main_ppo": _own_trainer(_ASYNC),
+    _FULLY_ASYNC: Main("verl"),
+    _ONE_STEP_OFF: Main("verl"),
     "verl.experimental.vla.main_ppo": _own_trainer(_PPO),
     "verl.experimental.vla.main_sac": _own_trainer(_PPO),
     "verl.trainer.fsdp_sft_trainer": _UNCHECKED_SFT,
@@ -73,8 +78,8 @@ MAINS: dict[str, Main] = {
     "verl.model_merger": Main("verl", trains=False),
     "scripts.converter_hf_to_mcore": _untrained("verl", "converts weights"),
     "recipe.dapo.main_dapo": _own_trainer(_DAPO),
-    "recipe.fully_async_policy.fully_async_main": _own_trainer(_ASYNC),
-    "recipe.one_step_off_policy.main_ppo": _own_trainer(_ASYNC),
+    "recipe.fully_async_policy.fully_async_main": _own_trainer(f"{_FULLY_ASYNC} of verl 0.8.0 or newer"),
+    "recipe.one_step_off_policy.main_ppo": _own_trainer(f"{_ONE_STEP_OFF} of verl 0.8.0 or newer"),
     "examples.split_placement.main_ppo_split": _own_trainer(_PPO),
     "openrlhf.cli.train_ppo_ray": Main("openrlhf"),
     "openrlhf.cli.train_sft": Main("openrlhf"),

@@ -7,7 +7,7 @@ from typing import Any
 
 from fp16_patch.samplers.sampler import Sampler
 from fp16_patch.verl.config.samplers import policy_sampler
-from fp16_patch.verl.config.settings import bypasses_old_log_probs
+from fp16_patch.verl.config.settings import bypasses_old_log_probs, samples_ahead
 from fp16_patch.vllm.sampler import VLLM
 
 
@@ -34,12 +34,6 @@ def _leaves_out_the_temperature(config: Any) -> bool:
     return bool(config.actor_rollout_ref.rollout.get(name) != wanted)
 
 
-def _samples_ahead(config: Any) -> bool:
-    # The V0 trainer has the section too, and does not read it.
-    v1 = config.trainer.get("v1") if config.trainer.get("use_v1") else None
-    return v1 is not None and v1.trainer_mode != "sync"
-
-
 _CAVEATS: tuple[tuple[Callable[[Any], bool], str], ...] = (
     (
         bypasses_old_log_probs,
@@ -50,8 +44,8 @@ _CAVEATS: tuple[tuple[Callable[[Any], bool], str], ...] = (
         "is not measured: actor_rollout_ref.rollout.calculate_log_probs=False keeps none of the sampler's log-probs",
     ),
     (
-        _samples_ahead,
-        "includes the age of the sampler's weights: trainer.v1.trainer_mode is not sync",
+        lambda config: samples_ahead(config) is not None,
+        "includes the age of the sampler's weights, as training is asynchronous; mismatch/lag0_* is without it",
     ),
     (
         _leaves_out_the_temperature,

@@ -34,7 +34,7 @@ from fp16_patch.verl.config.supported_engines import (
     megatron_conflicts,
     veomni_conflicts,
 )
-from fp16_patch.verl.config.weight_sync import weight_sync_conflicts
+from fp16_patch.verl.config.weight_sync import SEPARATE_SAMPLERS, weight_sync_conflicts
 
 logger = logging.getLogger(__name__)
 
@@ -237,6 +237,16 @@ def uses_ref(config: Any) -> bool:
 def replays_rollouts(config: Any) -> bool:
     """Return whether the run reads saved rollouts and may never sample."""
     return bool(_select(config, "skip.rollout_tq.enable") or _select(config, "skip.rollout.enable"))
+
+
+def samples_ahead(config: Any) -> str | None:
+    """Return the setting by which samples are drawn with older weights than the learner's; None where none are."""
+    for section in SEPARATE_SAMPLERS:
+        if _select(config, section) is not None:
+            return section
+    mode = _select(config, "trainer.v1.trainer_mode")
+    # The V0 trainer has the section too, and does not read it.
+    return f"trainer.v1.trainer_mode={mode}" if _select(config, "trainer.use_v1") and mode != "sync" else None
 
 
 def bypasses_old_log_probs(config: Any) -> bool:

@@ -19,7 +19,7 @@ _COLOCATED = "naive"
 # verl's wire for weight differences stores bf16 and its vLLM receiver accepts nothing else.
 BF16_ONLY_WIRES = ("delta_sharded",)
 # Sections that only the fully asynchronous and the one-step-off trainer have.
-_OF_SEPARATE_SAMPLERS = ("async_training", "rollout")
+SEPARATE_SAMPLERS = ("async_training", "rollout")
 _WORKER, _SENDS = "verl.workers.engine_workers", "ActorRolloutRefWorker.update_weights"
 
 
@@ -65,7 +65,7 @@ def _is_disaggregated(select: Select) -> bool:
     """Return whether samplers have devices of their own, to which a checkpoint engine sends weights."""
     if select(BACKEND) in (None, _COLOCATED):
         return False
-    if any(select(section) is not None for section in _OF_SEPARATE_SAMPLERS):
+    if any(select(section) is not None for section in SEPARATE_SAMPLERS):
         return True
     # This trainer sends them without a checkpoint engine in its other modes, whatever the backend.
     return not select("trainer.use_v1") or select("trainer.v1.trainer_mode") == "separate_async"

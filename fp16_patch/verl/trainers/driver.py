@@ -54,9 +54,17 @@ class VerlDriver(FrameworkDriver):
     def actors(self) -> list[tuple[str, Any]]:
         groups = [getattr(self.trainer, name, None) for name in _WORKER_GROUPS]
         workers = [("worker", worker) for group in groups if group is not None for worker in group.workers]
-        servers = [("server", server) for server in _servers(self.trainer)]
+        servers = [("server", server) for server in self.servers()]
         # Colocated roles share their workers.
         return list({handle._actor_id: (kind, handle) for kind, handle in workers + servers}.values())
+
+    def servers(self) -> list[Any]:
+        """Find the servers of every sampler of this run: hybrid and standalone rollout, reward model, teachers."""
+        return self.own_servers()
+
+    def own_servers(self) -> list[Any]:
+        """Find the servers that this process has started."""
+        return [server for manager in _sampler_managers(self.trainer) for server in servers_of(manager)]
 
     def required_quantities(self, updated: Collection[str]) -> dict[str, tuple[str, ...]]:
         trainer, config = self.trainer, self.trainer.config
@@ -100,7 +108,7 @@ class VerlDriver(FrameworkDriver):
 
     def samples_ahead(self) -> bool:
         """Return whether samplers draw with older weights than the learner's by design."""
-        return bool(self.trainer.config.trainer.v1.trainer_mode != "sync")
+        return verl_config.samples_ahead(self.trainer.config) is not None
 
     def _restores_synced(self) -> bool:
         """Return whether the trainer restores the weights of the last sync before it scores samples.
@@ -144,11 +152,6 @@ def rename_outcomes(metrics: dict[str, Any]) -> None:
             metrics[prefix + name] = metrics.pop(raw)
 
 
-def _servers(trainer: Any) -> list[Any]:
-    """Find the servers of every sampler of this run: hybrid and standalone rollout, reward model, teachers."""
-    return [server for manager in _sampler_managers(trainer) for server in _servers_of(manager)]
-
-
 def _sampler_managers(trainer: Any) -> list[Any]:
     """Find whatever the trainer keeps servers in, which differs between trainers and releases; some of it has none."""
     agents, rewards = getattr(trainer, "async_rollout_manager", None), getattr(trainer, "reward_loop_manager", None)
@@ -159,9 +162,10 @@ def _sampler_managers(trainer: Any) -> list[Any]:
     return [*managers, *getattr(teachers, "teacher_model_managers", {}).values()]
 
 
-def _servers_of(manager: Any) -> list[Any]:
+def servers_of(manager: Any) -> list[Any]:
+    """Return the handles of the servers behind what starts them, or sends them weights."""
     if hasattr(manager, "async_llm_servers"):
         return list(manager.async_llm_servers)
     get = getattr(manager, "get_replicas", None)
-    replicas = get() if get is not None else getattr(manager, "rollout_replicas", ())
+    replicas = get() if get is not None else getattr(manager, "rollout_replicas", getattr(manager, "replicas", ()))
     return [server for replica in replicas for server in replica.servers]

@@ -10,38 +10,29 @@ from fp16_patch.patching.call_arguments import argument
 from fp16_patch.patching.guarded_hook import Hook, guarded
 from fp16_patch.plan.errors import Conflict, PlanError
 from fp16_patch.runtime.activation import current_plan, our_part
-from fp16_patch.verl.trainers.driver import VerlDriver
-
-
-class VerlV0Driver(VerlDriver):
-    """Drives a run of `RayPPOTrainer`."""
-
-    kind = "task_runner_v0"
-
-    def samples_ahead(self) -> bool:
-        return False
+from fp16_patch.verl.trainers.v0_drivers import VerlV0Driver, driver_of
 
 
 def create_dataloader(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
     """`RayPPOTrainer._create_dataloader`, before workers start: reconcile plan and configuration, open the record."""
-    VerlV0Driver.of(trainer).begin()
+    driver_of(trainer).begin()
     return wrapped(*args, **kwargs)
 
 
 def update_actor(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
     """`RayPPOTrainer._update_actor`: check every process before the update."""
-    return VerlV0Driver.of(trainer).update("actor", wrapped, args, kwargs)
+    return driver_of(trainer).update("actor", wrapped, args, kwargs)
 
 
 def update_critic(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
     """`RayPPOTrainer._update_critic`: do as for the actor; the critic is updated first."""
-    return VerlV0Driver.of(trainer).update("critic", wrapped, args, kwargs)
+    return driver_of(trainer).update("critic", wrapped, args, kwargs)
 
 
 def compute_old_log_prob(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
     """`RayPPOTrainer._compute_old_log_prob`: order the ranks to observe, with this batch and in this pass only."""
     batch = argument(wrapped, args, kwargs, "batch")
-    with VerlV0Driver.of(trainer).ordering(batch.meta_info):
+    with driver_of(trainer).ordering(batch.meta_info):
         return wrapped(*args, **kwargs)
 
 
@@ -75,7 +66,7 @@ def fit(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
     Raises:
         PlanError: so it was, and the configuration was never checked.
     """
-    driver = VerlV0Driver.of(trainer)
+    driver = driver_of(trainer)
     if driver.monitor is None and current_plan().overrides_dtype:
         raise PlanError([too_late(trainer.config)])
     try:
@@ -88,7 +79,7 @@ def log(wrapped: Any, tracking: Any, args: Any, kwargs: Any) -> Any:
     """`Tracking.log`, by which a step of `fit` ends: add our metrics to verl's, and put the step on record."""
     driver, metrics = VerlV0Driver.running(), argument(wrapped, args, kwargs, "data")
     # A validation before the first step is logged, too.
-    if driver is not None and "perf/throughput" in metrics:
+    if driver is not None and driver.logs_whole_steps and "perf/throughput" in metrics:
         driver.end_step(driver.trainer.global_steps, metrics)
     return wrapped(*args, **kwargs)
 
@@ -102,7 +93,7 @@ def too_late(config: Any) -> Conflict:
 
 def _check_before(trainer: Any, workers: Any, method: str, role: str) -> None:
     def checked(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-        return VerlV0Driver.of(trainer).update(role, wrapped, args, kwargs)
+        return driver_of(trainer).update(role, wrapped, args, kwargs)
 
     _wrap(workers, method, checked)
 
@@ -111,7 +102,7 @@ def _observe_in(trainer: Any, workers: Any, method: str) -> None:
     def observed(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
         # A worker group's methods have no parameters with names.
         batch = kwargs["data"] if "data" in kwargs else args[0]
-        driver = VerlV0Driver.of(trainer)
+        driver = driver_of(trainer)
         with driver.ordering(batch.meta_info):
             result = wrapped(*args, **kwargs)
         if "rollout_log_probs" in batch.batch.keys():  # noqa: SIM118, a TensorDict iterates over its rows

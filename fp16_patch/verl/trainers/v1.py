@@ -14,18 +14,30 @@ from fp16_patch.verl.trainers.driver import VerlDriver, prepare
 
 
 def validate_config(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
-    """`validate_config`, the last call of the launching process before Ray: reconcile plan and configuration there.
+    """`validate_config`, called by most programs before Ray: reconcile plan and configuration there.
 
     V0 checks again in its task runner, where our own check follows.
     """
-    if inside_ray_actor():
-        return wrapped(*args, **kwargs)
+    if not inside_ray_actor():
+        _prepare_launch(argument(wrapped, args, kwargs, "config"))
+    return wrapped(*args, **kwargs)
+
+
+def run_ppo(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    """`run_ppo`, by which every program starts Ray: reconcile plan and configuration, if nothing has yet.
+
+    What it hands to Ray is copied to each of several actors, and one of them starts the samplers.
+    """
+    if ledger().kind != "driver":
+        _prepare_launch(argument(wrapped, args, kwargs, "config"))
+    return wrapped(*args, **kwargs)
+
+
+def _prepare_launch(config: Any) -> None:
     ledger().kind = "driver"
-    config = argument(wrapped, args, kwargs, "config")
     prepare(config)
     log_caveats(caveats_of(config))
     propagation.carry_driver_record(attestation())
-    return wrapped(*args, **kwargs)
 
 
 def init_dataloader(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
@@ -21,6 +22,7 @@ from fp16_patch.runtime.fp32_weights import Kept
 # role → quantity → torch's dtype names, sorted
 Roles = dict[str, dict[str, list[str]]]
 Record = dict[str, Any]
+Process = tuple[str, int | None]
 
 
 @dataclass
@@ -34,6 +36,8 @@ class Ledger:
         training_granted: the driver has judged the whole job and allows optimizer steps.
         sampler_keeps: what the samplers of this job keep in another dtype than the plan's, as the driver told; None
             before, or if it does not know.
+        held: of a sampler's worker, its `rank` within the sampler and a `digest` of the weights that its last sync
+            left it with; None before the first.
     """
 
     kind: str = "process"
@@ -41,6 +45,7 @@ class Ledger:
     training_granted: bool = False
     sampler_keeps: Kept | None = None
     problem: str | None = None
+    held: dict[str, str] | None = None
     _seen: dict[str, dict[str, set[str]]] = field(default_factory=dict)
     _keeps: dict[str, dict[str, set[str]]] = field(default_factory=dict)
     _lock: Lock = field(default_factory=Lock)
@@ -89,12 +94,13 @@ class Ledger:
             "problem": self.problem,
             "roles": self.roles,
             "keeps": self._sorted(self._keeps),
+            "held": self.held,
         }
 
 
 def missing_record(kind: str, problem: str, host: str = "?", pid: int | None = None) -> Record:
     """Make the record that stands for a process that left no attestation."""
-    absent: dict[str, Any] = {"roles": {}, "keeps": {}, "patches": {}, "mode": None}
+    absent: dict[str, Any] = {"roles": {}, "keeps": {}, "patches": {}, "mode": None, "held": None}
     return {"host": host, "pid": pid, "kind": kind, "problem": problem, **absent}
 
 
@@ -136,6 +142,7 @@ def judge(
     plan: Plan,
     required: Mapping[str, Sequence[str]],
     owed: Callable[[str], Sequence[str]] = lambda kind: (),
+    held_before: Mapping[Process, str] | None = None,
 ) -> list[PrecisionFinding]:
     """List everything that speaks against training: nothing when all processes attest and compute as planned.
 
@@ -143,11 +150,12 @@ def judge(
         records: one for every process that takes part, `missing_record` for one that did not answer.
         required: role → quantities somebody must have seen by now.
         owed: kind of process → patches that must be applied in it.
+        held_before: host and pid → the digest of the weights that it held at an earlier time.
     """
     findings = [finding for record in records for finding in _attestation_findings(record, plan, owed)]
     findings += [finding for record in records for finding in _dtype_findings(record, plan)]
     findings += _unseen_findings(merged(records), required)
-    return findings
+    return findings + _other_weights_findings(records, held_before or {})
 
 
 def allowed_dtypes(plan: Plan, quantity: str) -> set[str]:
@@ -181,6 +189,43 @@ def _dtype_findings(record: Record, plan: Plan) -> list[PrecisionFinding]:
                     PrecisionFinding(record["host"], record["pid"], role, quantity, ", ".join(seen), wanted)
                 )
     return findings
+
+
+def digests(records: Iterable[Record]) -> dict[Process, str]:
+    """Return host and pid → the digest of the weights that a sampler's worker holds."""
+    return {(each["host"], each["pid"]): each["held"]["digest"] for each in records if each.get("held")}
+
+
+def _other_weights_findings(records: Sequence[Record], before: Mapping[Process, str]) -> list[PrecisionFinding]:
+    """Name the samplers that a sync has left with other weights than the others that it reached.
+
+    Of two that differ, the one is at fault that holds what it has held before.
+    """
+    findings = []
+    for (role, label, _), group in _alike(records).items():
+        holding = Counter(record["held"]["digest"] for record in group)
+        if len(holding) == 1:
+            continue
+        (usual, _), *_ = holding.most_common()
+        unchanged = [each for each in group if before.get((each["host"], each["pid"])) == each["held"]["digest"]]
+        odd = [record for record in group if record["held"]["digest"] != usual]
+        at_fault = unchanged if 0 < len(unchanged) < len(group) else odd if len(holding) < len(group) else group
+        seen = f"other weights than in the {len(group) - 1} other samplers that got those of sync {label}"
+        findings += [
+            PrecisionFinding(each["host"], each["pid"], role, "weights", seen, "the learner's, in every sampler")
+            for each in at_fault
+        ]
+    return findings
+
+
+def _alike(records: Sequence[Record]) -> dict[tuple[str, object, str], list[Record]]:
+    """Group the samplers' workers that hold the same part of the same model, as of the same sync."""
+    groups: dict[tuple[str, object, str], list[Record]] = {}
+    for record in records:
+        if record.get("held") and record.get("synced") is not None:
+            role = next(iter(record["roles"]), "rollout")
+            groups.setdefault((role, record["synced"], record["held"]["rank"]), []).append(record)
+    return groups
 
 
 def _unseen_findings(seen: Roles, required: Mapping[str, Sequence[str]]) -> list[PrecisionFinding]:

@@ -19,7 +19,7 @@ from fp16_patch.plan.errors import PrecisionError, PrecisionFinding
 from fp16_patch.runtime import propagation
 from fp16_patch.runtime.activation import attestation, current_plan, ledger, owed_patches
 from fp16_patch.runtime.fp32_weights import Kept, kept_by_samplers
-from fp16_patch.runtime.ledger import Record, judge, merged, missing_record
+from fp16_patch.runtime.ledger import Process, Record, digests, judge, merged, missing_record
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +43,7 @@ class PreflightCheck:
         self._first_step: int | None = None
         self._last_step: int | None = None
         self._asked_with: frozenset[str] = frozenset()
+        self._held: dict[Process, str] = {}
 
     def due(self, step: int) -> bool:
         """Return whether to check now: at first, after an engine's first update, and each `ledger_every` steps."""
@@ -70,8 +71,9 @@ class PreflightCheck:
         plan = current_plan()
         records = [record for record in (propagation.driver_record(), attestation()) if record] + ask(actors)
         publish({"processes": records, "roles": merged(records)})
-        if plan.overrides_dtype and (findings := judge(records, plan, required, self._owed)):
+        if plan.overrides_dtype and (findings := judge(records, plan, required, self._owed, self._held)):
             raise PrecisionError(findings)
+        self._held = digests(records)
         if self._first_step is None:
             if plan.overrides_dtype:
                 grant_training(actors, kept_by_samplers(records))
@@ -84,14 +86,19 @@ class PreflightCheck:
 
 
 def collect_attestations(actor: Any) -> list[Record]:
-    """Return this process's record and those its child processes left, with one for each child that left none."""
-    del actor  # what Ray passes to a function it calls inside an actor
+    """Return this process's record and those its child processes left, with one for each child that left none.
+
+    Args:
+        actor: what Ray passes to a function that it calls inside one. A sampler's server may have the label of the
+            last sync, by the name that verl gives it.
+    """
     record = attestation()
     children = propagation.children()
     absent = Counter(propagation.expected_children()) - Counter(child["kind"] for child in children)
     problem = "no attestation: its plugin did not load (see the log of that process)"
     missing = [missing_record(kind, problem, record["host"]) for kind in absent.elements()]
-    return [record, *children, *missing]
+    synced = getattr(actor, "global_steps", None)
+    return [{**each, "synced": synced} for each in (record, *children, *missing)]
 
 
 def allow_training(actor: Any, sampler_keeps: Kept | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable
 from typing import Any
@@ -14,6 +15,7 @@ from fp16_patch.runtime.activation import attestation, current_plan, ledger, our
 from fp16_patch.runtime.fp32_weights import end_of
 
 _FIRST_WEIGHT = "_fp16_patch_first_weight"
+_DIGESTED_WEIGHTS, _DIGESTED_VALUES = 32, 256
 _WATCHING = our_part("what notes the dtypes that a sampler's modules compute in")
 
 
@@ -32,6 +34,23 @@ def note_weights(role: str, model: Any, *drafters: Any) -> bool:
     new_weight = ledger().note(role, "engine_weight", *weights)
     new_kept = _note_kept(role, [model, *drafters])
     return new_weight or new_kept
+
+
+def note_held(rank: object, model: Any) -> None:
+    """Note which weights this process holds now that a sync is over; the driver compares it with other samplers.
+
+    Args:
+        rank: which part of the model this process has; the same part in another sampler holds the same.
+    """
+    ledger().held = {"rank": str(rank), "digest": _digest(model)}
+
+
+def _digest(model: Any) -> str:
+    """Return a digest of some values of some weights: an update changes many, if not each of them in 16 bits."""
+    weights = [weight for weight in model.parameters() if weight.is_floating_point() and weight.numel()]
+    chosen = weights[:: max(1, len(weights) // _DIGESTED_WEIGHTS)]
+    values = [weight.detach().flatten()[:_DIGESTED_VALUES].double() for weight in chosen]
+    return hashlib.sha256(torch.cat(values).cpu().numpy().tobytes()).hexdigest()[:16] if values else ""
 
 
 def note_wire(role: str, weights: Iterable[tuple[str, torch.Tensor]]) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fp16_patch.patching.call_arguments import argument
-from fp16_patch.samplers.holdings import begins_a_sync, note_wire, role, tell
+from fp16_patch.samplers.holdings import begins_a_sync, note_held, note_wire, role, tell
 from fp16_patch.verl.samplers.server import begin_server
 from fp16_patch.vllm.engine import note_engine, watch_hidden_states
 
@@ -36,6 +36,14 @@ def update_weights(wrapped: Any, worker: Any, args: Any, kwargs: Any) -> Any:
     new = note_wire(role(), weights)
     if (begins_a_sync(worker, (name for name, _ in weights)) and note_engine(role(), worker)) or new:
         tell()
+    return result
+
+
+def update_weights_from_ipc(wrapped: Any, worker: Any, args: Any, kwargs: Any) -> Any:
+    """`vLLMColocateWorkerExtension.update_weights_from_ipc`, a whole sync: note which weights have come of it."""
+    result = wrapped(*args, **kwargs)
+    note_held(worker.rank, worker.model_runner.model)
+    tell()
     return result
 
 

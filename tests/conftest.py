@@ -45,6 +45,7 @@ RUNS, LEARNERS = "runs of frameworks", "learners"
 GROUPS = {
     "tests/e2e/test_edited_verl_runs.py": RUNS,
     "tests/e2e/test_openrlhf_runs.py": RUNS,
+    "tests/e2e/test_verl_async_runs.py": RUNS,
     "tests/e2e/test_verl_megatron_runs.py": RUNS,
     "tests/e2e/test_verl_runs.py": RUNS,
     "tests/e2e/test_verl_sglang_runs.py": RUNS,

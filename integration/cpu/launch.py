@@ -1,7 +1,6 @@
 """Start verl's own PPO trainer on a CPU, follow it to its end, and leave nothing running."""
 
 import json
-import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -13,8 +12,19 @@ from packaging.specifiers import SpecifierSet
 
 from integration.cpu import process
 from integration.cpu.process import Job, RunResult
+from integration.cpu.trainers import ENTRY_POINTS, Trainer
 
-__all__ = ["ENVIRONMENT", "LaunchConfig", "RunResult", "Sampler", "Strategy", "command", "environment", "run"]
+__all__ = [
+    "ENVIRONMENT",
+    "LaunchConfig",
+    "RunResult",
+    "Sampler",
+    "Strategy",
+    "Trainer",
+    "command",
+    "environment",
+    "run",
+]
 
 MODULES = Path(__file__).resolve().parent
 
@@ -65,14 +75,14 @@ _CRITIC_ENGINE = {">=0.8": "critic.fsdp", "<0.8": "critic.model.fsdp_config"}
 Sampler = Literal["vllm", "sglang"]
 Strategy = Literal["fsdp", "fsdp2", "megatron", "veomni"]
 
-READY = re.compile(r"all initialize finished, ready to fit")
-
 
 @dataclass(frozen=True)
 class LaunchConfig:
     """A tiny verl run. What is not named here goes into ``overrides``, in hydra's syntax, which come last and win;
     ``prefix`` is a command that runs the trainer's; ``python`` runs the trainer and all that Ray starts for it;
-    ``tensor_parallel`` is how many ranks share each of Megatron's layers."""
+    ``tensor_parallel`` is how many ranks share each of Megatron's layers; ``standalone_samplers`` is how many replicas
+    have devices of their own where the trainer has such, and ``updates_per_sync`` how many batches its learner takes a
+    step in, at whose end they get the weights."""
 
     model: Path
     train_files: Path
@@ -81,10 +91,13 @@ class LaunchConfig:
     out: Path
     reward_name: str = "compute_score"
     steps: int = 3
+    trainer: Trainer = "sync"
     sampler: Sampler = "vllm"
     strategy: Strategy = "fsdp"
     ranks: int = 1
     tensor_parallel: int = 1
+    standalone_samplers: int = 1
+    updates_per_sync: int = 1
     adv_estimator: Literal["grpo", "gae"] = "grpo"
     use_ref: bool = False
     lora_rank: int = 0
@@ -111,7 +124,7 @@ def run(config: LaunchConfig, on_step: Callable[[dict[str, Any]], None] | None =
             command=command(config, ray_directory),
             environment=environment(config),
             out=config.out,
-            ready=READY,
+            ready=ENTRY_POINTS[config.trainer].ready,
             read_steps=lambda: list(_steps(metrics)),
             steps=config.steps,
             timeout_seconds=config.timeout_seconds,
@@ -125,13 +138,16 @@ def environment(config: LaunchConfig) -> dict[str, str]:
     sglang = config.sampler == "sglang"
     sampler = SGLANG_ENVIRONMENT if sglang else {}
     learner = MEGATRON_ENVIRONMENT if config.strategy == "megatron" else {}
-    own = {**ENVIRONMENT, **sampler, **learner, "VERL_FILE_LOGGER_PATH": str(_metrics_file(config)), **config.env}
+    trainer = ENTRY_POINTS[config.trainer].environment
+    log = {"VERL_FILE_LOGGER_PATH": str(_metrics_file(config))}
+    own = {**ENVIRONMENT, **sampler, **learner, **trainer, **log, **config.env}
     packages = str(SGLANG_PACKAGES) if sglang else None
     return process.environment(own, str(MODULES), packages, config.env.get("PYTHONPATH"))
 
 
 def command(config: LaunchConfig, ray_directory: Path) -> list[str]:
-    """``python -m verl.trainer.main_ppo`` with the settings of ``config``."""
+    """``python -m`` of verl's trainer with the settings of ``config``."""
+    entry_point = ENTRY_POINTS[config.trainer]
     settings = {
         **_data(config),
         **_actor(config),
@@ -141,9 +157,10 @@ def command(config: LaunchConfig, ray_directory: Path) -> list[str]:
         **_ray(config, ray_directory),
         **(_critic(config) if config.adv_estimator == "gae" else {}),
         **(_lora(config) if config.lora_rank else {}),
+        **entry_point.settings(config),
     }
     assignments = [f"{key}={value}" for key, value in settings.items()]
-    trainer = [str(config.python), "-u", "-m", "verl.trainer.main_ppo"]
+    trainer = [str(config.python), "-u", "-m", entry_point.module]
     return [*config.prefix, *trainer, *assignments, *config.overrides]
 
 
@@ -168,10 +185,16 @@ def _actor(config: LaunchConfig) -> dict[str, object]:
         **_LEARNERS[config.strategy](config),
         "actor_rollout_ref.actor.optim.lr": config.learning_rate,
         "actor_rollout_ref.actor.ppo_mini_batch_size": config.prompts_per_step,
-        "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu": 16,
+        "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu": _micro_batch(config),
         "actor_rollout_ref.actor.use_kl_loss": config.use_ref,
-        "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu": 16,
+        "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu": _micro_batch(config),
     }
+
+
+def _micro_batch(config: LaunchConfig) -> int:
+    """What is computed at once; each rank's share of an update has to be a multiple of it."""
+    responses = config.prompts_per_step * config.responses_per_prompt
+    return min(16, responses // config.updates_per_sync // config.ranks)
 
 
 def _fsdp(config: LaunchConfig) -> dict[str, object]:
@@ -233,7 +256,7 @@ def _rollout(config: LaunchConfig) -> dict[str, object]:
         f"{rollout}.n": config.responses_per_prompt,
         f"{rollout}.tensor_model_parallel_size": 1,
         f"{rollout}.calculate_log_probs": True,
-        f"{rollout}.log_prob_micro_batch_size_per_gpu": 16,
+        f"{rollout}.log_prob_micro_batch_size_per_gpu": _micro_batch(config),
         f"{rollout}.enforce_eager": True,
         # Sleeping frees GPU memory between phases; vLLM's CPU build cannot.
         f"{rollout}.free_cache_engine": False,
@@ -262,7 +285,7 @@ def _critic(config: LaunchConfig) -> dict[str, object]:
         f"{_in_this_release(_CRITIC_ENGINE)}.strategy": config.strategy,
         f"{_in_this_release(_CRITIC_ENGINE)}.use_torch_compile": False,
         "critic.optim.lr": config.learning_rate,
-        "critic.ppo_micro_batch_size_per_gpu": 16,
+        "critic.ppo_micro_batch_size_per_gpu": _micro_batch(config),
     }
 
 
@@ -295,8 +318,6 @@ def _trainer(config: LaunchConfig) -> dict[str, object]:
         "trainer.logger": "[console,file]",
         "trainer.default_local_dir": config.out / "checkpoints",
         # Added where a release has no such section, and unread there.
-        "++trainer.v1.sampler.custom_sampler.path": "pkg://verl_on_cpu.replay",
-        "++trainer.v1.sampler.custom_sampler.name": "AttentiveReplayBuffer",
         "++transfer_queue.backend.SimpleStorage.num_data_storage_units": 1,
         "hydra.run.dir": config.out / "hydra",
     }

@@ -5,7 +5,7 @@ workers. Importing it installs the shims. Each one holds when it is installed tw
 what stock verl does there stays visible.
 """
 
-from verl_on_cpu import critic, device, engine, sampler
+from verl_on_cpu import checkpoint_engine, critic, device, engine, sampler
 
-for concern in (device, engine, critic, sampler):
+for concern in (device, engine, critic, sampler, checkpoint_engine):
     concern.install()

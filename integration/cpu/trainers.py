@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from integration.cpu.launch import LaunchConfig
 
-Trainer = Literal["sync", "colocate_async", "separate_async"]
+Trainer = Literal["sync", "colocate_async", "separate_async", "one_step_off", "fully_async"]
 Settings = dict[str, object]
 
 
@@ -46,6 +46,31 @@ def _separate_async(config: LaunchConfig) -> Settings:
     }
 
 
+def _one_step_off(config: LaunchConfig) -> Settings:
+    return {
+        # By itself it finds its settings from verl's checkout only.
+        "hydra.searchpath": "[pkg://verl.trainer.config]",
+        "rollout.n_gpus_per_node": config.standalone_samplers,
+        **_samplers_apart(config),
+    }
+
+
+def _fully_async(config: LaunchConfig) -> Settings:
+    prompts_per_update = config.prompts_per_step // config.updates_per_sync
+    return {
+        # Prompts come one by one; a run is as long as they last.
+        "data.train_batch_size": 0,
+        "data.gen_batch_size": 1,
+        "rollout.total_rollout_steps": config.steps * config.prompts_per_step,
+        "rollout.n_gpus_per_node": config.standalone_samplers,
+        "rollout.n": config.responses_per_prompt,
+        "actor_rollout_ref.actor.ppo_mini_batch_size": prompts_per_update,
+        "async_training.trigger_parameter_sync_step": config.updates_per_sync,
+        "async_training.staleness_threshold": 1.0,
+        **_samplers_apart(config),
+    }
+
+
 def _replay_buffer(name: str) -> Settings:
     sampler = "++trainer.v1.sampler.custom_sampler"
     return {f"{sampler}.path": "pkg://verl_on_cpu.replay", f"{sampler}.name": name}
@@ -74,5 +99,11 @@ ENTRY_POINTS: Mapping[Trainer, EntryPoint] = {
         _IN_TRAINING,
         # Without hybrid replicas 0.9.1 stops at a message of level INFO, for an argument that logging does not take.
         {"VERL_LOGGING_LEVEL": "WARN"},
+    ),
+    "one_step_off": EntryPoint("verl.experimental.one_step_off_policy.main_ppo", _one_step_off, _IN_TRAINING),
+    "fully_async": EntryPoint(
+        "verl.experimental.fully_async_policy.fully_async_main",
+        _fully_async,
+        re.compile(r"All components initialized successfully"),
     ),
 }

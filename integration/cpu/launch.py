@@ -338,13 +338,15 @@ def _ray(config: LaunchConfig, ray_directory: Path) -> dict[str, object]:
 
 
 def _steps(metrics: Path) -> Iterator[dict[str, Any]]:
-    """verl's file logger writes a line a step; the last one may still be in writing."""
+    """verl's file logger writes a line a step, the fully asynchronous trainer several; the last may be in writing."""
     if not metrics.exists():
         return
+    steps: dict[int, dict[str, Any]] = {}
     for line in metrics.read_text().splitlines(keepends=True):
         if line.endswith("\n"):
             logged = json.loads(line)
-            yield {"step": logged["step"], **logged["data"]}
+            steps.setdefault(logged["step"], {"step": logged["step"]}).update(logged["data"])
+    yield from steps.values()
 
 
 def _metrics_file(config: LaunchConfig) -> Path:

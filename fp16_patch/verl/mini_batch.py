@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from fp16_patch.patching.call_arguments import argument
 from fp16_patch.scaling.optimizer_step import step_of
 from fp16_patch.scaling.random_state import RandomState
 from fp16_patch.scaling.step_report import report_taken_norms
@@ -12,10 +13,16 @@ from fp16_patch.verl.fsdp.device import device_type
 from fp16_patch.verl.fsdp.step_metrics import reducible
 from fp16_patch.verl.megatron import update as megatron
 from fp16_patch.verl.megatron.update_state import UpdateState
+from fp16_patch.verl.trainers.observation import observe, order_for_update
 
 
 def train_batch(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
-    """`BaseEngine.train_batch`: try again on an overflow; add the outcome to the metrics, and no skipped norm."""
+    """`BaseEngine.train_batch`: try again on an overflow; add the outcome to the metrics, and no skipped norm.
+
+    Where nothing scores samples but the update itself, compare its log-probs with the sampler's.
+    """
+    data = argument(wrapped, args, kwargs, "data")
+    order = order_for_update(engine, data)
 
     def compute() -> Any:
         return wrapped(*args, **kwargs)
@@ -27,6 +34,8 @@ def train_batch(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
         outputs = megatron.MegatronUpdate.of_engine(engine).run_mini_batch(compute, state)
     else:
         outputs = compute()
+    if order is not None:
+        observe(engine, order, data, outputs)
     # Other engines record no steps.
     step = step_of(engine)
     if step is not None and step.history.last is not None and engine.is_mp_src_rank_with_outputs():

@@ -37,7 +37,8 @@ def _leaves_out_the_temperature(config: Any) -> bool:
 _CAVEATS: tuple[tuple[Callable[[Any], bool], str], ...] = (
     (
         bypasses_old_log_probs,
-        "is not measured: algorithm.rollout_correction.bypass_mode takes the sampler's log-probs for the learner's",
+        "is measured in the first mini-batch of each update only: algorithm.rollout_correction.bypass_mode takes the "
+        "sampler's log-probs for the learner's, and nothing else scores samples",
     ),
     (
         lambda config: not config.actor_rollout_ref.rollout.get("calculate_log_probs"),

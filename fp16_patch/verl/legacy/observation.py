@@ -13,7 +13,7 @@ from fp16_patch.mismatch.collection import rank
 from fp16_patch.mismatch.statistics.summary import MismatchStats
 from fp16_patch.patching.call_arguments import argument
 from fp16_patch.runtime.activation import current_plan
-from fp16_patch.verl.trainers.observation import ORDER
+from fp16_patch.verl.trainers.observation import ORDER, Order
 
 
 def compute_log_prob(wrapped: Any, actor: Any, args: Any, kwargs: Any) -> Any:
@@ -23,8 +23,8 @@ def compute_log_prob(wrapped: Any, actor: Any, args: Any, kwargs: Any) -> Any:
     outputs = wrapped(*args, **kwargs)
     if order is None or "rollout_log_probs" not in data.batch.keys():  # noqa: SIM118, it iterates over rows
         return outputs
-    # Of these workers' samples nobody knows the version of the weights.
-    run, number, rescore, _ = json.loads(order)
+    # These workers' samples are never older than their weights.
+    run, number, rescore, _ = Order(*json.loads(order))
     learner = _log_probs_of(outputs)
     floor = _noise_floor(wrapped, data, learner) if rescore else None
     # Ranks of one sequence-parallel group have the same sequences.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Collection, Iterator, MutableMapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -90,16 +90,30 @@ class VerlDriver(FrameworkDriver):
 
     def update(self, role: str, wrapped: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Call what updates this role's engine; see `checked_update`."""
-        result = self.checked_update(self.trainer.global_steps, lambda: wrapped(*args, **kwargs), lambda _: (role,))
-        if role == "actor":
-            self.versions.updated()
+        return self.checked_update(self.trainer.global_steps, lambda: wrapped(*args, **kwargs), lambda _: (role,))
+
+    def update_actor(self, wrapped: Callable[..., Any], args: Any, kwargs: Any, extra: MutableMapping[str, Any]) -> Any:
+        """Call what updates the actor's engine, which is the one pass over samples where nothing scores them before.
+
+        Args:
+            extra: what goes along with the batch.
+        """
+        scores = verl_config.bypasses_old_log_probs(self.trainer.config)
+        with self.ordering(extra, restored=False) if scores else nullcontext():
+            result = self.update("actor", wrapped, args, kwargs)
+        self.versions.updated()
         return result
 
     @contextmanager
-    def ordering(self, extra: MutableMapping[str, Any]) -> Iterator[None]:
-        """Order the ranks to observe, by an entry in what goes along with the batch, in this pass only."""
+    def ordering(self, extra: MutableMapping[str, Any], *, restored: bool | None = None) -> Iterator[None]:
+        """Order the ranks to observe, by an entry in what goes along with the batch, in this pass only.
+
+        Args:
+            restored: the pass is by the weights of the last sync; by default, if this trainer restores them to score.
+        """
         if self.monitor is not None and self.monitor.measures:
-            lags = self.versions.lags(restored=self._restores_synced()) if self.samples_ahead() else {}
+            restored = self._restores_synced() if restored is None else restored
+            lags = self.versions.lags(restored=restored) if self.samples_ahead() else {}
             extra[ORDER] = json.dumps([*self.monitor.order, lags])
         try:
             yield

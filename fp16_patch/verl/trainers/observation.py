@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,25 +18,66 @@ from fp16_patch.runtime.activation import current_plan
 from fp16_patch.verl.fsdp.engine import role_of
 from fp16_patch.verl.trainers.lags import lags_of
 
-# Rides in the batch from the driver to the ranks, as JSON: run, round, whether to measure the noise floor, and the lag
-# of each label of a weight sync, empty where samples are never older than the learner's weights.
+# Rides in the batch from the driver to the ranks, as JSON: an `Order`.
 ORDER = "fp16_patch_observe"
+# On an engine: the run and the round that its updates have been observed for.
+_OBSERVED = "_fp16_patch_observed"
+
+
+class Order(NamedTuple):
+    """What the driver tells the ranks about the pass that it rides with.
+
+    Attributes:
+        number: the round.
+        rescores: whether to measure the learner against itself.
+        lag_of_label: label of a weight sync → how old the weights are that samplers got by it; empty where samples are
+            never older than the learner's weights.
+    """
+
+    run: str
+    number: int
+    rescores: bool
+    lag_of_label: Mapping[str, int]
 
 
 def infer_batch(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
     """`BaseEngine.infer_batch`: compare sampler and learner log-probs in place, where the driver ordered it."""
     data = argument(wrapped, args, kwargs, "data")
-    order = _order_in(data)
+    order = take_order(data)
     outputs = wrapped(*args, **kwargs)
     if order is None or role_of(engine) != "actor":
         return outputs
-    run, number, rescore, lag_of_label = order
-    floor = _noise_floor(wrapped, data, outputs) if rescore else None
-    if engine.is_mp_src_rank_with_outputs():
+    floor = _noise_floor(wrapped, data, outputs) if order.rescores else None
+    observe(engine, order, data, outputs, floor)
+    return outputs
+
+
+def order_for_update(engine: Any, data: Any) -> Order | None:
+    """Take the driver's order out of a mini-batch; None but for the first of an actor's update.
+
+    Its log-probs are those before any step of the update; of later ones they are other weights'.
+    """
+    from verl.utils import tensordict_utils
+
+    order = take_order(data)
+    if order is None or role_of(engine) != "actor" or getattr(engine, _OBSERVED, None) == order[:2]:
+        return None
+    setattr(engine, _OBSERVED, order[:2])
+    # From 0.9.0 on engines keep no log-probs of what they train on, unless told.
+    tensordict_utils.assign_non_tensor(data, return_model_output=True)
+    return order
+
+
+def observe(
+    engine: Any, order: Order, data: Any, outputs: Mapping[str, Any], floor: MismatchStats | None = None
+) -> None:
+    """Compare sampler and learner in a pass over samples, and report what this rank has of it."""
+    log_probs = outputs.get("model_output", {}).get("log_probs")
+    if log_probs is not None and engine.is_mp_src_rank_with_outputs():
         index, size = engine.get_data_parallel_rank(), engine.get_data_parallel_size()
         first = index * len(data)
-        rank.observe(run, index, size, number, lambda: _compare(data, outputs, first, lag_of_label), floor)
-    return outputs
+        measure = partial(_compare, data, log_probs.detach(), first, order.lag_of_label)
+        rank.observe(order.run, index, size, order.number, measure, floor)
 
 
 def response_log_probs(log_probs: Tensor, lengths: Tensor, sequence_lengths: Tensor) -> Tensor:
@@ -58,22 +100,21 @@ def response_log_probs(log_probs: Tensor, lengths: Tensor, sequence_lengths: Ten
     return picked.masked_fill(~inside.to(values.device, non_blocking=True), 0.0)
 
 
-def _order_in(data: Any) -> tuple[str, int, bool, Mapping[str, int]] | None:
+def take_order(data: Any) -> Order | None:
     """Take the driver's order out of the data; None for a pass that is not over freshly sampled tokens."""
     from verl.utils import tensordict_utils
 
     order = tensordict_utils.pop(data, key=ORDER, default=None)
     if order is None or "rollout_log_probs" not in data.keys():  # noqa: SIM118, a TensorDict iterates over its rows
         return None
-    run, number, rescore, lag_of_label = json.loads(order)
-    return run, number, rescore, lag_of_label
+    return Order(*json.loads(order))
 
 
 def _compare(
-    data: Any, outputs: Any, first_sequence: int, lag_of_label: Mapping[str, int]
+    data: Any, log_probs: Tensor, first_sequence: int, lag_of_label: Mapping[str, int]
 ) -> tuple[MismatchStats, Lags]:
     lengths, sequence_lengths = _lengths(data)
-    learner = response_log_probs(outputs["model_output"]["log_probs"], lengths, sequence_lengths)
+    learner = response_log_probs(log_probs, lengths, sequence_lengths)
     sampler, mask, tokens = (
         _padded(data[name], learner.shape[1]).to(learner.device, non_blocking=True)
         for name in ("rollout_log_probs", "response_mask", "responses")

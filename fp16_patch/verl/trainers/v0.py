@@ -21,7 +21,8 @@ def create_dataloader(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any
 
 def update_actor(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
     """`RayPPOTrainer._update_actor`: check every process before the update."""
-    return driver_of(trainer).update("actor", wrapped, args, kwargs)
+    extra = argument(wrapped, args, kwargs, "batch").meta_info
+    return driver_of(trainer).update_actor(wrapped, args, kwargs, extra)
 
 
 def update_critic(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:

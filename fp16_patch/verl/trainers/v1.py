@@ -51,7 +51,8 @@ def init_dataloader(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
 
 def update_actor(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
     """`PPOTrainer._update_actor`: check every process before the update."""
-    return VerlDriver.of(trainer).update("actor", wrapped, args, kwargs)
+    extra = argument(wrapped, args, kwargs, "batch").extra_info
+    return VerlDriver.of(trainer).update_actor(wrapped, args, kwargs, extra)
 
 
 def update_critic(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:

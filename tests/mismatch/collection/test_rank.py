@@ -106,7 +106,7 @@ def test_an_error_in_the_noise_floor_is_a_warning(
 
 def test_each_run_has_one_observer(reports: list[Any]) -> None:
     for run, number in (("a", 0), ("a", 1), ("b", 0)):
-        rank.observe(run, 1, RANKS, number, stats, None)
+        rank.observe(run, 1, RANKS, number, lambda: (stats(), {}), None)
     assert [(who, number) for who, number, *_ in reports] == [
         (("a", 1, RANKS), 0),
         (("a", 1, RANKS), 1),

@@ -79,7 +79,7 @@ def test_an_ordered_pass_is_observed(observation: Any, batch: DataProto, reports
     fp16_patch.activate(Plan(mode="observe", strict=False))
     outputs = score(observation, batch, Scorer(named=named), "run", 7, False)
     learner = outputs["log_probs"] if named else outputs[0]
-    ((who, number, stats, floor),) = reports
+    ((who, number, stats, floor, _),) = reports
     assert who == ("run", 1, 2)
     assert (number, floor) == (7, None)
     assert stats.tokens == 9
@@ -102,7 +102,7 @@ def test_the_noise_floor_is_the_learner_against_itself_alone(
     fp16_patch.activate(Plan(mode="observe", strict=False, noise_floor_share=0.5))
     scorer = Scorer(named=True, company_matters=0.25)
     score(observation, batch, scorer, "run", 1, True)
-    floor = reports[0][-1]
+    floor = reports[0][3]
     assert scorer.passes == [SEQUENCES, 2]
     assert floor.tokens == 4
     assert floor.d_abs_max == pytest.approx(0.25)

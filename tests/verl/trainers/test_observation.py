@@ -13,6 +13,7 @@ pytest.importorskip("verl")
 torch = pytest.importorskip("torch")
 
 from tensordict import TensorDict
+from tensordict.tensorclass import NonTensorData, NonTensorStack
 from verl.utils import tensordict_utils
 from verl.workers.utils.padding import response_from_nested
 
@@ -56,8 +57,11 @@ def observation() -> Iterator[Any]:
     fp16_patch.deactivate()
 
 
-def order(data: TensorDict, observation: Any, *of_the_driver: Any) -> None:
-    tensordict_utils.assign_non_tensor_data(data, observation.ORDER, json.dumps(of_the_driver))
+def order(
+    data: TensorDict, observation: Any, run: str, number: int, rescores: bool, lags: dict[str, int] | None = None
+) -> None:
+    of_the_driver = json.dumps([run, number, rescores, lags or {}])
+    tensordict_utils.assign_non_tensor_data(data, observation.ORDER, of_the_driver)
 
 
 class Engine:
@@ -96,8 +100,8 @@ def test_an_ordered_pass_is_observed_on_its_rank(batch: TensorDict, observation:
     engine = Engine()
     order(batch, observation, "run", 7, False)
     outputs = observation.infer_batch(engine.infer, engine, (batch,), {})
-    ((who, number, stats, floor),) = reports
-    assert (who, number, floor) == (("run", 1, 2), 7, None)
+    ((who, number, stats, floor, by_lag),) = reports
+    assert (who, number, floor, by_lag) == (("run", 1, 2), 7, None, {})
     learner = response_from_nested(outputs["model_output"]["log_probs"], batch["response_mask"])
     expected = MismatchStats.from_log_probs(
         *(side.to_padded_tensor(0.0) for side in (batch["rollout_log_probs"], learner, batch["response_mask"]))
@@ -124,7 +128,7 @@ def test_the_noise_floor_is_the_learner_against_itself_alone(
     fp16_patch.activate(Plan(noise_floor_share=0.25))
     observation.infer_batch(engine.infer, engine, (batch,), {})
     assert engine.passes == [4, 1]
-    floor = reports[0][-1]
+    floor = reports[0][3]
     assert floor.tokens == RESPONSES[0]
     assert floor.metrics()["mismatch/mean_abs"] == pytest.approx(company_matters, rel=1e-3)
 
@@ -155,3 +159,80 @@ def test_a_failing_observation_is_one_warning_and_no_more(
 @pytest.mark.parametrize(("rows", "share", "chosen"), [(32, 0.03, [0]), (32, 0.125, [0, 8, 16, 24]), (2, 1.0, [0, 1])])
 def test_rescored_rows_are_spread_evenly(rows: int, share: float, chosen: list[int]) -> None:
     assert rank.rows_to_rescore(rows, share) == chosen
+
+
+# Of each response, the label of the sync under which its tokens were sampled: a run, or several.
+RUNS = ([[3, 2, 4]], [[1, 1, 2], [2, 3, 3]], [[2, 1, 4]], [[4, 2, 3], [6, 1, 4]])
+LAGS = {"2": 2, "3": 1, "4": 0}
+
+
+def with_extra_fields(batch: TensorDict) -> None:
+    """As verl's V1 trainer has them."""
+    fields = [{"fp16_patch_versions": {"runs": runs}, "min_global_steps": 0} for runs in RUNS]
+    batch["extra_fields"] = NonTensorStack(*map(NonTensorData, fields))
+
+
+def with_columns(batch: TensorDict) -> None:
+    """As verl's V0 trainer has them."""
+    batch["fp16_patch_versions"] = NonTensorStack(*(NonTensorData({"runs": runs}) for runs in RUNS))
+
+
+@pytest.mark.parametrize("give", [with_extra_fields, with_columns])
+def test_each_token_has_the_lag_of_its_own_sync(
+    batch: TensorDict, observation: Any, reports: list[Any], give: Any
+) -> None:
+    engine = Engine()
+    give(batch)
+    order(batch, observation, "run", 7, False, LAGS)
+    observation.infer_batch(engine.infer, engine, (batch,), {})
+    ((_, _, stats, _, by_lag),) = reports
+    assert stats.tokens == 10
+    assert {lag: part.tokens for lag, part in by_lag.items()} == {0: 4, 1: 5, 2: 1}
+
+
+def test_without_runs_a_trajectory_that_spans_no_sync_has_its_lag_and_another_none(
+    batch: TensorDict, observation: Any, reports: list[Any]
+) -> None:
+    engine = Engine()
+    batch["min_global_steps"] = NonTensorStack(*map(NonTensorData, (4, 2, 3, 4)))
+    batch["max_global_steps"] = NonTensorStack(*map(NonTensorData, (4, 3, 3, 9)))
+    order(batch, observation, "run", 7, False, LAGS)
+    observation.infer_batch(engine.infer, engine, (batch,), {})
+    by_lag = reports[0][-1]
+    assert {lag: part.tokens for lag, part in by_lag.items()} == {0: 2, 1: 1}
+
+
+def test_nothing_is_said_of_samples_whose_sync_nobody_knows(
+    batch: TensorDict, observation: Any, reports: list[Any]
+) -> None:
+    engine = Engine()
+    order(batch, observation, "run", 7, False, {"77": 0})
+    with_columns(batch)
+    observation.infer_batch(engine.infer, engine, (batch,), {})
+    assert reports[0][-1] == {}
+
+
+def test_an_update_is_observed_in_its_first_mini_batch(
+    batch: TensorDict, observation: Any, reports: list[Any]
+) -> None:
+    engine = Engine()
+    with_columns(batch)
+    for number, mini_batch in ((7, 0), (7, 1), (8, 0)):
+        order(batch, observation, "run", number, False, LAGS)
+        taken = observation.order_for_update(engine, batch)
+        assert (taken is not None) == (mini_batch == 0)
+        if taken is not None:
+            assert tensordict_utils.get(batch, "return_model_output") is True
+            observation.observe(engine, taken, batch, engine.infer(batch))
+    assert [number for _, number, *_ in reports] == [7, 8]
+    assert reports[0][-1][0].tokens == 4
+
+
+def test_an_engine_that_keeps_no_log_probs_of_an_update_reports_nothing(
+    batch: TensorDict, observation: Any, reports: list[Any]
+) -> None:
+    engine = Engine()
+    order(batch, observation, "run", 7, False)
+    taken = observation.order_for_update(engine, batch)
+    observation.observe(engine, taken, batch, {"model_output": {}})
+    assert reports == []

@@ -145,8 +145,8 @@ def test_the_order_reaches_the_ranks_and_the_sampled_tokens_are_observed(
 
     made.actor_rollout_wg = Workers()
     learner = made._compute_old_log_prob(batch)[0].batch["old_log_probs"]
-    ((who, number, stats, floor),) = reports
-    assert (who, number, floor) == (("run", 0, 1), 7, None)
+    ((who, number, stats, floor, by_lag),) = reports
+    assert (who, number, floor, by_lag) == (("run", 0, 1), 7, None, {})
     expected = MismatchStats.from_log_probs(batch.batch["rollout_log_probs"], learner, batch.batch["response_mask"])
     assert stats.tokens == sum(RESPONSES)
     assert stats.d_abs_sum == pytest.approx(expected.d_abs_sum)
@@ -179,7 +179,7 @@ def test_workers_that_fit_calls_itself_are_held_back_and_ordered_too(made: Any, 
     for hook in (v0.actor_workers, v0.critic_workers, v0.observing_workers):
         hook(lambda: None, made, (), {})
     workers.compute_log_prob(batch)
-    assert ordered == [json.dumps(["run", 7, False])]
+    assert ordered == [json.dumps(["run", 7, False, {}])]
     assert monitor.expected == [sum(RESPONSES)]
     assert observation.ORDER not in batch.meta_info
     with pytest.raises(PrecisionError):

@@ -1,4 +1,4 @@
-"""Counts the versions of the policy's weights, as the driver sees them made, sent to samplers and scored with."""
+"""Counts the versions of the policy's weights, as they are made, sent to samplers and scored with."""
 
 from __future__ import annotations
 

@@ -10,9 +10,11 @@ from fp16_patch.scaling.random_state import RandomState
 from fp16_patch.scaling.step_report import report_taken_norms
 from fp16_patch.verl.fsdp import update as fsdp
 from fp16_patch.verl.fsdp.device import device_type
+from fp16_patch.verl.fsdp.engine import role_of
 from fp16_patch.verl.fsdp.step_metrics import reducible
 from fp16_patch.verl.megatron import update as megatron
 from fp16_patch.verl.megatron.update_state import UpdateState
+from fp16_patch.verl.trainers import lags
 from fp16_patch.verl.trainers.observation import observe, order_for_update
 
 
@@ -23,6 +25,7 @@ def train_batch(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
     """
     data = argument(wrapped, args, kwargs, "data")
     order = order_for_update(engine, data)
+    lag_of_label = {} if order is None else lags.now(order.ahead, order.restored)
 
     def compute() -> Any:
         return wrapped(*args, **kwargs)
@@ -34,10 +37,12 @@ def train_batch(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
         outputs = megatron.MegatronUpdate.of_engine(engine).run_mini_batch(compute, state)
     else:
         outputs = compute()
-    if order is not None:
-        observe(engine, order, data, outputs)
-    # Other engines record no steps.
     step = step_of(engine)
+    if role_of(engine) == "actor" and (step is None or step.history.last is None or not step.history.last.skipped):
+        lags.versions.updated()
+    if order is not None:
+        observe(engine, order, data, outputs, lag_of_label)
+    # Other engines record no steps.
     if step is not None and step.history.last is not None and engine.is_mp_src_rank_with_outputs():
         # Lists: the worker chains them over ranks and mini-batches.
         outputs["metrics"].update({name: [value] for name, value in reducible(step.metrics()).items()})

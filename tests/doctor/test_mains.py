@@ -39,7 +39,9 @@ def test_a_script_of_a_name_that_two_programs_have_is_not_guessed() -> None:
     assert main_of(Program()) is None
 
 
-@pytest.mark.parametrize("name", ["verl.trainer.main_ppo", ASYNC, "openrlhf.cli.train_ppo_ray", "openrlhf.cli.train_sft"])
+@pytest.mark.parametrize(
+    "name", ["verl.trainer.main_ppo", ASYNC, "openrlhf.cli.train_ppo_ray", "openrlhf.cli.train_sft"]
+)
 def test_what_is_known_is_examined(name: str) -> None:
     assert MAINS[name].conflict(Program(name, is_module=True)) is None
 

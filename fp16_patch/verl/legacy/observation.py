@@ -24,7 +24,7 @@ def compute_log_prob(wrapped: Any, actor: Any, args: Any, kwargs: Any) -> Any:
     if order is None or "rollout_log_probs" not in data.batch.keys():  # noqa: SIM118, it iterates over rows
         return outputs
     # These workers' samples are never older than their weights.
-    run, number, rescore, _ = Order(*json.loads(order))
+    run, number, rescore, *_ = Order(*json.loads(order))
     learner = _log_probs_of(outputs)
     floor = _noise_floor(wrapped, data, learner) if rescore else None
     # Ranks of one sequence-parallel group have the same sequences.

@@ -11,7 +11,6 @@ from typing import Any
 
 from fp16_patch.runtime.activation import refine
 from fp16_patch.runtime.driver import FrameworkDriver
-from fp16_patch.runtime.weight_versions import WeightVersions
 from fp16_patch.verl.config import settings as verl_config
 from fp16_patch.verl.config.caveats import caveats_of
 from fp16_patch.verl.config.samplers import REWARD, TEACHER, policy_sampler, served_models
@@ -27,10 +26,6 @@ class VerlDriver(FrameworkDriver):
     """Drives a run of `PPOTrainer`."""
 
     framework = "verl"
-
-    def __init__(self, trainer: Any) -> None:
-        super().__init__(trainer)
-        self.versions = WeightVersions()
 
     def reconcile(self) -> None:
         prepare(self.trainer.config)
@@ -100,9 +95,7 @@ class VerlDriver(FrameworkDriver):
         """
         scores = verl_config.bypasses_old_log_probs(self.trainer.config)
         with self.ordering(extra, restored=False) if scores else nullcontext():
-            result = self.update("actor", wrapped, args, kwargs)
-        self.versions.updated()
-        return result
+            return self.update("actor", wrapped, args, kwargs)
 
     @contextmanager
     def ordering(self, extra: MutableMapping[str, Any], *, restored: bool | None = None) -> Iterator[None]:
@@ -113,8 +106,7 @@ class VerlDriver(FrameworkDriver):
         """
         if self.monitor is not None and self.monitor.measures:
             restored = self._restores_synced() if restored is None else restored
-            lags = self.versions.lags(restored=restored) if self.samples_ahead() else {}
-            extra[ORDER] = json.dumps([*self.monitor.order, lags])
+            extra[ORDER] = json.dumps([*self.monitor.order, self.samples_ahead(), restored])
         try:
             yield
         finally:

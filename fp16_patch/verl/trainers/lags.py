@@ -1,4 +1,7 @@
-"""Reads, on a learner's rank, how old the weights are that each of its tokens was sampled with."""
+"""Knows, on a learner's rank, how old the weights are that each of its tokens was sampled with.
+
+Each rank counts for itself: it takes part in every update of the policy and in every sync.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,32 @@ import torch
 from torch import Tensor
 
 from fp16_patch.mismatch.statistics.by_lag import UNKNOWN
+from fp16_patch.patching.call_arguments import argument
+from fp16_patch.runtime.weight_versions import WeightVersions
 from fp16_patch.verl.samplers.weight_versions import RUNS
 
 _FIRST, _LAST = "min_global_steps", "max_global_steps"
 # Where the V1 trainer keeps what the V0 trainer has as columns.
 _FIELDS = "extra_fields"
+
+
+versions = WeightVersions()
+"""Of the policy that this process trains."""
+
+
+async def update_weights(wrapped: Any, worker: Any, args: Any, kwargs: Any) -> Any:
+    """`ActorRolloutRefWorker.update_weights`, this rank's part of a sync: note under which label the weights go out."""
+    versions.synced(argument(wrapped, args, kwargs, "global_steps"))
+    return await wrapped(*args, **kwargs)
+
+
+def now(ahead: bool, restored: bool) -> Mapping[str, int]:
+    """Return the lag of each label for a pass of this moment; empty where no sample can be old.
+
+    Args:
+        ahead, restored: as in `Order`.
+    """
+    return versions.lags(restored=restored) if ahead else {}
 
 
 def lags_of(data: Any, lag_of_label: Mapping[str, int], lengths: Tensor, prompt_lengths: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from fp16_patch.mismatch.statistics.summary import MismatchStats
 from fp16_patch.patching.call_arguments import argument
 from fp16_patch.runtime.activation import current_plan
 from fp16_patch.verl.fsdp.engine import role_of
-from fp16_patch.verl.trainers.lags import lags_of
+from fp16_patch.verl.trainers import lags
 
 # Rides in the batch from the driver to the ranks, as JSON: an `Order`.
 ORDER = "fp16_patch_observe"
@@ -30,14 +30,15 @@ class Order(NamedTuple):
     Attributes:
         number: the round.
         rescores: whether to measure the learner against itself.
-        lag_of_label: label of a weight sync → how old the weights are that samplers got by it; empty where samples are
-            never older than the learner's weights.
+        ahead: samples may have been drawn with older weights than the learner's.
+        restored: the learner has, for this pass, the weights that samplers got last.
     """
 
     run: str
     number: int
     rescores: bool
-    lag_of_label: Mapping[str, int]
+    ahead: bool
+    restored: bool
 
 
 def infer_batch(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
@@ -48,7 +49,7 @@ def infer_batch(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
     if order is None or role_of(engine) != "actor":
         return outputs
     floor = _noise_floor(wrapped, data, outputs) if order.rescores else None
-    observe(engine, order, data, outputs, floor)
+    observe(engine, order, data, outputs, lags.now(order.ahead, order.restored), floor)
     return outputs
 
 
@@ -69,14 +70,23 @@ def order_for_update(engine: Any, data: Any) -> Order | None:
 
 
 def observe(
-    engine: Any, order: Order, data: Any, outputs: Mapping[str, Any], floor: MismatchStats | None = None
+    engine: Any,
+    order: Order,
+    data: Any,
+    outputs: Mapping[str, Any],
+    lag_of_label: Mapping[str, int],
+    floor: MismatchStats | None = None,
 ) -> None:
-    """Compare sampler and learner in a pass over samples, and report what this rank has of it."""
+    """Compare sampler and learner in a pass over samples, and report what this rank has of it.
+
+    Args:
+        lag_of_label: as of the pass, see `lags.now`.
+    """
     log_probs = outputs.get("model_output", {}).get("log_probs")
     if log_probs is not None and engine.is_mp_src_rank_with_outputs():
         index, size = engine.get_data_parallel_rank(), engine.get_data_parallel_size()
         first = index * len(data)
-        measure = partial(_compare, data, log_probs.detach(), first, order.lag_of_label)
+        measure = partial(_compare, data, log_probs.detach(), first, lag_of_label)
         rank.observe(order.run, index, size, order.number, measure, floor)
 
 
@@ -121,8 +131,8 @@ def _compare(
     )
     if not lag_of_label:
         return MismatchStats.from_log_probs(sampler, learner, mask, token_ids=tokens, first_sequence=first_sequence), {}
-    lags = lags_of(data, lag_of_label, lengths, sequence_lengths - lengths)
-    return measure_by_lag(sampler, learner, mask, lags, tokens, first_sequence)
+    of_tokens = lags.lags_of(data, lag_of_label, lengths, sequence_lengths - lengths)
+    return measure_by_lag(sampler, learner, mask, of_tokens, tokens, first_sequence)
 
 
 def _lengths(data: Any) -> tuple[Tensor, Tensor]:

@@ -67,14 +67,6 @@ def compute_old_log_prob(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> 
         return wrapped(*args, **kwargs)
 
 
-def update_weights(wrapped: Any, manager: Any, args: Any, kwargs: Any) -> Any:
-    """`CheckpointEngineManager.update_weights`, in the process that trains: note under which label weights go out."""
-    driver = VerlDriver.running()
-    if driver is not None:
-        driver.versions.synced(argument(wrapped, args, kwargs, "global_steps"))
-    return wrapped(*args, **kwargs)
-
-
 def calculate_debug_metrics(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> dict[str, Any]:
     """`calculate_debug_metrics`, where verl has the tokens just scored: expect the ranks to have observed as many."""
     metrics: dict[str, Any] = wrapped(*args, **kwargs)

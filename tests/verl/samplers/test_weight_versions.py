@@ -1,4 +1,4 @@
-"""Each token of a trajectory is noted with the label of its sync, by real clients and a server that answers as verl's."""
+"""Each token of a trajectory is noted with the label of its sync, whatever the requests that it takes."""
 
 from __future__ import annotations
 

@@ -27,6 +27,9 @@ pytestmark = pytest.mark.verl
 PROMPTS, RESPONSES = (3, 1, 2, 4), (2, 4, 1, 3)
 
 
+lag_of_label: dict[str, int] = {}
+
+
 def jagged(lengths: tuple[int, ...], make: Any = torch.rand) -> Any:
     return torch.nested.as_nested_tensor([make(length) for length in lengths], layout=torch.jagged)
 
@@ -48,10 +51,11 @@ def batch() -> TensorDict:
 
 
 @pytest.fixture(autouse=True)
-def observation() -> Iterator[Any]:
+def observation(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The module under test; importing its package activates."""
     from fp16_patch.verl.trainers import observation
 
+    monkeypatch.setattr(observation.lags.versions, "lags", lambda restored: lag_of_label)
     fp16_patch.deactivate()
     yield observation
     fp16_patch.deactivate()
@@ -60,7 +64,9 @@ def observation() -> Iterator[Any]:
 def order(
     data: TensorDict, observation: Any, run: str, number: int, rescores: bool, lags: dict[str, int] | None = None
 ) -> None:
-    of_the_driver = json.dumps([run, number, rescores, lags or {}])
+    lag_of_label.clear()
+    lag_of_label.update(lags or {})
+    of_the_driver = json.dumps([run, number, rescores, bool(lags), False])
     tensordict_utils.assign_non_tensor_data(data, observation.ORDER, of_the_driver)
 
 
@@ -212,9 +218,7 @@ def test_nothing_is_said_of_samples_whose_sync_nobody_knows(
     assert reports[0][-1] == {}
 
 
-def test_an_update_is_observed_in_its_first_mini_batch(
-    batch: TensorDict, observation: Any, reports: list[Any]
-) -> None:
+def test_an_update_is_observed_in_its_first_mini_batch(batch: TensorDict, observation: Any, reports: list[Any]) -> None:
     engine = Engine()
     with_columns(batch)
     for number, mini_batch in ((7, 0), (7, 1), (8, 0)):
@@ -223,7 +227,7 @@ def test_an_update_is_observed_in_its_first_mini_batch(
         assert (taken is not None) == (mini_batch == 0)
         if taken is not None:
             assert tensordict_utils.get(batch, "return_model_output") is True
-            observation.observe(engine, taken, batch, engine.infer(batch))
+            observation.observe(engine, taken, batch, engine.infer(batch), LAGS)
     assert [number for _, number, *_ in reports] == [7, 8]
     assert reports[0][-1][0].tokens == 4
 
@@ -234,5 +238,5 @@ def test_an_engine_that_keeps_no_log_probs_of_an_update_reports_nothing(
     engine = Engine()
     order(batch, observation, "run", 7, False)
     taken = observation.order_for_update(engine, batch)
-    observation.observe(engine, taken, batch, {"model_output": {}})
+    observation.observe(engine, taken, batch, {"model_output": {}}, {})
     assert reports == []

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from integration.cpu.launch import LaunchConfig
 
-Trainer = Literal["sync", "colocate_async", "separate_async", "one_step_off", "fully_async"]
+Trainer = Literal["sync", "colocate_async", "separate_async", "one_step_off", "fully_async", "main_ppo_sync"]
 Settings = dict[str, object]
 
 
@@ -71,6 +71,11 @@ def _fully_async(config: LaunchConfig) -> Settings:
     }
 
 
+def _main_ppo_sync(_config: LaunchConfig) -> Settings:
+    # It adds to the variables of a runtime environment, if one is given, and cannot unless there are some.
+    return {"+ray_kwargs.ray_init.runtime_env.env_vars.TRANSFER_QUEUE_ENABLE": "'1'"}
+
+
 def _replay_buffer(name: str) -> Settings:
     sampler = "++trainer.v1.sampler.custom_sampler"
     return {f"{sampler}.path": "pkg://verl_on_cpu.replay", f"{sampler}.name": name}
@@ -106,4 +111,5 @@ ENTRY_POINTS: Mapping[Trainer, EntryPoint] = {
         _fully_async,
         re.compile(r"All components initialized successfully"),
     ),
+    "main_ppo_sync": EntryPoint("verl.trainer.main_ppo_sync", _main_ppo_sync, _IN_TRAINING),
 }

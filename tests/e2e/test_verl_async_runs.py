@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ pytest.importorskip("verl")
 pytest.importorskip("vllm")
 
 from integration.cpu.launch import RunResult
+from integration.cpu.trainers import ENTRY_POINTS, Trainer
 from tests.e2e.verl_runs import TIMEOUT_S
 
 STEPS = 3
@@ -30,7 +32,9 @@ LONG_RESPONSES = {
 def start_async(start_verl: Callable[..., RunResult]) -> Callable[..., RunResult]:
     """Run one of verl's asynchronous trainers as it is, and see that it has ended well."""
 
-    def started(trainer: str, **settings: Any) -> RunResult:
+    def started(trainer: Trainer, **settings: Any) -> RunResult:
+        if not has(trainer):
+            pytest.skip(f"this release of verl has no {trainer}")
         result = start_verl("bf16", trainer=trainer, steps=STEPS, **{**LONG_RESPONSES, **settings})
         assert result.ok, f"{result.reason}\n{result.tail(60)}"
         return result
@@ -58,6 +62,11 @@ def one_step_off(start_async: Callable[..., RunResult]) -> RunResult:
 def fully_async(start_async: Callable[..., RunResult]) -> RunResult:
     """Two batches between two updates of the weights."""
     return start_async("fully_async", updates_per_sync=2)
+
+
+@pytest.fixture(scope="session")
+def main_ppo_sync(start_async: Callable[..., RunResult]) -> RunResult:
+    return start_async("main_ppo_sync", max_response_tokens=32, overrides=())
 
 
 @pytest.mark.timeout(TIMEOUT_S)
@@ -93,6 +102,16 @@ def test_a_rollouter_of_its_own_goes_on_with_newer_weights(fully_async: RunResul
     assert values(fully_async, "fully_async/count/stale_trajectory_processed")[-1] >= 1
     assert max(values(fully_async, "fully_async/partial/max_partial_span")) >= 1
     assert processes(fully_async, "FullyAsyncTrainer").isdisjoint(processes(fully_async, "FullyAsyncRollouter"))
+
+
+@pytest.mark.timeout(TIMEOUT_S)
+def test_the_trainer_that_came_before_the_asynchronous_ones_runs_too(main_ppo_sync: RunResult) -> None:
+    assert trained_steps(main_ppo_sync) == [1, 2, 3]
+
+
+def has(trainer: Trainer) -> bool:
+    of_v1 = trainer in ("colocate_async", "separate_async")
+    return find_spec("verl.trainer.ppo.v1" if of_v1 else ENTRY_POINTS[trainer].module) is not None
 
 
 def trained_steps(result: RunResult) -> list[int]:

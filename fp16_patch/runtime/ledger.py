@@ -210,7 +210,8 @@ def _other_weights_findings(records: Sequence[Record], before: Mapping[Process, 
         unchanged = [each for each in group if before.get((each["host"], each["pid"])) == each["held"]["digest"]]
         odd = [record for record in group if record["held"]["digest"] != usual]
         at_fault = unchanged if 0 < len(unchanged) < len(group) else odd if len(holding) < len(group) else group
-        seen = f"other weights than in the {len(group) - 1} other samplers that got those of sync {label}"
+        others = "the other sampler" if len(group) == 2 else f"{len(group) - 1} other samplers"
+        seen = f"other weights than {others} got by sync {label}"
         findings += [
             PrecisionFinding(each["host"], each["pid"], role, "weights", seen, "the learner's, in every sampler")
             for each in at_fault

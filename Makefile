@@ -4,6 +4,7 @@
 #   make demo-openrlhf   the same with real OpenRLHF
 #   make demo-sglang     the same with real verl and SGLang
 #   make demo-megatron   the same with real verl and Megatron
+#   make demo-async      the same with verl's separate_async trainer: numerics told from the age of samples
 #   make bench           the evidence in integration/README.md; make bench-full trains for it, too
 #   make test            all tests, real end-to-end runs included
 #   make grid-megatron   verl's Megatron learner in every layout, on both bridges
@@ -40,7 +41,7 @@ COMPILED := torch transformers vllm sglang ray verl openrlhf deepspeed megatron 
 # which come first.
 PYTEST := -m pytest -n 2
 
-.PHONY: demo demo-openrlhf demo-sglang demo-megatron test test-verl test-openrlhf test-sglang test-megatron fingerprints test-learners test-releases matrix grid-megatron session unit lint dist bench bench-full bench-mismatch bench-monitor bench-step bench-faults bench-reading clean
+.PHONY: demo demo-openrlhf demo-sglang demo-megatron demo-async test test-verl test-openrlhf test-sglang test-megatron fingerprints test-learners test-releases matrix grid-megatron session unit lint dist bench bench-full bench-mismatch bench-monitor bench-step bench-faults bench-reading bench-lag clean
 
 demo: $(READY)
 	$(BIN)/python -m integration.demo.run
@@ -53,6 +54,9 @@ demo-sglang: $(SGLANG_READY)
 
 demo-megatron: $(MEGATRON_READY)
 	$(MEGATRON_BIN)/python -m integration.demo.run --learner megatron --out integration/demo/out-megatron
+
+demo-async: $(READY)
+	$(BIN)/python -m integration.demo.run --trainer separate_async --out integration/demo/out-async
 
 test: test-verl test-openrlhf test-sglang test-megatron fingerprints
 
@@ -128,6 +132,9 @@ bench-faults: $(READY)
 
 bench-reading: $(READY)
 	$(BIN)/python -m integration.bench.reading
+
+bench-lag: $(READY)
+	$(BIN)/python -m integration.bench.lag
 
 bench-step: $(READY)
 	$(BIN)/python -m integration.bench.step

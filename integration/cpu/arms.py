@@ -64,6 +64,7 @@ ARMS = {
 
 
 DEMONSTRATED = ("bf16", "stock-fp16", "fp16_patch")
+DEMONSTRATED_ASYNCHRONOUS = ("bf16", "fp16_patch")
 DEMONSTRATED_ON_MEGATRON = ("bf16", "stock-fp16-megatron", "fp16_patch")
 
 

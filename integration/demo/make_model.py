@@ -71,6 +71,13 @@ def train(
     return checks
 
 
+def update(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, optimizer: torch.optim.Optimizer, seed: int
+) -> float:
+    """Take one step on a batch of examples; return its loss."""
+    return _update(model, optimizer, _examples(tokenizer, random.Random(seed)))
+
+
 @torch.no_grad()
 def solve_rate(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, *, samples: int, seed: int

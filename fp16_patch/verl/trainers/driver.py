@@ -9,11 +9,13 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from fp16_patch.runtime.activation import refine
+from fp16_patch.plan.errors import PlanError
+from fp16_patch.runtime.activation import current_plan, refine
 from fp16_patch.runtime.driver import FrameworkDriver
 from fp16_patch.verl.config import settings as verl_config
 from fp16_patch.verl.config.caveats import caveats_of
 from fp16_patch.verl.config.samplers import REWARD, TEACHER, policy_sampler, served_models
+from fp16_patch.verl.trainers.known import unknown_trainer
 from fp16_patch.verl.trainers.observation import ORDER
 
 logger = logging.getLogger(__name__)
@@ -28,6 +30,13 @@ class VerlDriver(FrameworkDriver):
     framework = "verl"
 
     def reconcile(self) -> None:
+        """Refuse a trainer that updates past us, then reconcile plan and configuration.
+
+        Raises:
+            PlanError: nobody would check before its updates, or a setting cannot be had under the plan.
+        """
+        if current_plan().overrides_dtype and (other := unknown_trainer(type(self.trainer))):
+            raise PlanError([other])
         prepare(self.trainer.config)
 
     def refresh_attestations(self) -> None:

@@ -24,6 +24,9 @@ class Scaler:
     def scale(self) -> torch.Tensor:
         return self._scale
 
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
     def update(self, found_inf: bool) -> None:
         if found_inf:
             self._growth_tracker, self._scale = 0, self._scale * self.backoff_factor

@@ -162,16 +162,6 @@ class Chunk(nn.Module):
             parameter.main_grad += scaled
 
 
-class Scheduler:
-    """Counts its steps."""
-
-    def __init__(self, optimizer: Any, **_: Any) -> None:
-        self.optimizer, self.num_steps = optimizer, 0
-
-    def step(self, increment: int = 1) -> None:
-        self.num_steps += increment
-
-
 class Bridge:
     """Builds a configuration and a model, and keeps what it was asked for. Like mbridge's, of bfloat16 unless told."""
 

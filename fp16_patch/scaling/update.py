@@ -36,12 +36,14 @@ class MiniBatchUpdate(RepeatableUpdate):
     Attributes:
         measuring: the gradients being computed are only measured; the engine must not step.
         gradients: what the last update's gradients were like; None if it was not looked at, or skipped.
+        scale_is_known: the scale is that of earlier steps, of which there is no history.
     """
 
     def __init__(self, engine: Any, role: str) -> None:
         super().__init__(engine, role)
         self.measuring = False
         self.gradients: GradientStats | None = None
+        self.scale_is_known = False
         self._grad_max = GradMaxWindow()
 
     @abstractmethod
@@ -66,7 +68,7 @@ class MiniBatchUpdate(RepeatableUpdate):
         Returns:
             What the last attempt returned.
         """
-        if current_plan().first_scale == "measured" and not self.history.attempted:
+        if current_plan().first_scale == "measured" and not (self.history.attempted or self.scale_is_known):
             self._measure_first_scale(compute, random)
         maybe_hold_growth(self.scaler, self._grad_max, self.history.attempted, self.role)
         self.gradients = None

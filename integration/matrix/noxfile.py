@@ -82,8 +82,8 @@ def end_to_end(session: nox.Session, release: Tested) -> None:
 @nox.session
 @nox.parametrize("pair", [nox.param(pair, id=str(pair)) for pair in tested_together()])
 def together(session: nox.Session, pair: Together) -> None:
-    """A release in an environment besides its own."""
-    _test_in(session, pair.release, pair.environment, pair.tests)
+    """A release in an environment besides its own, or with other companions."""
+    _test_in(session, pair.release, pair.release.environment, pair.tests)
 
 
 def _test(session: nox.Session, release: Tested, level: str, **env: str) -> None:
@@ -93,6 +93,6 @@ def _test(session: nox.Session, release: Tested, level: str, **env: str) -> None
 def _test_in(session: nox.Session, release: Tested, environment: Environment, tests: Sequence[str], **env: str) -> None:
     session.chdir(ROOT)
     env["EVERY_ARM"] = "1"
-    if not environment.holds(release.requirement):
+    if release.companions or not environment.holds(release.requirement):
         env["PYTHONPATH"] = str(overlay(release))
     session.run(str(environment.python), "-m", "pytest", *tests, *session.posargs, env=env, external=True)

@@ -14,7 +14,8 @@ OVERLAYS = ROOT / "build" / "releases"
 
 def overlay(release: Tested) -> Path:
     """The folder for `PYTHONPATH`, made on first use."""
-    folder = OVERLAYS / f"{release.package}-{release.version}"
+    companions = [requirement.replace("==", "-") for requirement in release.companions]
+    folder = OVERLAYS / "-".join([release.package, release.version, *companions])
     if not folder.is_dir():
         unfinished = folder.with_name(f"{folder.name}.unfinished")
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -31,7 +32,9 @@ def _install(release: Tested, into: Path) -> None:
     requirements = ["--use-pep517", "--no-deps", "--target", str(into), *wanted]
     subprocess.run([*pip, *requirements], env=environment, check=True)
     # Wheels of these frameworks bring top-level packages such as `tests`, which would hide ours.
-    packages = {release.package, *(requirement.partition("==")[0].replace("-", "_") for requirement in wanted)}
+    names = [requirement.partition("==")[0] for requirement in wanted]
+    # The package `megatron` is distributed as megatron-core.
+    packages = {release.package, *(name.replace("-", "_") for name in names), *(name.split("-")[0] for name in names)}
     for path in into.iterdir():
         if path.name.partition("-")[0].partition(".")[0] not in packages:
             shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -85,14 +85,14 @@ class Tested:
 
 @dataclass(frozen=True)
 class Together:
-    """A release in an environment besides its own, and the tests that are for both."""
+    """A release in an environment besides its own, or with other companions, and the tests that are for both."""
 
     release: Tested
-    environment: Environment
     tests: tuple[str, ...]
 
     def __str__(self) -> str:
-        return f"{self.release.package}-{self.release.version}-{self.environment.name}"
+        others = [requirement.replace("==", "-") for requirement in self.release.companions]
+        return "-".join([self.release.package, self.release.version, self.release.environment.name, *others[:1]])
 
 
 def tested_together(path: Path = VERSIONS) -> list[Together]:
@@ -100,7 +100,14 @@ def tested_together(path: Path = VERSIONS) -> list[Together]:
     declared, known = _declared(path), {str(release): release for release in tested_releases(path)}
     environments = _environments(declared)
     return [
-        Together(known[row["release"]], environments[row["environment"]], tuple(row["tests"]))
+        Together(
+            replace(
+                known[row["release"]],
+                environment=environments[row["environment"]],
+                companions=tuple(row.get("with", ())),
+            ),
+            tuple(row["tests"]),
+        )
         for row in declared["together"]
     ]
 

@@ -70,15 +70,31 @@ def save_with_scaler(step: OptimizerStep | None, save: Callable[..., Any], args:
     return result
 
 
-def load_with_scaler(step: OptimizerStep | None, load: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """Load as verl does, and what was saved beside it into the scaler and the history of an engine's steps."""
+def load_with_scaler(
+    step: OptimizerStep | None,
+    load: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+    keep_scale: Callable[[], bool] = lambda: False,
+) -> Any:
+    """Load as verl does, and what was saved beside it into the scaler and the history of an engine's steps.
+
+    Args:
+        keep_scale: called where nothing was saved beside it; go on with a scale that `load` itself has found, and say
+            whether it has.
+    """
     path = argument(load, args, kwargs, "local_path")
+    if path is None or not _has_scaler(step):
+        return load(*args, **kwargs)
     # Read first: verl may delete the local copy after loading it.
-    saved = _agreed_state(path) if path is not None and _has_scaler(step) else SavedState()
+    saved, differ = agree(_found_in(path))
     result = load(*args, **kwargs)
-    if saved.scaler is not None and saved.history is not None and _has_scaler(step):
+    if saved.scaler is not None and saved.history is not None:
         step.scaler.load_state_dict({**step.scaler.state_dict(), **_under_the_plan(saved.scaler)})
         step.resume(saved.history)
+    kept = step.loss_scale() if saved.scaler is None and keep_scale() else None
+    if torch.distributed.get_rank() == 0:
+        _warn(path, saved, differ, kept)
     return result
 
 
@@ -98,14 +114,6 @@ def _under_the_plan(saved: Values) -> dict[str, Any]:
 def _state_file(local_path: str) -> Path:
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     return Path(local_path) / f"{_PREFIX}world_size_{world_size}_rank_{rank}{_SUFFIX}"
-
-
-def _agreed_state(local_path: str) -> SavedState:
-    """Return what every rank goes on with; one warning says what was damaged, and what it means."""
-    saved, differ = agree(_found_in(local_path))
-    if torch.distributed.get_rank() == 0:
-        _warn(local_path, saved, differ)
-    return saved
 
 
 def _found_in(local_path: str) -> SavedState:
@@ -139,9 +147,22 @@ def _others(own: Path) -> list[Path]:
     return [path for path in found if path != own][:_MOST_OTHERS]
 
 
-def _warn(local_path: str, saved: SavedState, differ: bool) -> None:
+def _warn(local_path: str, saved: SavedState, differ: bool, kept: float | None) -> None:
+    """Say once what was missing or damaged, and what it means.
+
+    Args:
+        kept: the scale that the framework's own checkpoint had.
+    """
     plan, problems = current_plan(), saved.listed_problems()
-    if saved.scaler is None:
+    if kept is not None:
+        logger.warning(
+            "no loss-scaler state of fp16_patch in %s (saved without it?); the scale is that of the optimizer's own "
+            "checkpoint, %g, and steps are counted anew%s",
+            quoted(local_path),
+            kept,
+            f". {problems}" if problems else "",
+        )
+    elif saved.scaler is None:
         logger.warning(
             "no loss-scaler state in %s that this version can read (saved without fp16_patch?); the scale starts as in "
             "a new run (first_scale=%s, init_scale=%g)%s",

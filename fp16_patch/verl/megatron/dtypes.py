@@ -19,6 +19,7 @@ from fp16_patch.plan.plan import Plan
 from fp16_patch.runtime.activation import current_plan, ledger
 from fp16_patch.runtime.compute_dtypes import watch_linear
 from fp16_patch.verl.config.settings import force
+from fp16_patch.verl.megatron.scaler import fit_loads
 
 NO_BRIDGE = "without a bridge Megatron's models are built for bfloat16 only"
 _ROUTER_DTYPES = ("fp32", "fp64")
@@ -92,7 +93,7 @@ def make_optimizer(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
     """
     optimizer, plan = wrapped(*args, **kwargs), current_plan()
     if plan.overrides_dtype and plan.scales_loss:
-        _set_factors(optimizer, plan)
+        _fit_scalers(optimizer, plan)
         for chunk in argument(wrapped, args, kwargs, "model"):
             _config_of(chunk).grad_scale_func = optimizer.scale_loss
     return optimizer
@@ -223,7 +224,7 @@ def _loss_scale(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _set_factors(optimizer: Any, plan: Plan) -> None:
+def _fit_scalers(optimizer: Any, plan: Plan) -> None:
     scalers = scalers_of(optimizer)
     if parts_of(optimizer) and not scalers:
         raise RuntimeError(
@@ -233,6 +234,7 @@ def _set_factors(optimizer: Any, plan: Plan) -> None:
     for scaler in scalers:
         scaler.growth_factor.fill_(plan.growth_factor)
         scaler.backoff_factor.fill_(plan.backoff_factor)
+        fit_loads(scaler, plan.growth_interval)
 
 
 def _config_of(chunk: Any) -> Any:

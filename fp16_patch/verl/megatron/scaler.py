@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 _SCALE, _GROWTH = "scale", "_growth_tracker"
+_LOADED = "_fp16_patch_loaded"
 
 
 class ScalerState(NamedTuple):
@@ -23,6 +24,39 @@ class ScalerState(NamedTuple):
 
     def restore(self, scaler: Any) -> None:
         scaler._scale, scaler._growth_tracker, scaler._hysteresis_tracker = self.scale.clone(), *self[1:]
+
+
+def level(scalers: Sequence[Any]) -> None:
+    """Bring the scalers of a chained optimizer to the lowest scale among them.
+
+    Each looks at its own gradients only. If those of the experts overflow and the others do not, the loss goes on being
+    multiplied by the scale of the others, and the experts' gradients are divided by theirs.
+    """
+    states = [ScalerState.of(scaler) for scaler in scalers]
+    lowest = min((state.scale for state in states), key=float)
+    one = ScalerState(lowest, min(state.growth for state in states), min(state.hysteresis for state in states))
+    for scaler in scalers:
+        one.restore(scaler)
+
+
+def fit_loads(scaler: Any, growth_interval: int) -> None:
+    """Keep what Megatron's checkpoints put into a scaler below this interval, and note that they did.
+
+    The scale grows when the count equals the interval: one beyond it would grow never.
+    """
+    load = scaler.load_state_dict
+
+    def load_state_dict(state: Mapping[str, Any]) -> None:
+        load(state)
+        scaler._growth_tracker = min(scaler._growth_tracker, growth_interval - 1)
+        setattr(scaler, _LOADED, True)
+
+    scaler.load_state_dict = load_state_dict
+
+
+def was_loaded(scaler: Any) -> bool:
+    """Return whether a checkpoint has put a state into it since this was last asked."""
+    return bool(vars(scaler).pop(_LOADED, False))
 
 
 class MegatronScaler:

@@ -21,7 +21,7 @@ from fp16_patch.scaling.saved_state import is_scale
 from fp16_patch.scaling.scaler import StepOutcome, nonfinite_parameters
 from fp16_patch.verl.fsdp.step_metrics import add_steps
 from fp16_patch.verl.megatron.dtypes import parts_of, scalers_of
-from fp16_patch.verl.megatron.scaler import MegatronScaler, ScalerState
+from fp16_patch.verl.megatron.scaler import MegatronScaler, ScalerState, level
 
 _SKIPPED = (False, None, None)
 # Methods of Megatron's optimizers that their `step` calls, in this order: one of these, then the step itself.
@@ -59,7 +59,7 @@ class MegatronStep(OptimizerStep):
                 for scaler, state in zip(self.scalers, before, strict=True):
                     state.restore(scaler)
                     scaler.update(True)
-            _level(self.scalers)
+            level(self.scalers)
         return answer
 
     def outcome_of(self, returned: Any, scale_before: float | None) -> StepOutcome:
@@ -151,19 +151,6 @@ def _finite_norms_only(optimizer: Any) -> Iterator[list[float]]:
     finally:
         for name in own:
             delattr(optimizer, name)
-
-
-def _level(scalers: list[Any]) -> None:
-    """Bring the scalers of a chained optimizer to the lowest scale among them.
-
-    Each looks at its own gradients only. If those of the experts overflow and the others do not, the loss goes on being
-    multiplied by the scale of the others, and the experts' gradients are divided by theirs.
-    """
-    states = [ScalerState.of(scaler) for scaler in scalers]
-    lowest = min((state.scale for state in states), key=float)
-    level = ScalerState(lowest, min(state.growth for state in states), min(state.hysteresis for state in states))
-    for scaler in scalers:
-        level.restore(scaler)
 
 
 def _gradients(chunks: Iterable[Any]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -66,9 +66,9 @@ def test_a_level_is_tested_elsewhere_where_the_release_says_so() -> None:
     assert all((ROOT / path).exists() for path in tests)
 
 
-def test_what_is_tested_together_names_tests_that_exist_and_a_release_that_the_environment_does_not_hold() -> None:
+def test_what_is_tested_together_names_tests_that_exist_and_is_not_what_an_environment_holds() -> None:
     for pair in versions.tested_together():
-        assert not pair.environment.holds(pair.release.requirement)
+        assert pair.release.companions or not pair.release.locked
         assert all((ROOT / test.partition("::")[0]).exists() for test in pair.tests)
 
 
@@ -88,6 +88,23 @@ def test_an_overlay_holds_the_framework_and_nothing_that_hides_ours(
     assert sorted(path.name for path in folder.iterdir()) == ["verl", f"verl-{release.version}.dist-info"]
     assert [path.name for path in tmp_path.iterdir()] == [folder.name]
     assert overlay.overlay(release) == folder
+
+
+def test_companions_have_a_folder_of_their_own_and_keep_their_packages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = next(pair for pair in versions.tested_together() if pair.release.companions)
+
+    def install(command: list[str], **_settings: object) -> None:
+        assert set(pair.release.companions) < set(command)
+        for name in ("verl", "megatron", "mbridge", "tests"):
+            (Path(command[command.index("--target") + 1]) / name).mkdir(parents=True)
+
+    monkeypatch.setattr(overlay, "OVERLAYS", tmp_path)
+    monkeypatch.setattr(overlay.subprocess, "run", install)
+    folder = overlay.overlay(pair.release)
+    assert "megatron-core-" in folder.name
+    assert sorted(path.name for path in folder.iterdir()) == ["mbridge", "megatron", "verl"]
 
 
 def test_the_readme_names_the_oldest_and_the_newest_release() -> None:

@@ -42,7 +42,7 @@ ARMS: Mapping[str, tuple[Mapping[str, str], Mapping[str, str]]] = {
         SKIP,
     ),
     "retry": ({**dict.fromkeys(LAYOUTS, "retried"), "pp": "retried,infinite_loss"}, RETRY),
-    "measured": ({"pp": "first_scale", "ep": "first_scale"}, FIRST),
+    "measured": ({"pp": "first_scale", "ep": "first_scale,resumed_alone"}, FIRST),
     "torchs-rule": ({"pp": "grown"}, {**GROWING, "FP16_PATCH_SCALE_RULE": "torch"}),
     "ahead": ({"pp": "grown"}, GROWING),
 }

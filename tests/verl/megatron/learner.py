@@ -59,6 +59,8 @@ OPTIONS = {
 OFFLOADED = {"param_offload": True, "optimizer_offload": True}
 TOO_HIGH = 2.0**21
 """A mean over few tokens has finite gradients some halvings below it."""
+LOW = 2.0**5
+"""Far below what is measured of these gradients."""
 STEEP = 2.0**6
 """Makes gradients overflow at 65536."""
 DROPOUT = {"attention_dropout": 0.2, "hidden_dropout": 0.2}
@@ -557,6 +559,26 @@ def resumed(arguments: argparse.Namespace, layout: str) -> dict[str, Any]:
     }
 
 
+def resumed_alone(arguments: argparse.Namespace, layout: str) -> dict[str, Any]:
+    """What a learner goes on with from that which Megatron saves by itself, at a scale that would not be measured."""
+    learner = Learner(arguments, layout)
+    learner.step()
+    learner.start_at(LOW)
+    for part in learner.parts():
+        part.grad_scaler._growth_tracker = 10**6
+    path = Path(arguments.out) / f"alone_{layout}"
+    learner.engine.save_checkpoint(str(path), global_step=1)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        for state in path.glob("fp16_patch_*"):
+            state.unlink()
+    dist.barrier()
+    fresh = Learner(arguments, layout)
+    fresh.engine.load_checkpoint(str(path), del_local_after_load=False)
+    at_load = facts_of(fresh)
+    return {"resumed": at_load, "metrics": seen_by_driver(fresh.step(1)), "next": facts_of(fresh)}
+
+
 def differing(learner: Learner, other: Learner) -> Iterator[str]:
     """The names of this rank's parameters that differ between two learners."""
     for chunk, of_other in zip(learner.engine.module, other.engine.module, strict=True):
@@ -588,6 +610,7 @@ SCENARIOS: dict[str, Callable[[argparse.Namespace, str], dict[str, Any]]] = {
     "exported": exported,
     "overlapped": overlapped,
     "resumed": resumed,
+    "resumed_alone": resumed_alone,
 }
 
 

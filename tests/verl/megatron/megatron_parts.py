@@ -24,6 +24,9 @@ class Scaler:
     def scale(self) -> torch.Tensor:
         return self._scale
 
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
     def update(self, found_inf: bool) -> None:
         if found_inf:
             self._growth_tracker, self._scale = 0, self._scale * self.backoff_factor
@@ -157,16 +160,6 @@ class Chunk(nn.Module):
         scaled = optimizer.scale_loss(torch.tensor(gradient)).half().float()
         for parameter in self.parameters():
             parameter.main_grad += scaled
-
-
-class Scheduler:
-    """Counts its steps."""
-
-    def __init__(self, optimizer: Any, **_: Any) -> None:
-        self.optimizer, self.num_steps = optimizer, 0
-
-    def step(self, increment: int = 1) -> None:
-        self.num_steps += increment
 
 
 class Bridge:

@@ -10,13 +10,14 @@ pytestmark = [pytest.mark.verl, pytest.mark.megatron, pytest.mark.e2e]
 pytest.importorskip("verl")
 pytest.importorskip("megatron.core")
 
+from fp16_patch.plan.plan import Plan
 from tests.ranks import Facts
 from tests.verl.megatron.conftest import LAYOUTS
 
 Arm = Callable[[str], Facts]
 RANKS = ("0", "1")
 # As in `learner.py`.
-TOO_HIGH = 2.0**21
+TOO_HIGH, LOW = 2.0**21, 2.0**5
 
 
 @pytest.fixture(params=LAYOUTS)
@@ -219,3 +220,14 @@ def test_a_resumed_run_goes_on_bit_for_bit(megatron_learner: Arm) -> None:
     assert values(first, "fp16/skipped_total/max") == {1.0}
     assert facts["same_state"]
     assert facts["same_next_state"]
+
+
+def test_the_scale_of_megatrons_own_checkpoint_is_gone_on_with_and_not_measured_anew(megatron_learner: Arm) -> None:
+    facts = megatron_learner("measured")["ep"]["resumed_alone"]
+    # A count beyond the interval would never reach it.
+    assert (facts["resumed"]["scales"], facts["resumed"]["growth"]) == ([LOW], Plan().growth_interval - 1)
+    assert max(facts["next"]["scales"]) <= 2 * LOW
+    assert values(facts["metrics"], "fp16/skipped_total/max") == {0.0}
+    log = megatron_learner("measured")["log"]
+    assert log.count("no loss-scaler state of fp16_patch in ") == log.count("own checkpoint, 32, and steps are") == 1
+    assert "the scale starts as in a new run" not in log

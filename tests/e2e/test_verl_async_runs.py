@@ -19,12 +19,14 @@ from tests.e2e.verl_runs import TIMEOUT_S
 
 STEPS = 3
 OFF_POLICY = "training/off_policy"
-# The sampler is always behind: whenever weights change, some responses are half written.
+# From 0.9 on, a weight update waits until each request has begun, and only then stops what is sampled: it finds some
+# half written where none has to queue for the sampler.
+ALL_AT_ONCE = "actor_rollout_ref.rollout.max_num_seqs=64"
 LONG_RESPONSES = {
     "prompts_per_step": 8,
     "responses_per_prompt": 2,
     "max_response_tokens": 256,
-    "overrides": ("actor_rollout_ref.rollout.max_num_seqs=8",),
+    "overrides": (ALL_AT_ONCE,),
 }
 
 
@@ -35,7 +37,7 @@ def start_async(start_verl: Callable[..., RunResult]) -> Callable[..., RunResult
     def started(trainer: Trainer, **settings: Any) -> RunResult:
         if not has(trainer):
             pytest.skip(f"this release of verl has no {trainer}")
-        result = start_verl("bf16", trainer=trainer, steps=STEPS, **{**LONG_RESPONSES, **settings})
+        result = start_verl("bf16", trainer=trainer, **{"steps": STEPS, **LONG_RESPONSES, **settings})
         assert result.ok, f"{result.reason}\n{result.tail(60)}"
         return result
 
@@ -44,7 +46,8 @@ def start_async(start_verl: Callable[..., RunResult]) -> Callable[..., RunResult
 
 @pytest.fixture(scope="session")
 def colocate_async(start_async: Callable[..., RunResult]) -> RunResult:
-    return start_async("colocate_async")
+    """One step more: the first reward takes so long that all responses are whole by then, enough for two steps."""
+    return start_async("colocate_async", steps=STEPS + 1)
 
 
 @pytest.fixture(scope="session")
@@ -60,8 +63,9 @@ def one_step_off(start_async: Callable[..., RunResult]) -> RunResult:
 
 @pytest.fixture(scope="session")
 def fully_async(start_async: Callable[..., RunResult]) -> RunResult:
-    """Two batches between two updates of the weights."""
-    return start_async("fully_async", updates_per_sync=2)
+    """Two batches between two updates of the weights, and prompts a few at a time: there are always some to go."""
+    few_at_a_time = "++async_training.concurrent_samples_per_replica=2"
+    return start_async("fully_async", updates_per_sync=2, overrides=(ALL_AT_ONCE, few_at_a_time))
 
 
 @pytest.fixture(scope="session")
@@ -71,7 +75,7 @@ def main_ppo_sync(start_async: Callable[..., RunResult]) -> RunResult:
 
 @pytest.mark.timeout(TIMEOUT_S)
 def test_colocated_samplers_go_on_with_newer_weights_where_a_step_has_stopped_them(colocate_async: RunResult) -> None:
-    assert trained_steps(colocate_async) == [1, 2, 3]
+    assert trained_steps(colocate_async) == [1, 2, 3, 4]
     assert max(values(colocate_async, f"{OFF_POLICY}/trajectory_staleness_worst/max")) >= 1
     assert max(values(colocate_async, f"{OFF_POLICY}/trajectory_spans/max")) >= 2
 

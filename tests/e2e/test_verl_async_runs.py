@@ -19,7 +19,7 @@ from tests.e2e.verl_runs import TIMEOUT_S
 
 STEPS = 3
 OFF_POLICY = "training/off_policy"
-# From 0.9 on, a weight update waits until each request has begun, and only then stops what is sampled: it finds some
+# In 0.9.1 a weight update waits until each request has begun, and only then stops what is sampled: it finds some
 # half written where none has to queue for the sampler.
 ALL_AT_ONCE = "actor_rollout_ref.rollout.max_num_seqs=64"
 LONG_RESPONSES = {

@@ -25,8 +25,8 @@ from tests.e2e.verl_runs import FP16_PATCH, TIMEOUT_S, ledger, record
 
 STEPS = 3
 OFF_POLICY = "training/off_policy"
-# Responses so long that some are half written whenever weights change. In 0.9.1 a weight update waits until each request
-# has begun, and only then stops what is sampled: none may have to queue for the sampler.
+# Responses so long that some are half written whenever weights change. In 0.9.1 a sync waits until each request has
+# begun, and only then stops what is sampled: none may have to queue for the sampler.
 ALL_AT_ONCE = "actor_rollout_ref.rollout.max_num_seqs=64"
 LONG_RESPONSES = {
     "prompts_per_step": 8,

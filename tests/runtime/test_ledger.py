@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from fp16_patch.plan.plan import Plan
-from fp16_patch.runtime.ledger import Ledger, judge, merged, missing_record
+from fp16_patch.runtime.ledger import Ledger, digests, judge, merged, missing_record
 
 FP16 = Plan()
 GOOD = {
@@ -86,3 +86,35 @@ def test_what_nobody_has_seen_is_found() -> None:
 def test_merged_holds_all_processes() -> None:
     together = merged([record(), record(actor_autocast="bfloat16")])
     assert together["actor"]["autocast"] == ["bfloat16", "float16"]
+
+
+def sampler(pid: int, digest: str, synced: int | None = 3, rank: str = "0") -> dict:
+    return {**record("sampler_worker"), "pid": pid, "synced": synced, "held": {"rank": rank, "digest": digest}}
+
+
+def test_samplers_that_hold_the_same_weights_have_no_findings() -> None:
+    alike = [sampler(1, "a"), sampler(2, "a"), sampler(3, "b", rank="1"), sampler(4, "b", rank="1")]
+    asleep = sampler(5, "c", synced=1)  # a replica that has not been woken since
+    assert judge([*alike, asleep], FP16, {}) == []
+
+
+def test_the_one_sampler_with_other_weights_is_named() -> None:
+    (finding,) = judge([sampler(1, "a"), sampler(2, "b"), sampler(3, "a")], FP16, {})
+    assert (finding.pid, finding.role, finding.quantity) == (2, "actor", "weights")
+    assert "than 2 other samplers got by sync 3" in finding.seen
+
+
+def test_of_two_the_one_is_named_that_holds_what_it_held_before() -> None:
+    before = digests([sampler(1, "old"), sampler(2, "old")])
+    (finding,) = judge([sampler(1, "new"), sampler(2, "old")], FP16, {}, held_before=before)
+    assert finding.pid == 2
+    assert "than the other sampler got by sync 3" in finding.seen
+
+
+def test_of_two_that_cannot_be_told_apart_both_are_named() -> None:
+    findings = judge([sampler(1, "a"), sampler(2, "b")], FP16, {})
+    assert [finding.pid for finding in findings] == [1, 2]
+
+
+def test_without_a_sync_there_is_nothing_to_compare() -> None:
+    assert judge([sampler(1, "a", synced=None), sampler(2, "b", synced=None)], FP16, {}) == []

@@ -14,7 +14,7 @@ from fp16_patch import Plan
 from fp16_patch.runtime import propagation
 from fp16_patch.runtime.activation import ledger
 from fp16_patch.runtime.ledger import judge
-from fp16_patch.samplers.holdings import begins_a_sync, note_weights, watch_modules
+from fp16_patch.samplers.holdings import begins_a_sync, note_held, note_weights, watch_modules
 
 ROLE = "rollout"
 
@@ -95,3 +95,21 @@ def test_the_first_weights_of_each_sync_begin_it() -> None:
     receiver, buckets = Receiver(), (["a", "b"], ["c"])
     begins = [begins_a_sync(receiver, names) for _ in range(2) for names in buckets]
     assert begins == [True, False, True, False]
+
+
+def held(model: nn.Module) -> dict[str, str]:
+    note_held((0, 1), model)
+    return dict(ledger().held or {})
+
+
+def test_what_a_sync_leaves_is_told_from_what_was_there_before() -> None:
+    model, twin = Model(Layer(), Layer()), Model(Layer(), Layer())
+    assert held(model) == held(twin)
+    assert held(model)["rank"] == "(0, 1)"
+    with torch.no_grad():
+        model.layers[1].weight[2] += 2**-9  # the last bit of a half
+    assert held(model)["digest"] != held(twin)["digest"]
+
+
+def test_a_model_without_floating_weights_has_a_digest_all_the_same() -> None:
+    assert held(nn.Identity()) == {"rank": "(0, 1)", "digest": ""}

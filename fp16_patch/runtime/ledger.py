@@ -31,7 +31,8 @@ class Ledger:
 
     Attributes:
         kind: what the process is: `driver`, `task_runner`, `worker`, `server`, `engine_core`, `sampler_worker`,
-            `sglang_server`, `sglang_scheduler`; `task_runner_v0` runs verl's V0 trainer.
+            `sglang_server`, `sglang_scheduler`; `task_runner_v0` runs verl's V0 trainer, `rollouter` has its samples
+            made.
         rank: its rank in the learner's process group, if it has one.
         training_granted: the driver has judged the whole job and allows optimizer steps.
         sampler_keeps: what the samplers of this job keep in another dtype than the plan's, as the driver told; None
@@ -206,10 +207,10 @@ def _other_weights_findings(records: Sequence[Record], before: Mapping[Process, 
         holding = Counter(record["held"]["digest"] for record in group)
         if len(holding) == 1:
             continue
-        (usual, _), *_ = holding.most_common()
+        (usual, most), (_, second), *_ = holding.most_common()
         unchanged = [each for each in group if before.get((each["host"], each["pid"])) == each["held"]["digest"]]
         odd = [record for record in group if record["held"]["digest"] != usual]
-        at_fault = unchanged if 0 < len(unchanged) < len(group) else odd if len(holding) < len(group) else group
+        at_fault = unchanged if 0 < len(unchanged) < len(group) else odd if second < most else group
         others = "the other sampler" if len(group) == 2 else f"{len(group) - 1} other samplers"
         seen = f"other weights than {others} got by sync {label}"
         findings += [

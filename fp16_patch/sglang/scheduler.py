@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fp16_patch.runtime.activation import ledger, our_part
-from fp16_patch.samplers.holdings import begins_a_sync, note_held, note_weights, role, tell, watch_modules
+from fp16_patch.samplers.holdings import begins_a_sync, note_weights, role, tell, watch_modules
 
 _RUNNER = "sglang.srt.model_executor.model_runner.ModelRunner"
 _WATCHING = our_part("what watches the model of SGLang's scheduler")
@@ -112,9 +112,6 @@ def _noted(
 
 
 def _note_sync(runner: Any, arrived: dict[str, torch.dtype]) -> None:
-    ledger().note(role(), "wire", *arrived.values())
-    if begins_a_sync(runner, arrived):
-        note_weights(role(), runner.model)
-    # Weights come in buckets, and none says that it is the last.
-    note_held((runner.pp_rank, runner.tp_rank), runner.model)
-    tell()
+    new = ledger().note(role(), "wire", *arrived.values())
+    if (begins_a_sync(runner, arrived) and note_weights(role(), runner.model)) or new:
+        tell()

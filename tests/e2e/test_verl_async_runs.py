@@ -111,6 +111,7 @@ def test_samplers_apart_and_learner_compute_in_float16(separate_async: RunResult
 def test_two_samplers_hold_the_same_weights(separate_async: RunResult) -> None:
     held = [process["held"] for process in ledger(separate_async)["processes"] if process["kind"] == "sampler_worker"]
     assert len(held) == 2
+    assert held[0]["digest"]
     assert held[0] == held[1]
 
 
@@ -131,7 +132,7 @@ def test_fresh_tokens_show_numerics_alone(separate_async: RunResult) -> None:
 @pytest.mark.timeout(TIMEOUT_S)
 def test_a_trainer_in_an_actor_of_its_own_is_judged_and_on_record(fully_async: RunResult) -> None:
     found = ledger(fully_async)
-    assert kinds(found) == sorted([*SAMPLER, "driver", "task_runner_v0", "worker"])
+    assert kinds(found) == sorted([*SAMPLER, "driver", "rollouter", "task_runner_v0", "worker"])
     is_in_float16(found)
     assert values(fully_async, "fully_async/count/current_param_version") == [0, 1, 2]
     assert processes(fully_async, "FullyAsyncTrainer").isdisjoint(processes(fully_async, "FullyAsyncRollouter"))

@@ -116,5 +116,10 @@ def test_of_two_that_cannot_be_told_apart_both_are_named() -> None:
     assert [finding.pid for finding in findings] == [1, 2]
 
 
+def test_where_as_many_hold_the_one_as_the_other_all_are_named() -> None:
+    findings = judge([sampler(1, "a"), sampler(2, "b"), sampler(3, "a"), sampler(4, "b")], FP16, {})
+    assert [finding.pid for finding in findings] == [1, 2, 3, 4]
+
+
 def test_without_a_sync_there_is_nothing_to_compare() -> None:
     assert judge([sampler(1, "a", synced=None), sampler(2, "b", synced=None)], FP16, {}) == []

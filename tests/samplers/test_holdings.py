@@ -111,5 +111,19 @@ def test_what_a_sync_leaves_is_told_from_what_was_there_before() -> None:
     assert held(model)["digest"] != held(twin)["digest"]
 
 
+def test_a_weight_that_is_stored_transposed_is_read_as_it_lies() -> None:
+    model = nn.Linear(3, 2)
+    before = held(model)["digest"]
+    model.weight = nn.Parameter(model.weight.detach().t().contiguous().t())
+    assert not model.weight.is_contiguous()
+    assert held(model)["digest"] != before  # another layout is another part
+
+
+def test_an_error_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    note_held(0, None)
+    assert ledger().held is None
+    assert "not compared with the others'" in caplog.text
+
+
 def test_a_model_without_floating_weights_has_a_digest_all_the_same() -> None:
     assert held(nn.Identity()) == {"rank": "(0, 1)", "digest": ""}

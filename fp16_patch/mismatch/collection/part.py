@@ -13,7 +13,7 @@ _FLOOR_METRICS = ("mismatch/noise_floor_tokens", "mismatch/noise_floor_mean_abs"
 
 
 class Message(NamedTuple):
-    """Is a part as it travels, and as it is kept while nobody needs its figures: a few KB."""
+    """Is a part as it travels, and as it is kept while nobody needs its figures: a few KB, and as much for each lag."""
 
     stats: bytes
     noise_floor: bytes | None

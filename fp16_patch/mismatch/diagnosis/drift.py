@@ -21,7 +21,10 @@ from fp16_patch.mismatch.statistics.summary import MismatchStats
 
 EXPONENTS = torch.linspace(1.0, 2.0, 21, dtype=torch.float64)
 CONFIDENT = 1.96
-"""Standard errors to either side that hold 95 %."""
+"""Standard errors to either side. Tokens of a sequence resemble each other, so that they hold less than 95 %."""
+
+LEAST_ERROR = 1e-6
+"""Of a mean, where rounding leaves no spread."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class LagPoint:
 
 @dataclass(frozen=True)
 class NumericPart:
-    """Mean |d| that is not drift, nats, and where it lies with 95 % confidence.
+    """Mean |d| that is not drift, nats, and between what it likely lies.
 
     Attributes:
         measured: it is of tokens of lag 0; else it is the fit's.
@@ -54,15 +57,19 @@ class LagCurve:
     Attributes:
         points: lag → its tokens; of ``MOST_LAG`` stand for all that are as old or older.
         numeric: None where neither fresh tokens nor two other lags are enough to tell.
+        unknown: tokens whose lag nobody knows, where that of others is known.
     """
 
     points: Mapping[int, LagPoint]
     numeric: NumericPart | None
+    unknown: int = 0
 
     @classmethod
-    def of(cls, by_lag: Mapping[int, MismatchStats]) -> LagCurve:
+    def of(cls, by_lag: Mapping[int, MismatchStats], tokens: int | None = None) -> LagCurve:
+        """Take the mismatch by lag, and how many tokens there are in all."""
         points = {lag: _point(stats) for lag, stats in sorted(by_lag.items()) if stats.finite_tokens}
-        return cls(points, _numeric_part(points))
+        known = sum(stats.tokens for stats in by_lag.values())
+        return cls(points, _numeric_part(points), max(0, (tokens or known) - known) if known else 0)
 
     @property
     def mean_lag(self) -> float:
@@ -72,7 +79,7 @@ class LagCurve:
 
     def is_fresh(self) -> bool:
         """Return whether every token was sampled with the learner's weights."""
-        return set(self.points) <= {0}
+        return set(self.points) <= {0} and not self.unknown
 
 
 def drift(curve: LagCurve) -> Sentences:
@@ -81,11 +88,13 @@ def drift(curve: LagCurve) -> Sentences:
         return ()
     stale = {lag: point for lag, point in curve.points.items() if lag}
     tokens = sum(point.tokens for point in curve.points.values())
-    share = sum(point.tokens for point in stale.values()) / tokens
+    old = sum(point.tokens for point in stale.values())
+    behind = sum(lag * point.tokens for lag, point in stale.items()) / old if old else 0.0
     listed = ", ".join(f"{number(point.mean_abs)} at lag {_name(lag)}" for lag, point in curve.points.items())
     return (
-        f"{share:.0%} of {tokens} tokens were sampled with older weights than the learner's, on average by "
-        f"{curve.mean_lag:.2g} versions.",
+        f"{old / tokens:.0%} of {tokens} tokens were sampled with older weights than the learner's, by {behind:.2g} "
+        "versions on average.",
+        *((f"Of {curve.unknown} more nobody knows how old their weights are.",) if curve.unknown else ()),
         f"Mean |d| is {listed}.",
         _numerics_sentence(curve.numeric),
     )
@@ -98,21 +107,22 @@ def _name(lag: int) -> str:
 def _numerics_sentence(numeric: NumericPart | None) -> str:
     if numeric is None:
         return (
-            "What of it is numerics cannot be told: no token is of lag 0, and it takes two other lags to extrapolate."
+            "What of it is numerics cannot be told: too few tokens are of lag 0, and it takes two other lags to "
+            "extrapolate."
         )
     if numeric.measured:
         return f"At lag 0 both sides hold the same weights: {number(numeric.mean_abs)} is numerics, the rest is drift."
     between = f"between {number(numeric.low)} and {number(numeric.high)}"
     return (
-        f"No token is of lag 0: extrapolated to it, numerics make {number(numeric.mean_abs)}, {between} with 95 % "
-        "confidence."
+        f"Too few tokens are of lag 0: extrapolated to it, numerics make {number(numeric.mean_abs)}, likely {between}."
     )
 
 
 def _point(stats: MismatchStats) -> LagPoint:
     n = stats.finite_tokens
     mean = stats.d_abs_sum / n
-    return LagPoint(n, mean, math.sqrt(max(0.0, stats.d_square_sum / n - mean**2) / n))
+    error = math.sqrt(max(0.0, stats.d_square_sum / n - mean**2) / n)
+    return LagPoint(n, mean, max(error, LEAST_ERROR * mean))
 
 
 def _numeric_part(points: Mapping[int, LagPoint]) -> NumericPart | None:

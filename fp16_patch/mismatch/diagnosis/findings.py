@@ -183,7 +183,7 @@ def _explains_too_little(faults: list[Diagnosis], last: Diagnosis, evidence: Evi
 def diagnose_run(run: RunRecord) -> list[Diagnosis]:
     """Diagnose a recorded run; where it knows how old its samples are, by those that are fresh."""
     known = run.ledger or None, run.plan or None, run.noise_floor
-    curve = LagCurve.of(run.by_lag)
+    curve = LagCurve.of(run.by_lag, run.stats.tokens)
     if curve.is_fresh():
         return diagnose(run.step_stats, *known, run.starts)
     whole = Evidence.of(run.step_stats, *known)

@@ -14,6 +14,7 @@ WORST_TOKENS = 16
 LISTED_PROBLEMS = 5
 
 State = dict[str, Any]
+_NOTHING: State = MismatchStats.empty().to_dict()
 Worst = list[tuple[int, WorstToken]]
 
 
@@ -48,24 +49,24 @@ class States:
             state = _object(line.get("state"))
             floor = MismatchStats.from_dict(_object(line["noise_floor"])) if line.get("noise_floor") else None
             by_lag = _by_lag(line.get("by_lag"))
-            if keep:
-                self.kept[step] = MismatchStats.from_dict(state)
-                if by_lag:
-                    self.fresh[step] = MismatchStats.from_dict(by_lag[0]) if 0 in by_lag else MismatchStats.empty()
+            kept = MismatchStats.from_dict(state) if keep else None
+            fresh = MismatchStats.from_dict(by_lag.get(0, _NOTHING)) if keep and by_lag else None
         except ValueError as problem:
             self._leave_out(step, problem)
             return
+        self.kept |= {} if kept is None else {step: kept}
+        self.fresh |= {} if fresh is None else {step: fresh}
         if floor is not None:
             self.noise_floor = floor if self.noise_floor is None else self.noise_floor + floor
         self._total.add(step, state)
         for lag, of_lag in by_lag.items():
-            self._of_lag.setdefault(lag, _Sum(_ignore, self._leave_out)).add(step, of_lag)
+            self._of_lag.setdefault(lag, _Sum(_ignore, _ignore)).add(step, of_lag)
 
     def total(self) -> MismatchStats:
         return self._total.total()
 
     def by_lag(self) -> dict[int, MismatchStats]:
-        """Return the mismatch of all steps by lag, as far as lags are known."""
+        """Return the mismatch of all steps by lag, as far as lags are known, and as it can be read."""
         return {lag: self._of_lag[lag].total() for lag in sorted(self._of_lag)}
 
     def notes(self, name: str) -> list[str]:
@@ -131,8 +132,8 @@ class _Sum:
         return True
 
 
-def _ignore(states: Iterable[tuple[int, State]]) -> None:
-    del states
+def _ignore(*told: object) -> None:
+    del told
 
 
 def _by_lag(content: object) -> dict[int, State]:

@@ -51,9 +51,9 @@ def measure_by_lag(
     stats: MismatchStats = MismatchStats.from_log_probs(
         sampler, learner, mask, token_ids=token_ids, first_sequence=first_sequence
     )
-    lags = lags.clamp(UNKNOWN, MOST_LAG)
-    # Counted and not sorted: there may be millions.
-    present = ((lags - UNKNOWN).flatten().bincount().nonzero().flatten() + UNKNOWN).tolist()
+    lags = lags.clamp(UNKNOWN, MOST_LAG).to(torch.int8)
+    # Not sorted, as `unique` does: there may be millions.
+    present = [lag for lag in range(UNKNOWN, MOST_LAG + 1) if bool((lags == lag).any())]
     if len(present) == 1:
         return stats, {} if present == [UNKNOWN] else {present[0]: stats}
     on_device = lags.to(learner.device, non_blocking=True)

@@ -42,8 +42,12 @@ def update_weights(wrapped: Any, worker: Any, args: Any, kwargs: Any) -> Any:
 def update_weights_from_ipc(wrapped: Any, worker: Any, args: Any, kwargs: Any) -> Any:
     """`vLLMColocateWorkerExtension.update_weights_from_ipc`, a whole sync: note which weights have come of it."""
     result = wrapped(*args, **kwargs)
-    note_held(worker.rank, worker.model_runner.model)
-    tell()
+    layout = worker.vllm_config.parallel_config
+    # Where experts move between ranks by their load, two samplers may hold other ones.
+    if not getattr(layout, "enable_eplb", False):
+        part = layout.data_parallel_rank, layout.tensor_parallel_size, layout.pipeline_parallel_size, worker.rank
+        note_held(part, worker.model_runner.model)
+        tell()
     return result
 
 

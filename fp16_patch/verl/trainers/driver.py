@@ -29,6 +29,10 @@ class VerlDriver(FrameworkDriver):
 
     framework = "verl"
 
+    def __init__(self, trainer: Any) -> None:
+        super().__init__(trainer)
+        self._passes = 0
+
     def reconcile(self) -> None:
         """Refuse a trainer that updates past us, then reconcile plan and configuration.
 
@@ -115,7 +119,8 @@ class VerlDriver(FrameworkDriver):
         """
         if self.monitor is not None and self.monitor.measures:
             restored = self._restores_synced() if restored is None else restored
-            extra[ORDER] = json.dumps([*self.monitor.order, self.samples_ahead(), restored])
+            self._passes += 1
+            extra[ORDER] = json.dumps([*self.monitor.order, self._passes, self.samples_ahead(), restored])
         try:
             yield
         finally:
@@ -130,7 +135,8 @@ class VerlDriver(FrameworkDriver):
 
         Those that update several times between syncs do, so that all samples of a sync are scored by one policy.
         """
-        return hasattr(getattr(self.trainer, "actor_rollout_wg", None), "restore_model_from_cpu")
+        workers = getattr(self.trainer, "actor_rollout_wg", None)
+        return hasattr(self.trainer, "local_trigger_step") and hasattr(workers, "restore_model_from_cpu")
 
     def expect_batch(self, batch: Any) -> None:
         """Expect the ranks to have observed this batch's sampled tokens."""

@@ -6,12 +6,13 @@ Each rank counts for itself: it takes part in every update of the policy and in 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fp16_patch.mismatch.statistics.by_lag import UNKNOWN
+from fp16_patch.mismatch.statistics.by_lag import MOST_LAG, UNKNOWN
 from fp16_patch.patching.call_arguments import argument
 from fp16_patch.runtime.weight_versions import WeightVersions
 from fp16_patch.verl.samplers.weight_versions import RUNS
@@ -41,10 +42,10 @@ def now(ahead: bool, restored: bool) -> Mapping[str, int]:
 
 
 def lags_of(data: Any, lag_of_label: Mapping[str, int], lengths: Tensor, prompt_lengths: Tensor) -> Tensor:
-    """Return the lag of each token of the responses, int64 (sequences, longest response), on the host.
+    """Return the lag of each token of the responses, int8 (sequences, longest response), on the host.
 
     A response's padding has the lag of its end, and what a tool has answered between two turns that of both, if they
-    are alike: neither was sampled.
+    are alike.
 
     Args:
         data: the rank's batch, a TensorDict.
@@ -52,17 +53,19 @@ def lags_of(data: Any, lag_of_label: Mapping[str, int], lengths: Tensor, prompt_
         lengths: tokens of each response, int64 on the host.
         prompt_lengths: tokens of each prompt, likewise.
     """
-    lags = torch.full((len(lengths), int(lengths.max())), UNKNOWN)
+    lags = torch.full((len(lengths), int(lengths.max())), UNKNOWN, dtype=torch.int8)
+    lag_of_label = {label: min(lag, MOST_LAG) for label, lag in lag_of_label.items()}
     for row, fields in enumerate(_fields_of(data, len(lengths))):
         length, prompt = int(lengths[row]), int(prompt_lengths[row])
         runs = [(start - prompt, count, lag_of_label.get(str(label), UNKNOWN)) for start, count, label in _runs(fields)]
         inside = [run for run in runs if run[0] + run[1] > 0] or [(0, length, _whole(fields, lag_of_label))]
         for start, count, lag in inside:
             lags[row, max(0, start) : start + count] = lag
-        if len({lag for _, _, lag in inside}) == 1:
-            lags[row] = inside[0][2]
-        elif 0 < length < lags.shape[1]:
-            lags[row, length:] = lags[row, length - 1]
+        # Neither was sampled, and a row of one lag is measured at once.
+        for (start, count, lag), (following, _, other) in pairwise(inside):
+            if lag == other:
+                lags[row, max(0, start + count) : following] = lag
+        lags[row, length:] = lags[row, length - 1] if length else UNKNOWN
     return lags
 
 

@@ -20,7 +20,7 @@ from fp16_patch.verl.trainers import lags
 
 # Rides in the batch from the driver to the ranks, as JSON: an `Order`.
 ORDER = "fp16_patch_observe"
-# On an engine: the run and the round that its updates have been observed for.
+# On an engine: the run and the pass that its updates were observed for last.
 _OBSERVED = "_fp16_patch_observed"
 
 
@@ -30,6 +30,7 @@ class Order(NamedTuple):
     Attributes:
         number: the round.
         rescores: whether to measure the learner against itself.
+        number_of_pass: tells the passes of a round apart.
         ahead: samples may have been drawn with older weights than the learner's.
         restored: the learner has, for this pass, the weights that samplers got last.
     """
@@ -37,6 +38,7 @@ class Order(NamedTuple):
     run: str
     number: int
     rescores: bool
+    number_of_pass: int
     ahead: bool
     restored: bool
 
@@ -61,9 +63,12 @@ def order_for_update(engine: Any, data: Any) -> Order | None:
     from verl.utils import tensordict_utils
 
     order = take_order(data)
-    if order is None or role_of(engine) != "actor" or getattr(engine, _OBSERVED, None) == order[:2]:
+    if order is None or role_of(engine) != "actor":
         return None
-    setattr(engine, _OBSERVED, order[:2])
+    this = order.run, order.number_of_pass
+    if getattr(engine, _OBSERVED, None) == this:
+        return None
+    setattr(engine, _OBSERVED, this)
     # From 0.9.0 on engines keep no log-probs of what they train on, unless told.
     tensordict_utils.assign_non_tensor(data, return_model_output=True)
     return order

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
+from fp16_patch.runtime.preflight import ANSWER_TIMEOUT_S
 from fp16_patch.verl.trainers.driver import VerlDriver, servers_of
 
 _CHECKPOINT_MANAGERS = ("checkpoint_manager", "hybrid_checkpoint_manager")
@@ -29,14 +30,26 @@ class VerlSeparateDriver(VerlV0Driver):
         synced = [server for manager in managers if manager is not None for server in servers_of(manager)]
         return [*super().servers(), *synced, *self._of_rollouter()]
 
+    def actors(self) -> list[tuple[str, Any]]:
+        rollouter = getattr(self.trainer, "rollouter", None)
+        return [*super().actors(), *([] if rollouter is None else [("rollouter", rollouter)])]
+
     def _of_rollouter(self) -> Iterable[Any]:
-        """Ask the actor that has samples made for the servers of its reward models and teachers."""
+        """Ask the actor that has samples made for the servers of its reward models and teachers.
+
+        One that does not answer is found out when it is asked for its own record.
+        """
         rollouter = getattr(self.trainer, "rollouter", None)
         if rollouter is None:
             return ()
         import ray
 
-        return ray.get(rollouter.__ray_call__.remote(served_beside_the_policy))  # type: ignore[no-any-return]
+        try:
+            return ray.get(  # type: ignore[no-any-return]
+                rollouter.__ray_call__.remote(served_beside_the_policy), timeout=ANSWER_TIMEOUT_S
+            )
+        except Exception:
+            return ()
 
 
 def served_beside_the_policy(rollouter: Any) -> list[Any]:

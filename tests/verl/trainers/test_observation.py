@@ -55,18 +55,30 @@ def observation(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The module under test; importing its package activates."""
     from fp16_patch.verl.trainers import observation
 
-    monkeypatch.setattr(observation.lags.versions, "lags", lambda restored: lag_of_label)
+    # Of weights that samplers got last, what they drew is a version younger than of those of now.
+    monkeypatch.setattr(
+        observation.lags.versions,
+        "lags",
+        lambda restored: {label: lag - restored for label, lag in lag_of_label.items()},
+    )
     fp16_patch.deactivate()
     yield observation
     fp16_patch.deactivate()
 
 
 def order(
-    data: TensorDict, observation: Any, run: str, number: int, rescores: bool, lags: dict[str, int] | None = None
+    data: TensorDict,
+    observation: Any,
+    run: str,
+    number: int,
+    rescores: bool,
+    lags: dict[str, int] | None = None,
+    number_of_pass: int = 0,
+    restored: bool = False,
 ) -> None:
     lag_of_label.clear()
     lag_of_label.update(lags or {})
-    of_the_driver = json.dumps([run, number, rescores, bool(lags), False])
+    of_the_driver = json.dumps([run, number, rescores, number_of_pass, bool(lags), restored])
     tensordict_utils.assign_non_tensor_data(data, observation.ORDER, of_the_driver)
 
 
@@ -221,15 +233,36 @@ def test_nothing_is_said_of_samples_whose_sync_nobody_knows(
 def test_an_update_is_observed_in_its_first_mini_batch(batch: TensorDict, observation: Any, reports: list[Any]) -> None:
     engine = Engine()
     with_columns(batch)
-    for number, mini_batch in ((7, 0), (7, 1), (8, 0)):
-        order(batch, observation, "run", number, False, LAGS)
+    # Of one round: an update of two mini-batches, and another update.
+    for number_of_pass, mini_batch in ((7, 0), (7, 1), (8, 0)):
+        order(batch, observation, "run", 5, False, LAGS, number_of_pass)
         taken = observation.order_for_update(engine, batch)
         assert (taken is not None) == (mini_batch == 0)
         if taken is not None:
             assert tensordict_utils.get(batch, "return_model_output") is True
             observation.observe(engine, taken, batch, engine.infer(batch), LAGS)
-    assert [number for _, number, *_ in reports] == [7, 8]
+    assert [number for _, number, *_ in reports] == [5, 5]
     assert reports[0][-1][0].tokens == 4
+
+
+def test_a_pass_by_the_weights_of_the_last_sync_has_the_lags_of_then(
+    batch: TensorDict, observation: Any, reports: list[Any]
+) -> None:
+    engine = Engine()
+    with_columns(batch)
+    order(batch, observation, "run", 7, False, {"2": 3, "3": 2, "4": 1}, restored=True)
+    observation.infer_batch(engine.infer, engine, (batch,), {})
+    assert {lag: part.tokens for lag, part in reports[0][-1].items()} == {0: 4, 1: 5, 2: 1}
+
+
+def test_tokens_that_no_run_covers_are_of_unknown_lag(batch: TensorDict, observation: Any, reports: list[Any]) -> None:
+    engine = Engine()
+    # Of four tokens the last two; between two runs of one lag lies what a tool has answered.
+    runs = ([[3, 2, 4]], [[3, 2, 4]], [[2, 1, 4]], [[4, 1, 4], [6, 1, 4]])
+    batch["fp16_patch_versions"] = NonTensorStack(*(NonTensorData({"runs": of_row}) for of_row in runs))
+    order(batch, observation, "run", 7, False, LAGS)
+    observation.infer_batch(engine.infer, engine, (batch,), {})
+    assert {lag: part.tokens for lag, part in reports[0][-1].items()} == {0: 8}
 
 
 def test_an_engine_that_keeps_no_log_probs_of_an_update_reports_nothing(

@@ -179,7 +179,7 @@ def test_workers_that_fit_calls_itself_are_held_back_and_ordered_too(made: Any, 
     for hook in (v0.actor_workers, v0.critic_workers, v0.observing_workers):
         hook(lambda: None, made, (), {})
     workers.compute_log_prob(batch)
-    assert ordered == [json.dumps(["run", 7, False, False, False])]
+    assert ordered == [json.dumps(["run", 7, False, 1, False, False])]
     assert monitor.expected == [sum(RESPONSES)]
     assert observation.ORDER not in batch.meta_info
     with pytest.raises(PrecisionError):

@@ -90,7 +90,9 @@ def _with_ending(record: RunRecord, result: RunResult) -> RunRecord:
 
 def _advance(progress: Progress, bar: Any) -> Callable[[dict[str, Any]], None]:
     def on_step(step: dict[str, Any]) -> None:
-        gap, reward = step.get("mismatch/mean_abs"), next((step[name] for name in REWARDS if name in step), None)
+        # Of an asynchronous run, what is not drift.
+        gap = step.get("mismatch/lag0_mean_abs", step.get("mismatch/mean_abs"))
+        reward = next((step[name] for name in REWARDS if name in step), None)
         said = [
             f"mean |d| {gap:.1e}" if gap is not None else None,
             f"reward {reward:.2f}" if reward is not None else None,

@@ -28,6 +28,14 @@ STEPS = 2
 # Far above what FP16 gradients bear, and a power of two.
 OVERFLOWING = 2**40
 PATCHED = (*RUN, "--")
+# Sampling takes longer than an update, so that responses are half written where weights change.
+ASYNCHRONOUS: dict[str, Any] = {
+    "steps": 5,
+    "prompts_per_step": 4,
+    "responses_per_prompt": 2,
+    "max_response_tokens": 192,
+    "extra": ("--train.async_enable", "--train.async_queue_size", "2", "--train.partial_rollout_enable"),
+}
 
 
 @pytest.fixture(scope="session")
@@ -94,14 +102,26 @@ def lora(start: Callable[..., RunResult]) -> RunResult:
 
 
 @pytest.fixture(scope="session")
+def asynchronous(start: Callable[..., RunResult]) -> RunResult:
+    """Samples up to two updates old, and responses that a broadcast of weights pauses half written."""
+    return finished(start("asynchronous", PATCHED, **ASYNCHRONOUS), ASYNCHRONOUS["steps"])
+
+
+@pytest.fixture(scope="session")
+def asynchronous_bf16(start: Callable[..., RunResult]) -> RunResult:
+    """The same, OpenRLHF as it is."""
+    return finished(start("asynchronous_bf16", OBSERVED, **ASYNCHRONOUS), ASYNCHRONOUS["steps"])
+
+
+@pytest.fixture(scope="session")
 def mixed_pair(start: Callable[..., RunResult]) -> RunResult:
     """The plan, in a fork of OpenRLHF whose sampler stays in bfloat16."""
     return start("mixed_pair", (sys.executable, str(Path(__file__).with_name("mixed_pair.py"))))
 
 
-def finished(result: RunResult) -> RunResult:
+def finished(result: RunResult, steps: int = STEPS) -> RunResult:
     assert result.ok, f"{result.reason}\n{result.tail(60)}"
-    assert len(result.steps) == STEPS
+    assert len(result.steps) == steps
     return result
 
 
@@ -218,6 +238,44 @@ def test_a_lora_policy_reaches_the_sampler(lora: RunResult) -> None:
     assert ledger(lora)["roles"]["rollout"]["wire"] == ["float16"]
     # The second step samples with the weights that the first one sent.
     assert lora.steps[1]["mismatch/mean_abs"] < 1.5e-3
+
+
+@pytest.mark.timeout(TIMEOUT_S)
+def test_an_asynchronous_run_is_in_float16_throughout(asynchronous: RunResult) -> None:
+    found = ledger(asynchronous)
+    kinds = sorted(process["kind"] for process in found["processes"])
+    assert kinds == ["driver", "engine_core", "sampler_worker", "server", "task_runner", "worker"]
+    assert {(process["mode"], process["problem"]) for process in found["processes"]} == {("fp16", None)}
+    halves = {"actor": ("parameter", "activation"), "rollout": ("engine_weight", "kv_cache", "activation", "wire")}
+    for role, quantities in halves.items():
+        assert {name: found["roles"][role][name] for name in quantities} == dict.fromkeys(quantities, ["float16"])
+
+
+@pytest.mark.timeout(TIMEOUT_S)
+def test_fresh_tokens_are_told_from_those_of_older_weights(asynchronous: RunResult) -> None:
+    first, *later = asynchronous.steps
+    assert first["mismatch/lag_max"] == 0
+    assert max(step["mismatch/lag_max"] for step in later) >= 1
+    for step in asynchronous.steps:
+        assert step["mismatch/lag_known"] == step["mismatch/coverage"] == 1
+        assert step.get("mismatch/lag0_mean_abs", 0) < 1.5e-3
+        assert step.get("mismatch/stale_mean_abs", 1) > 3 * first["mismatch/lag0_mean_abs"]
+        # One token on the wrong side of a broadcast would be off by as much as the stale ones.
+        assert step.get("mismatch/lag0_max_abs", 0) < 3e-2
+    # Tokens of one batch, some before and some after the broadcast that paused it.
+    assert any(step["mismatch/lag_min"] < step["mismatch/lag_max"] for step in later)
+    by_lag = load_run(record(asynchronous)).by_lag
+    assert by_lag[0].metrics()["mismatch/mean_abs"] < 1.5e-3 < by_lag[1].metrics()["mismatch/mean_abs"]
+
+
+@pytest.mark.matrix
+@pytest.mark.timeout(TIMEOUT_S)
+def test_three_more_bits_show_in_fresh_tokens(asynchronous: RunResult, asynchronous_bf16: RunResult) -> None:
+    stock, ours = (
+        load_run(record(result)).by_lag[0].metrics()["mismatch/mean_abs"]
+        for result in (asynchronous_bf16, asynchronous)
+    )
+    assert stock / ours > 6
 
 
 def test_a_mixed_pair_is_refused_before_the_first_step(mixed_pair: RunResult) -> None:

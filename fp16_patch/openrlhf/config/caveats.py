@@ -22,10 +22,19 @@ def samples_hold_log_probs() -> bool:
     return any("rollout_log_probs" in (Installed().read(module) or "") for module in _EXPERIENCE)
 
 
+def buffers_keep_prompts() -> bool:
+    """Return whether replay buffers of the installed release keep a sample's prompt, which knows its age."""
+    return "prompts" in (Installed().read(_EXPERIENCE[1]) or "")
+
+
 _CAVEATS: tuple[tuple[Callable[[Any], bool], str], ...] = (
     (
-        lambda args: get(args, "train.async_enable"),
-        "includes the age of the sampler's weights: training is asynchronous",
+        lambda args: get(args, "train.async_enable") and buffers_keep_prompts(),
+        "includes the age of the sampler's weights, as training is asynchronous; mismatch/lag0_* is without it",
+    ),
+    (
+        lambda args: get(args, "train.async_enable") and not buffers_keep_prompts(),
+        "includes the age of the sampler's weights, as training is asynchronous; up to 0.9.8, nobody knows that age",
     ),
     (
         lambda args: (get(args, "rollout.top_p") or 1) < 1,

@@ -8,7 +8,8 @@ from typing import Any
 
 from fp16_patch.mismatch.collection import actors
 from fp16_patch.openrlhf.config.arguments import get
-from fp16_patch.openrlhf.config.caveats import caveats_of
+from fp16_patch.openrlhf.config.caveats import buffers_keep_prompts, caveats_of
+from fp16_patch.openrlhf.samplers import weight_versions
 from fp16_patch.runtime.driver import FrameworkDriver
 from fp16_patch.vllm import server
 from fp16_patch.vllm.sampler import VLLM
@@ -68,6 +69,11 @@ class OpenRLHFDriver(FrameworkDriver):
     def request_attestations(self) -> None:
         """Have the engines watch their first rollout, without waiting for them."""
         server.request_records(self._engines())
+
+    def follow_versions(self) -> None:
+        """Have the engines note the weights of what they sample, where these may be older than the learner's."""
+        if self.measures and get(self.trainer.args, "train.async_enable") and buffers_keep_prompts():
+            weight_versions.watch(self._engines())
 
     def update(self, step: int, wrapped: Callable[..., dict[str, Any]], args: Any, kwargs: Any) -> dict[str, Any]:
         """Call what updates the engines, and returns the status of those that took part; see `checked_update`."""

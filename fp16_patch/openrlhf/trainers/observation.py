@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,8 +11,10 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from fp16_patch.mismatch.collection import actors, rank
+from fp16_patch.mismatch.statistics.by_lag import Lags, measure_by_lag
 from fp16_patch.mismatch.statistics.summary import MismatchStats
 from fp16_patch.openrlhf.config.arguments import get
+from fp16_patch.openrlhf.trainers import lags
 from fp16_patch.runtime.activation import current_plan
 
 # OpenRLHF's calls to a rank have no room for a message of ours, so driver and ranks count the rounds alike.
@@ -36,8 +40,8 @@ def _observe(trainer: Any, number: int, floor: MismatchStats | None) -> None:
     if not items or any(mesh[name].get_local_rank() for name in ("sp", "tp")):
         return
     index, size = mesh["dp"].get_local_rank(), mesh["dp"].size()
-    first = index * len(items)
-    rank.observe(actors.job_run(), index, size, number, lambda: (compare(items, "rollout_log_probs", first), {}), floor)
+    measure = partial(_compare_by_lag, items, index * len(items), lags.now(trainer))
+    rank.observe(actors.job_run(), index, size, number, measure, floor)
 
 
 def has_sampler_log_probs(experience: Any) -> bool:
@@ -45,10 +49,26 @@ def has_sampler_log_probs(experience: Any) -> bool:
     return getattr(experience, "rollout_log_probs", None) is not None
 
 
-def compare(items: list[Any], other: str, first_sequence: int = 0) -> MismatchStats:
-    """Compare the learner's log-probs with another field's, over OpenRLHF's `Experience` items of one sequence each.
+def _compare_by_lag(
+    items: list[Any], first_sequence: int, lag_of_label: Mapping[str, int]
+) -> tuple[MismatchStats, Lags]:
+    """Compare the learner's log-probs with the sampler's.
 
-    Their actions start at the second token.
+    Args:
+        lag_of_label: as of now, see `lags.now`: the learner's were computed with the weights that it still has.
+    """
+    sampler, learner, mask, tokens = _padded(items, "rollout_log_probs")
+    if not lag_of_label:
+        return MismatchStats.from_log_probs(sampler, learner, mask, token_ids=tokens, first_sequence=first_sequence), {}
+    of_tokens = lags.lags_of(items, lag_of_label, mask)
+    return measure_by_lag(sampler, learner, mask, of_tokens, tokens, first_sequence)
+
+
+def _padded(items: list[Any], other: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return another field, the learner's log-probs, mask and ids of the actions, which start at the second token.
+
+    Args:
+        items: OpenRLHF's `Experience`s of one sequence each.
     """
     others, learner, mask, tokens = (
         pad_sequence(list(fields), batch_first=True)
@@ -57,10 +77,7 @@ def compare(items: list[Any], other: str, first_sequence: int = 0) -> MismatchSt
             strict=True,
         )
     )
-    stats: MismatchStats = MismatchStats.from_log_probs(
-        others, learner, mask, token_ids=tokens[:, : mask.shape[1]], first_sequence=first_sequence
-    )
-    return stats
+    return others, learner, mask, tokens[:, : mask.shape[1]]
 
 
 def _noise_floor(trainer: Any) -> MismatchStats | None:
@@ -81,7 +98,9 @@ def _noise_floor(trainer: Any) -> MismatchStats | None:
 
     def score(chosen: list[Any]) -> MismatchStats:
         rescored = [SimpleNamespace(**vars(item), again=_score(trainer.actor, item)) for item in chosen]
-        return compare(rescored, "again")
+        again, learner, mask, _ = _padded(rescored, "again")
+        floor: MismatchStats = MismatchStats.from_log_probs(again, learner, mask)
+        return floor
 
     return rank.noise_floor(choose, score)
 

@@ -7,6 +7,7 @@ from typing import Any
 from fp16_patch.openrlhf.deepspeed.engines import inner
 from fp16_patch.openrlhf.deepspeed.step_report import train_and_report
 from fp16_patch.openrlhf.trainers.driver import OpenRLHFDriver
+from fp16_patch.openrlhf.trainers.lags import PolicyVersions
 from fp16_patch.openrlhf.trainers.observation import has_sampler_log_probs, observe_buffer
 from fp16_patch.patching.call_arguments import argument
 
@@ -22,6 +23,7 @@ def init(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
     driver = OpenRLHFDriver.of(trainer)
     driver.begin()
     driver.request_attestations()
+    driver.follow_versions()
     return result
 
 
@@ -65,7 +67,10 @@ def save_logs_and_checkpoints(wrapped: Any, trainer: Any, args: Any, kwargs: Any
 def train_actor(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
     """`ActorPPOTrainer.ppo_train`: observe what it trains on, and add what becomes of its steps to the status."""
     observe_buffer(trainer)
-    return train_and_report("actor", "fp16/", inner(trainer.actor), lambda: wrapped(*args, **kwargs))
+    status = train_and_report("actor", "fp16/", inner(trainer.actor), lambda: wrapped(*args, **kwargs))
+    if status["fp16/step_skipped"] < 1:
+        PolicyVersions.of(trainer).updated()
+    return status
 
 
 def train_critic(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:

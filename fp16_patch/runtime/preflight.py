@@ -144,15 +144,62 @@ def grant_training(actors: Sequence[tuple[str, Any]], sampler_keeps: Kept | None
 
 
 def require_training_grant() -> None:
-    """Refuse an optimizer step in a Ray worker whose driver never judged the job.
+    """Refuse an optimizer step in a Ray worker whose driver never judged the job, and where the own check fails.
 
     Raises:
-        PrecisionError: the driver's own check is not live, so nobody vouches for the other processes.
+        PrecisionError: the driver's own check is not live, so nobody vouches for the other processes; or this process
+            does not compute as planned.
     """
-    if not current_plan().overrides_dtype or ledger().training_granted or not inside_ray_actor():
+    if not current_plan().overrides_dtype:
         return
-    where = socket.gethostname(), os.getpid(), ledger().kind
-    raise PrecisionError([PrecisionFinding(*where, "clearance", _UNCHECKED, "given before the first optimizer step")])
+    if not ledger().training_granted and inside_ray_actor():
+        where = socket.gethostname(), os.getpid(), ledger().kind
+        finding = PrecisionFinding(*where, "clearance", _UNCHECKED, "given before the first optimizer step")
+        raise PrecisionError([finding])
+    if (check := ledger().own_check) is not None:
+        check()
+
+
+def check_itself(actor: Any, framework: str, required: Mapping[str, Sequence[str]]) -> None:
+    """Have this process judge itself from now on, where no pass before the first update shows what it computes in.
+
+    Args:
+        actor: what Ray passes to a function that it calls inside one; None outside.
+        framework: whose patches must be live.
+        required: role → quantities that this process must have seen once it has computed a batch.
+    """
+    del actor
+    ledger().own_check = _OwnCheck(framework, required)
+
+
+class _OwnCheck:
+    """Judges this process before its first optimizer step, and each `ledger_every` steps.
+
+    By then the batch has been computed, forward and backward.
+    """
+
+    def __init__(self, framework: str, required: Mapping[str, Sequence[str]]) -> None:
+        self.framework, self.required = framework, required
+        self._steps = 0
+
+    def __call__(self) -> None:
+        """Judge before a step, if that is due.
+
+        Raises:
+            PrecisionError: with host, pid, role, quantity, what was seen and what was wanted.
+        """
+        if self._steps % current_plan().ledger_every == 0:
+            self._judge()
+        self._steps += 1
+
+    def _judge(self) -> None:
+        plan, noted = current_plan(), ledger()
+        noted.kind = "worker"
+        record = attestation()
+        if findings := judge([record], plan, self.required, partial(owed_patches, self.framework)):
+            raise PrecisionError(findings)
+        if self._steps == 0 and not noted.rank:
+            logger.info("rank %s attests mode %s: %s", noted.rank or 0, plan.mode, _summary([record]))
 
 
 def _of_kind(record: Record, kind: str) -> Record:

@@ -102,3 +102,42 @@ def test_observe_stops_nobody(planned: Ledger, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(activation._state, "plan", Plan(mode="observe"))
     monkeypatch.setattr(preflight, "inside_ray_actor", lambda: True)
     preflight.require_training_grant()
+
+
+REQUIRED = {"actor": ("autocast", "gradient")}
+
+
+@pytest.fixture
+def alone(planned: Ledger, monkeypatch: pytest.MonkeyPatch) -> Ledger:
+    """A process that no driver asks."""
+    monkeypatch.setattr(preflight, "inside_ray_actor", lambda: False)
+    return planned
+
+
+def test_a_process_that_checks_itself_steps_once_it_has_computed_as_planned(alone: Ledger) -> None:
+    preflight.check_itself(None, "verl", REQUIRED)
+    alone.note("actor", "autocast", "float16")
+    with pytest.raises(PrecisionError, match="gradient +never seen"):
+        preflight.require_training_grant()
+    alone.note("actor", "gradient", "float32")
+    preflight.require_training_grant()
+    assert alone.kind == "worker"
+
+
+def test_a_process_that_checks_itself_finds_another_dtype_now_and_then(alone: Ledger) -> None:
+    preflight.check_itself(None, "verl", {})
+    preflight.require_training_grant()
+    alone.note("actor", "autocast", "bfloat16")
+    for _ in range(activation.current_plan().ledger_every - 1):
+        preflight.require_training_grant()
+    with pytest.raises(PrecisionError, match="autocast +bfloat16 +float16"):
+        preflight.require_training_grant()
+
+
+def test_a_process_that_checks_itself_refuses_to_step_without_its_patches(
+    alone: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "owed_patches", lambda framework, kind: (f"of-a-{framework}-{kind}",))
+    preflight.check_itself(None, "verl", {})
+    with pytest.raises(PrecisionError, match="patches not live: of-a-verl-worker"):
+        preflight.require_training_grant()

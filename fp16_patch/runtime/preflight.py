@@ -12,10 +12,14 @@ import socket
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
 from fp16_patch.plan.errors import PrecisionError, PrecisionFinding
+from fp16_patch.plan.plan import Plan
 from fp16_patch.runtime import propagation
 from fp16_patch.runtime.activation import attestation, current_plan, ledger, owed_patches
 from fp16_patch.runtime.fp32_weights import Kept, kept_by_samplers
@@ -196,10 +200,43 @@ class _OwnCheck:
         plan, noted = current_plan(), ledger()
         noted.kind = "worker"
         record = attestation()
-        if findings := judge([record], plan, self.required, partial(owed_patches, self.framework)):
+        findings = judge([record], plan, self.required, partial(owed_patches, self.framework))
+        if not findings and self._steps == 0:
+            findings = _other_ranks_findings(plan)
+        if findings:
             raise PrecisionError(findings)
         if self._steps == 0 and not noted.rank:
             logger.info("rank %s attests mode %s: %s", noted.rank or 0, plan.mode, _summary([record]))
+
+
+def _other_ranks_findings(plan: Plan) -> list[PrecisionFinding]:
+    """Tell the other ranks of a job without a driver that this one is live, and name those that do not tell in time."""
+    from torch import distributed
+
+    if inside_ray_actor() or not distributed.is_initialized():
+        return []
+    from fp16_patch.runtime.torch_private import job_store
+
+    store, told = job_store(), replace(plan, out_dir=None).to_json()
+    keys = [f"fp16_patch/plan of rank {rank}" for rank in range(distributed.get_world_size())]
+    store.set(keys[distributed.get_rank()], told)
+    # Not a collective: a rank without us would take part in the next one, or never come.
+    with suppress(RuntimeError):
+        store.wait(keys, timedelta(seconds=ANSWER_TIMEOUT_S))
+    answers = [store.get(key).decode() if store.check([key]) else None for key in keys]
+    absent = "no attestation: fp16_patch is not live there; start every node with `fp16-patch run --`"
+    return [
+        PrecisionFinding(
+            f"rank {rank}",
+            None,
+            "worker",
+            "attestation",
+            "another plan" if answer else absent,
+            f"live, mode {plan.mode}",
+        )
+        for rank, answer in enumerate(answers)
+        if answer != told
+    ]
 
 
 def _of_kind(record: Record, kind: str) -> Record:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -140,4 +141,37 @@ def test_a_process_that_checks_itself_refuses_to_step_without_its_patches(
     monkeypatch.setattr(preflight, "owed_patches", lambda framework, kind: (f"of-a-{framework}-{kind}",))
     preflight.check_itself(None, "verl", {})
     with pytest.raises(PrecisionError, match="patches not live: of-a-verl-worker"):
+        preflight.require_training_grant()
+
+
+@pytest.fixture
+def second_rank(alone: Ledger, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The store of a job of two ranks, of which this process is the second."""
+    torch = pytest.importorskip("torch")
+    from fp16_patch.runtime import torch_private
+
+    store = torch.distributed.HashStore()
+    answers = {"is_initialized": True, "get_world_size": 2, "get_rank": 1}
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.distributed, name, partial(lambda value: value, answer))
+    monkeypatch.setattr(torch_private, "job_store", lambda: store)
+    monkeypatch.setattr(preflight, "ANSWER_TIMEOUT_S", 0.1)
+    preflight.check_itself(None, "verl", {})
+    return store
+
+
+def test_ranks_without_a_driver_step_once_each_has_told_its_plan(second_rank: Any) -> None:
+    second_rank.set("fp16_patch/plan of rank 0", Plan().to_json())
+    preflight.require_training_grant()
+    assert second_rank.check(["fp16_patch/plan of rank 1"])
+
+
+def test_a_rank_that_is_not_live_is_named_by_the_others(second_rank: Any) -> None:
+    with pytest.raises(PrecisionError, match="rank 0 .*no attestation: fp16_patch is not live there"):
+        preflight.require_training_grant()
+
+
+def test_a_rank_under_another_plan_is_named_by_the_others(second_rank: Any) -> None:
+    second_rank.set("fp16_patch/plan of rank 0", Plan(init_scale=2.0).to_json())
+    with pytest.raises(PrecisionError, match="rank 0 .*another plan"):
         preflight.require_training_grant()

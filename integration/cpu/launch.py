@@ -294,11 +294,6 @@ def _in_this_release(spelled: Mapping[str, str]) -> str:
     return next(word for releases, word in spelled.items() if SpecifierSet(releases).contains(installed))
 
 
-def device_of_this_release() -> str:
-    """What `trainer.device` has to be for a run on a CPU."""
-    return _in_this_release(_DEVICE)
-
-
 def _lora(config: LaunchConfig) -> dict[str, object]:
     return {
         "actor_rollout_ref.model.lora_rank": config.lora_rank,
@@ -311,7 +306,7 @@ def _lora(config: LaunchConfig) -> dict[str, object]:
 def _trainer(config: LaunchConfig) -> dict[str, object]:
     return {
         "algorithm.adv_estimator": config.adv_estimator,
-        "trainer.device": device_of_this_release(),
+        "trainer.device": _in_this_release(_DEVICE),
         "trainer.n_gpus_per_node": config.ranks,
         "trainer.nnodes": 1,
         "trainer.total_epochs": 1_000_000,

@@ -176,6 +176,18 @@ def check_itself(actor: Any, framework: str, required: Mapping[str, Sequence[str
     ledger().own_check = _OwnCheck(framework, required)
 
 
+def require_other_ranks() -> None:
+    """Refuse to compute a batch of a job without a driver unless every rank of it is under the same plan.
+
+    It is asked before the first batch: under a plan that is computed once more than without, to measure it.
+
+    Raises:
+        PrecisionError: with the ranks that fp16_patch did not reach.
+    """
+    if current_plan().overrides_dtype and isinstance(check := ledger().own_check, _OwnCheck):
+        check.meet_other_ranks()
+
+
 class _OwnCheck:
     """Judges this process before its first optimizer step, and each `ledger_every` steps.
 
@@ -184,7 +196,7 @@ class _OwnCheck:
 
     def __init__(self, framework: str, required: Mapping[str, Sequence[str]]) -> None:
         self.framework, self.required = framework, required
-        self._steps = 0
+        self._steps, self._met = 0, False
 
     def __call__(self) -> None:
         """Judge before a step, if that is due.
@@ -196,13 +208,21 @@ class _OwnCheck:
             self._judge()
         self._steps += 1
 
+    def meet_other_ranks(self) -> None:
+        """Tell the other ranks of the job this one's plan, once, and wait for theirs.
+
+        Raises:
+            PrecisionError: with the ranks that do not tell in time, or have another.
+        """
+        if not self._met and (findings := _other_ranks_findings(current_plan())):
+            raise PrecisionError(findings)
+        self._met = True
+
     def _judge(self) -> None:
         plan, noted = current_plan(), ledger()
         noted.kind = "worker"
         record = attestation()
         findings = judge([record], plan, self.required, partial(owed_patches, self.framework))
-        if not findings and self._steps == 0:
-            findings = _other_ranks_findings(plan)
         if findings:
             raise PrecisionError(findings)
         if self._steps == 0 and not noted.rank:

@@ -160,18 +160,18 @@ def second_rank(alone: Ledger, monkeypatch: pytest.MonkeyPatch) -> Any:
     return store
 
 
-def test_ranks_without_a_driver_step_once_each_has_told_its_plan(second_rank: Any) -> None:
+def test_ranks_without_a_driver_compute_once_each_has_told_its_plan(second_rank: Any) -> None:
     second_rank.set("fp16_patch/plan of rank 0", Plan().to_json())
-    preflight.require_training_grant()
+    preflight.require_other_ranks()
     assert second_rank.check(["fp16_patch/plan of rank 1"])
 
 
 def test_a_rank_that_is_not_live_is_named_by_the_others(second_rank: Any) -> None:
     with pytest.raises(PrecisionError, match="rank 0 .*no attestation: fp16_patch is not live there"):
-        preflight.require_training_grant()
+        preflight.require_other_ranks()
 
 
 def test_a_rank_under_another_plan_is_named_by_the_others(second_rank: Any) -> None:
     second_rank.set("fp16_patch/plan of rank 0", Plan(init_scale=2.0).to_json())
     with pytest.raises(PrecisionError, match="rank 0 .*another plan"):
-        preflight.require_training_grant()
+        preflight.require_other_ranks()

@@ -48,6 +48,7 @@ GROUPS = {
     "tests/e2e/test_verl_async_runs.py": RUNS,
     "tests/e2e/test_verl_megatron_runs.py": RUNS,
     "tests/e2e/test_verl_runs.py": RUNS,
+    "tests/e2e/test_verl_sft_runs.py": RUNS,
     "tests/e2e/test_verl_sglang_runs.py": RUNS,
     "tests/e2e/test_verl_v0_runs.py": RUNS,
     "tests/integration/bench/test_smoke.py": RUNS,

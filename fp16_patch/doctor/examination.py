@@ -212,11 +212,14 @@ def _examine_openrlhf(examination: Examination, program: Program, plan: Plan) ->
 
 
 def _examine_verl(examination: Examination, program: Program, plan: Plan) -> None:
-    from fp16_patch.verl.config import caveats, settings
+    from fp16_patch.verl.config import caveats, settings, supervised
     from fp16_patch.verl.config.samplers import samplers_of
 
     config = _composed(program)
     refined = Plan.from_settings(settings.plan_settings(config), settings.SECTION, base=plan)
+    if supervised.is_supervised(config):
+        _judge(examination, supervised, config, [], refined)
+        return
     _judge(examination, settings, config, caveats.caveats_of(config), refined)
     for sampler in samplers_of(config):
         _examine_sampler(examination, sampler, refined)

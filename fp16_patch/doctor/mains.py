@@ -46,8 +46,11 @@ _PPO = "verl.trainer.main_ppo"
 _DAPO = f"{_PPO} with algorithm.filter_groups, from verl 0.9.0 on"
 _FULLY_ASYNC = "verl.experimental.fully_async_policy.fully_async_main"
 _ONE_STEP_OFF = "verl.experimental.one_step_off_policy.main_ppo"
-_UNCHECKED_SFT = Main(
-    "verl", "no process of verl's SFT trainers is checked", f"{_NOT_UNDER_US}: it computes as verl is configured"
+_SFT = "verl.trainer.sft_trainer"
+_FORMER_SFT = Main(
+    "verl",
+    "this trainer, of releases before 0.8.0, computes in bfloat16 under autocast, and scales no loss",
+    f"use {_SFT} of verl 0.8.0 or newer, or {_NOT_UNDER_US}",
 )
 _UNTRIED = Main(
     "openrlhf",
@@ -69,9 +72,9 @@ MAINS: dict[str, Main] = {
     _ONE_STEP_OFF: Main("verl"),
     "verl.experimental.vla.main_ppo": _own_trainer(_PPO),
     "verl.experimental.vla.main_sac": _own_trainer(_PPO),
-    "verl.trainer.fsdp_sft_trainer": _UNCHECKED_SFT,
-    "verl.trainer.sft_trainer": _UNCHECKED_SFT,
-    "verl.trainer.sft_trainer_ray": _UNCHECKED_SFT,
+    _SFT: Main("verl"),
+    f"{_SFT}_ray": Main("verl"),
+    "verl.trainer.fsdp_sft_trainer": _FORMER_SFT,
     "verl.trainer.main_generation": _untrained("verl", "generates"),
     "verl.trainer.main_generation_server": _untrained("verl", "generates"),
     "verl.trainer.main_eval": _untrained("verl", "scores what was generated"),

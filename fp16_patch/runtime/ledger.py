@@ -32,13 +32,15 @@ class Ledger:
     Attributes:
         kind: what the process is: `driver`, `task_runner`, `worker`, `server`, `engine_core`, `sampler_worker`,
             `sglang_server`, `sglang_scheduler`; `task_runner_v0` runs verl's V0 trainer, `rollouter` has its samples
-            made.
+            made, `supervised_driver` runs its SFT trainer with Ray.
         rank: its rank in the learner's process group, if it has one.
         training_granted: the driver has judged the whole job and allows optimizer steps.
         sampler_keeps: what the samplers of this job keep in another dtype than the plan's, as the driver told; None
             before, or if it does not know.
         held: of a sampler's worker, its `rank` within the sampler and a `digest` of the weights that its last sync
             left it with; None before the first.
+        own_check: judges this process before its optimizer steps, see `preflight.check_itself`; None where a
+            driver has seen all before.
     """
 
     kind: str = "process"
@@ -47,6 +49,7 @@ class Ledger:
     sampler_keeps: Kept | None = None
     problem: str | None = None
     held: dict[str, str] | None = None
+    own_check: Callable[[], None] | None = None
     _seen: dict[str, dict[str, set[str]]] = field(default_factory=dict)
     _keeps: dict[str, dict[str, set[str]]] = field(default_factory=dict)
     _lock: Lock = field(default_factory=Lock)

@@ -12,10 +12,14 @@ import socket
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
 from fp16_patch.plan.errors import PrecisionError, PrecisionFinding
+from fp16_patch.plan.plan import Plan
 from fp16_patch.runtime import propagation
 from fp16_patch.runtime.activation import attestation, current_plan, ledger, owed_patches
 from fp16_patch.runtime.fp32_weights import Kept, kept_by_samplers
@@ -144,15 +148,115 @@ def grant_training(actors: Sequence[tuple[str, Any]], sampler_keeps: Kept | None
 
 
 def require_training_grant() -> None:
-    """Refuse an optimizer step in a Ray worker whose driver never judged the job.
+    """Refuse an optimizer step in a Ray worker whose driver never judged the job, and where the own check fails.
 
     Raises:
-        PrecisionError: the driver's own check is not live, so nobody vouches for the other processes.
+        PrecisionError: the driver's own check is not live, so nobody vouches for the other processes; or this process
+            does not compute as planned.
     """
-    if not current_plan().overrides_dtype or ledger().training_granted or not inside_ray_actor():
+    if not current_plan().overrides_dtype:
         return
-    where = socket.gethostname(), os.getpid(), ledger().kind
-    raise PrecisionError([PrecisionFinding(*where, "clearance", _UNCHECKED, "given before the first optimizer step")])
+    if not ledger().training_granted and inside_ray_actor():
+        where = socket.gethostname(), os.getpid(), ledger().kind
+        finding = PrecisionFinding(*where, "clearance", _UNCHECKED, "given before the first optimizer step")
+        raise PrecisionError([finding])
+    if (check := ledger().own_check) is not None:
+        check()
+
+
+def check_itself(actor: Any, framework: str, required: Mapping[str, Sequence[str]]) -> None:
+    """Have this process judge itself from now on, where no pass before the first update shows what it computes in.
+
+    Args:
+        actor: what Ray passes to a function that it calls inside one; None outside.
+        framework: whose patches must be live.
+        required: role → quantities that this process must have seen once it has computed a batch.
+    """
+    del actor
+    ledger().own_check = _OwnCheck(framework, required)
+
+
+def require_other_ranks() -> None:
+    """Refuse to compute a batch of a job without a driver unless every rank of it is under the same plan.
+
+    It is asked before the first batch: under a plan that is computed once more than without, to measure it.
+
+    Raises:
+        PrecisionError: with the ranks that fp16_patch did not reach.
+    """
+    if current_plan().overrides_dtype and isinstance(check := ledger().own_check, _OwnCheck):
+        check.meet_other_ranks()
+
+
+class _OwnCheck:
+    """Judges this process before its first optimizer step, and each `ledger_every` steps.
+
+    By then the batch has been computed, forward and backward.
+    """
+
+    def __init__(self, framework: str, required: Mapping[str, Sequence[str]]) -> None:
+        self.framework, self.required = framework, required
+        self._steps, self._met = 0, False
+
+    def __call__(self) -> None:
+        """Judge before a step, if that is due.
+
+        Raises:
+            PrecisionError: with host, pid, role, quantity, what was seen and what was wanted.
+        """
+        if self._steps % current_plan().ledger_every == 0:
+            self._judge()
+        self._steps += 1
+
+    def meet_other_ranks(self) -> None:
+        """Tell the other ranks of the job this one's plan, once, and wait for theirs.
+
+        Raises:
+            PrecisionError: with the ranks that do not tell in time, or have another.
+        """
+        if not self._met and (findings := _other_ranks_findings(current_plan())):
+            raise PrecisionError(findings)
+        self._met = True
+
+    def _judge(self) -> None:
+        plan, noted = current_plan(), ledger()
+        noted.kind = "worker"
+        record = attestation()
+        findings = judge([record], plan, self.required, partial(owed_patches, self.framework))
+        if findings:
+            raise PrecisionError(findings)
+        if self._steps == 0 and not noted.rank:
+            logger.info("rank %s attests mode %s: %s", noted.rank or 0, plan.mode, _summary([record]))
+
+
+def _other_ranks_findings(plan: Plan) -> list[PrecisionFinding]:
+    """Tell the other ranks of a job without a driver that this one is live, and name those that do not tell in time."""
+    from torch import distributed
+
+    if inside_ray_actor() or not distributed.is_initialized():
+        return []
+    from fp16_patch.runtime.torch_private import job_store
+
+    store, told = job_store(), replace(plan, out_dir=None).to_json()
+    keys = [f"fp16_patch/plan of rank {rank}" for rank in range(distributed.get_world_size())]
+    store.set(keys[distributed.get_rank()], told)
+    # Not a collective: a rank without us would take part in the next one, or never come.
+    with suppress(RuntimeError):
+        store.wait(keys, timedelta(seconds=ANSWER_TIMEOUT_S))
+    answers = [store.get(key).decode() if store.check([key]) else None for key in keys]
+    absent = "no attestation: fp16_patch is not live there; start every node with `fp16-patch run --`"
+    return [
+        PrecisionFinding(
+            f"rank {rank}",
+            None,
+            "worker",
+            "attestation",
+            "another plan" if answer else absent,
+            f"live, mode {plan.mode}",
+        )
+        for rank, answer in enumerate(answers)
+        if answer != told
+    ]
 
 
 def _of_kind(record: Record, kind: str) -> Record:

@@ -55,3 +55,13 @@ def mark_unscaled(scaler: Any, optimizer: Optimizer, found_inf: Tensor) -> None:
     state = scaler._per_optimizer_states[id(optimizer)]
     state["found_inf_per_device"] = {found_inf.device: found_inf}
     state["stage"] = OptState.UNSCALED
+
+
+def job_store() -> Any:
+    """Return the key-value store that all ranks of a process group have met by.
+
+    With a collective a rank cannot find out whether another one takes part in it, without waiting for ever.
+    """
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    return _get_default_store()

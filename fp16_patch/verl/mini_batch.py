@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fp16_patch.patching.call_arguments import argument
+from fp16_patch.runtime.preflight import require_other_ranks
 from fp16_patch.scaling.optimizer_step import step_of
 from fp16_patch.scaling.random_state import RandomState
 from fp16_patch.scaling.step_report import report_taken_norms
@@ -23,6 +24,7 @@ def train_batch(wrapped: Any, engine: Any, args: Any, kwargs: Any) -> Any:
 
     Where nothing scores samples but the update itself, compare its log-probs with the sampler's.
     """
+    require_other_ranks()
     data = argument(wrapped, args, kwargs, "data")
     order = order_for_update(engine, data)
     lag_of_label = {} if order is None else lags.now(order.ahead, order.restored)

@@ -77,3 +77,14 @@ def test_gradients_marked_unscaled_are_stepped_with_or_skipped_as_after_unscale(
     with pytest.raises(RuntimeError, match="unscale_"):
         torch_private.mark_unscaled(scaler, optimizer, torch.tensor(found))
         scaler.unscale_(optimizer)
+
+
+def test_the_store_of_a_job_is_the_one_that_its_ranks_were_given() -> None:
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        torch_private.job_store().set("said", "by a rank")
+        assert torch_private.job_store().check(["said"])
+        assert not torch_private.job_store().check(["never said"])
+    finally:
+        torch.distributed.destroy_process_group()

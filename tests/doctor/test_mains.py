@@ -40,7 +40,11 @@ def test_a_script_of_a_name_that_two_programs_have_is_not_guessed() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["verl.trainer.main_ppo", ASYNC, "openrlhf.cli.train_ppo_ray", "openrlhf.cli.train_sft"]
+    "name",
+    [
+        *("verl.trainer.main_ppo", ASYNC, "verl.trainer.sft_trainer", "verl.trainer.sft_trainer_ray"),
+        *("openrlhf.cli.train_ppo_ray", "openrlhf.cli.train_sft"),
+    ],
 )
 def test_what_is_known_is_examined(name: str) -> None:
     assert MAINS[name].conflict(Program(name, is_module=True)) is None
@@ -52,7 +56,11 @@ def test_what_is_known_is_examined(name: str) -> None:
         ("recipe.fully_async_policy.fully_async_main", "its trainer is none that fp16_patch knows", f"use {ASYNC}"),
         ("verl.trainer.main_ppo_sync", "its trainer is a part of the program itself", "use verl.trainer.main_ppo"),
         ("verl.trainer.main_ppo_v0", "starts nothing by itself", "trainer.use_v1=False"),
-        ("verl.trainer.sft_trainer", "no process of verl's SFT trainers is checked", "without `fp16-patch run`"),
+        (
+            "verl.trainer.fsdp_sft_trainer",
+            "computes in bfloat16 under autocast",
+            "use verl.trainer.sft_trainer of verl",
+        ),
         ("verl.trainer.main_generation_server", "trains nothing", "without `fp16-patch run`"),
         ("recipe.dapo.main_dapo", "its trainer is none that fp16_patch knows", "algorithm.filter_groups"),
         ("recipe.prime.main_prime", "its trainer is none that fp16_patch knows", "use verl.trainer.main_ppo"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -102,3 +103,75 @@ def test_observe_stops_nobody(planned: Ledger, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(activation._state, "plan", Plan(mode="observe"))
     monkeypatch.setattr(preflight, "inside_ray_actor", lambda: True)
     preflight.require_training_grant()
+
+
+REQUIRED = {"actor": ("autocast", "gradient")}
+
+
+@pytest.fixture
+def alone(planned: Ledger, monkeypatch: pytest.MonkeyPatch) -> Ledger:
+    """A process that no driver asks."""
+    monkeypatch.setattr(preflight, "inside_ray_actor", lambda: False)
+    return planned
+
+
+def test_a_process_that_checks_itself_steps_once_it_has_computed_as_planned(alone: Ledger) -> None:
+    preflight.check_itself(None, "verl", REQUIRED)
+    alone.note("actor", "autocast", "float16")
+    with pytest.raises(PrecisionError, match="gradient +never seen"):
+        preflight.require_training_grant()
+    alone.note("actor", "gradient", "float32")
+    preflight.require_training_grant()
+    assert alone.kind == "worker"
+
+
+def test_a_process_that_checks_itself_finds_another_dtype_now_and_then(alone: Ledger) -> None:
+    preflight.check_itself(None, "verl", {})
+    preflight.require_training_grant()
+    alone.note("actor", "autocast", "bfloat16")
+    for _ in range(activation.current_plan().ledger_every - 1):
+        preflight.require_training_grant()
+    with pytest.raises(PrecisionError, match="autocast +bfloat16 +float16"):
+        preflight.require_training_grant()
+
+
+def test_a_process_that_checks_itself_refuses_to_step_without_its_patches(
+    alone: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "owed_patches", lambda framework, kind: (f"of-a-{framework}-{kind}",))
+    preflight.check_itself(None, "verl", {})
+    with pytest.raises(PrecisionError, match="patches not live: of-a-verl-worker"):
+        preflight.require_training_grant()
+
+
+@pytest.fixture
+def second_rank(alone: Ledger, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The store of a job of two ranks, of which this process is the second."""
+    torch = pytest.importorskip("torch")
+    from fp16_patch.runtime import torch_private
+
+    store = torch.distributed.HashStore()
+    answers = {"is_initialized": True, "get_world_size": 2, "get_rank": 1}
+    for name, answer in answers.items():
+        monkeypatch.setattr(torch.distributed, name, partial(lambda value: value, answer))
+    monkeypatch.setattr(torch_private, "job_store", lambda: store)
+    monkeypatch.setattr(preflight, "ANSWER_TIMEOUT_S", 0.1)
+    preflight.check_itself(None, "verl", {})
+    return store
+
+
+def test_ranks_without_a_driver_compute_once_each_has_told_its_plan(second_rank: Any) -> None:
+    second_rank.set("fp16_patch/plan of rank 0", Plan().to_json())
+    preflight.require_other_ranks()
+    assert second_rank.check(["fp16_patch/plan of rank 1"])
+
+
+def test_a_rank_that_is_not_live_is_named_by_the_others(second_rank: Any) -> None:
+    with pytest.raises(PrecisionError, match="rank 0 .*no attestation: fp16_patch is not live there"):
+        preflight.require_other_ranks()
+
+
+def test_a_rank_under_another_plan_is_named_by_the_others(second_rank: Any) -> None:
+    second_rank.set("fp16_patch/plan of rank 0", Plan(init_scale=2.0).to_json())
+    with pytest.raises(PrecisionError, match="rank 0 .*another plan"):
+        preflight.require_other_ranks()

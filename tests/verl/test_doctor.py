@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from packaging.version import Version
 
 from fp16_patch.patching.declarations import installed_release
 from fp16_patch.sglang.sampler import SGLANG
@@ -80,7 +81,7 @@ def test_an_unfit_command_line_exits_with_1_and_the_reason_first(doctor: Doctor)
         (("--", *COMMAND, "no.such.key=1"), {}, "no.such.key=1: "),
         (("--", *COMMAND[:3]), {}, "actor_rollout_ref.rollout.name=None: no sampler is named. Fix: add actor_rollout"),
         (("--", "ray", "job", "submit", "--", *COMMAND), {}, "ray job submit … -- fp16-patch run -- python …"),
-        (("--", "torchrun", "-m", "verl.trainer.sft_trainer"), {}, "command=verl.trainer.sft_trainer: no process"),
+        (("--", "torchrun", "-m", "verl.trainer.fsdp_sft_trainer"), {}, "fsdp_sft_trainer: this trainer, of releases"),
         (("--", "python", "train.py"), {}, "not a command line of verl or OpenRLHF"),
         (("--", *COMMAND, "+fp16_patch.init_scal=2"), {}, "did you mean 'init_scale'"),
         ((), {"VERL_USE_EXTERNAL_PLUGINS": "none"}, "VERL_USE_EXTERNAL_PLUGINS=none"),
@@ -223,3 +224,17 @@ def test_a_command_that_samples_with_sglang_is_told_of_that(examined: Examined, 
     found = examined("--", *command, **ahead(make_release(tmp_path / "old", SGLANG.interface, "0.5.6")))
     assert found["fit"], found["problems"]
     assert [caveat for caveat in found["caveats"] if caveat.startswith("sglang 0.5.6 is older than what was run")]
+
+
+@pytest.mark.parametrize("launcher", [("torchrun", "--nproc-per-node=2", "-m"), ("python", "-m")])
+def test_an_sft_command_line_is_one_role_without_a_sampler(examined: Examined, launcher: tuple[str, ...]) -> None:
+    program = "verl.trainer.sft_trainer" + ("_ray" if launcher[0] == "python" else "")
+    found = examined("--", *launcher, program, "engine.strategy=fsdp2", "engine.dtype=float16")
+    if Version(str(RELEASE)) < Version("0.8"):
+        assert "use verl 0.8.0 or newer" in found["problems"][0]
+        return
+    assert found["fit"], found["problems"]
+    assert found["roles"] == {"actor": "float16"}
+    assert found["stock_roles"] == {"actor": "bfloat16"}
+    refused = examined("--", *launcher, program, "engine.qat.enable=True")
+    assert refused["problems"][0].startswith("engine.qat.enable=True: ")

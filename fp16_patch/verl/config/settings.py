@@ -24,15 +24,15 @@ from fp16_patch.verl.config.samplers import (
     served_models,
     stock_dtype,
 )
+from fp16_patch.verl.config.selection import Select
 from fp16_patch.verl.config.selection import select as _select
 from fp16_patch.verl.config.stock_dtypes import learner_dtype
 from fp16_patch.verl.config.supported_engines import (
     FSDP,
     MEGATRON,
     VEOMNI,
+    conflicts_of_role,
     engine_conflict,
-    megatron_conflicts,
-    veomni_conflicts,
 )
 from fp16_patch.verl.config.weight_sync import SEPARATE_SAMPLERS, weight_sync_conflicts
 
@@ -158,18 +158,7 @@ def _kernel_conflicts(config: Any, plan: Plan) -> Iterator[Conflict]:
 
 def _engine_conflicts(config: Any, plan: Plan) -> Iterator[Conflict]:
     for role, engine_config in _engine_sections(config):
-        strategy = _select(config, f"{role}.strategy")
-        conflict = engine_conflict(role, strategy)
-        if conflict is not None:
-            yield conflict
-        elif strategy == MEGATRON:
-            yield from megatron_conflicts(partial(_select, config), role, plan, trains=role != REF)
-        elif strategy == VEOMNI:
-            yield from veomni_conflicts(partial(_select, config), role, plan, trains=role != REF)
-        for qat in (f"{engine_config}.qat.enable", f"{role}.qat.enable"):
-            if _select(config, qat):
-                reason = "quantization-aware training computes in the quantized dtype"
-                yield Conflict(qat, True, reason, "set it to false")
+        yield from conflicts_of_role(partial(_select, config), role, engine_config, plan, trains=role != REF)
     if has_reward_worker(config) and (
         other := engine_conflict(_REWARD_WORKER, _select(config, f"{_REWARD_WORKER}.strategy"))
     ):
@@ -194,10 +183,15 @@ def apply_to(config: Any, plan: Plan) -> list[str]:
     Returns:
         One line for each key that said something else, `key: before → after`.
     """
+    return write(config, _forced_keys(config, plan))
+
+
+def write(config: Any, forced: Mapping[str, Any]) -> list[str]:
+    """Write values into a composed configuration, and return one line for each key that said something else."""
     from omegaconf import OmegaConf
 
     changed = []
-    for key, after in _forced_keys(config, plan).items():
+    for key, after in forced.items():
         before = _select(config, key)
         if before != after and not _same_dtype(before, after):
             changed.append(f"{key}: {before} → {after}")
@@ -269,21 +263,27 @@ def _engine_section(config: Any, role: str) -> str:
 def _forced_keys(config: Any, plan: Plan) -> dict[str, Any]:
     forced: dict[str, Any] = {}
     for role, engine_config in _engine_sections(config):
-        if _select(config, f"{engine_config}.dtype") is not None:  # there is no such key before 0.6.1
-            forced[f"{engine_config}.dtype"] = plan.dtype
         strategy = _select(config, f"{role}.strategy")
-        if strategy == VEOMNI:
-            forced[f"{engine_config}.mixed_precision"] = True
-        if strategy not in FSDP:
-            continue
-        forced[f"{engine_config}.mixed_precision"] = mixed_precision(plan)
-        key = f"{engine_config}.model_dtype"
-        forced[key] = stored_dtype(_select(config, key), trains=role != REF, plan=plan)
-        no_sync = f"{engine_config}.use_no_sync_for_gradient_accumulation"
-        if strategy == "fsdp" and _select(config, no_sync) is not None:
-            forced[no_sync] = False
+        forced |= forced_of_engine(partial(_select, config), engine_config, strategy, plan, trains=role != REF)
     for served in served_models(config):
         forced[f"{served.section}.dtype"] = plan.dtype
+    return forced
+
+
+def forced_of_engine(select: Select, section: str, strategy: object, plan: Plan, *, trains: bool) -> dict[str, Any]:
+    """Return the keys of an engine's settings, at `section`, that say the plan's dtypes, with their values."""
+    forced: dict[str, Any] = {}
+    if select(f"{section}.dtype") is not None:  # there is no such key before 0.6.1
+        forced[f"{section}.dtype"] = plan.dtype
+    if strategy == VEOMNI:
+        forced[f"{section}.mixed_precision"] = True
+    if strategy not in FSDP:
+        return forced
+    forced[f"{section}.mixed_precision"] = mixed_precision(plan)
+    forced[f"{section}.model_dtype"] = stored_dtype(select(f"{section}.model_dtype"), trains=trains, plan=plan)
+    no_sync = f"{section}.use_no_sync_for_gradient_accumulation"
+    if strategy == "fsdp" and select(no_sync) is not None:
+        forced[no_sync] = False
     return forced
 
 

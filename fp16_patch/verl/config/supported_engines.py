@@ -41,6 +41,28 @@ def engine_conflict(role: str, strategy: object) -> Conflict | None:
     return Conflict(f"{role}.strategy", strategy, reason, fix)
 
 
+def conflicts_of_role(select: Select, role: str, section: str, plan: Plan, *, trains: bool) -> Iterator[Conflict]:
+    """Yield why a role's engine cannot be had under the plan: the engine itself, else its settings.
+
+    Args:
+        select: the value of a key in the run's configuration; None where there is none.
+        role: its key, as `actor_rollout_ref.actor`.
+        section: key of its engine's settings, as `actor_rollout_ref.actor.fsdp_config`.
+        trains: whether an optimizer updates it.
+    """
+    strategy = select(f"{role}.strategy")
+    conflict = engine_conflict(role, strategy)
+    if conflict is not None:
+        yield conflict
+    elif strategy == MEGATRON:
+        yield from megatron_conflicts(select, role, plan, trains=trains)
+    elif strategy == VEOMNI:
+        yield from veomni_conflicts(select, role, plan, trains=trains)
+    for qat in (f"{section}.qat.enable", f"{role}.qat.enable"):
+        if select(qat):
+            yield Conflict(qat, True, "quantization-aware training computes in the quantized dtype", "set it to false")
+
+
 def _veomni_takes_dtypes(sources: Sources) -> bool:
     return _VEOMNI_DTYPES in (sources.read(VEOMNI_ENGINE) or "")
 

@@ -161,16 +161,15 @@ def prepare(config: Any) -> None:
 
 
 def rename_outcomes(metrics: dict[str, Any]) -> None:
-    """Rename `actor/fp16/loss_scale/min` to `fp16/loss_scale`, and the critic's to `fp16/critic/…`.
-
-    The suffix is what verl aggregates by, so it goes last.
-    """
+    """Rename `actor/fp16/loss_scale/min` to `fp16/loss_scale`, and the critic's to `fp16/critic/…`."""
     for role, prefix in (("actor", "fp16/"), ("critic", "fp16/critic/")):
         for raw in [name for name in metrics if name.startswith(f"{role}/fp16/")]:
-            name = raw.removeprefix(f"{role}/fp16/")
-            for suffix in _OUTCOME_SUFFIXES:
-                name = name.removesuffix(suffix)
-            metrics[prefix + name] = metrics.pop(raw)
+            metrics[prefix + without_suffix(raw.removeprefix(f"{role}/fp16/"))] = metrics.pop(raw)
+
+
+def without_suffix(name: str) -> str:
+    """Return a metric's name without what verl aggregates by, which goes last."""
+    return next((name.removesuffix(suffix) for suffix in _OUTCOME_SUFFIXES if name.endswith(suffix)), name)
 
 
 def _sampler_managers(trainer: Any) -> list[Any]:

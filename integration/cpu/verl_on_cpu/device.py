@@ -1,5 +1,6 @@
 """The accelerator: ``torch.cpu`` as verl calls it, gloo in place of NCCL, and where verl learns that this is all."""
 
+import os
 from importlib.util import find_spec
 from types import ModuleType
 
@@ -50,4 +51,10 @@ def use_gloo(distributed: ModuleType) -> None:
     def initialize(wrapped, _instance, args, kwargs):
         return wrapped(*args, **{"backend": "gloo", **kwargs})
 
+    def initialize_here(_wrapped, _instance, _args, _kwargs):
+        torch.distributed.init_process_group("gloo")
+        return tuple(int(os.environ[name]) for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE"))
+
     wrapt.wrap_function_wrapper(distributed, "initialize_global_process_group_ray", initialize)
+    # The one of trainers under torchrun takes no other backend.
+    wrapt.wrap_function_wrapper(distributed, "initialize_global_process_group", initialize_here)

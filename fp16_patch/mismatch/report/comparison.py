@@ -206,7 +206,7 @@ def _mismatch_verdict(runs: Runs) -> str:
     worst = max(measured, key=measured.__getitem__)
     least = number_text(measured[best])
     if runs[best].by_lag:
-        least += ", at lag 0,"
+        least += " at lag 0"
     if best == worst:
         tokens = runs[best].by_lag[0].tokens if runs[best].by_lag else runs[best].total().tokens
         return f"{best}: mean |d| is {least} over {number_text(tokens)} tokens."

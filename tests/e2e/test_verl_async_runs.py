@@ -171,7 +171,7 @@ def test_colocated_samplers_go_on_with_newer_weights_where_a_step_has_stopped_th
 def test_one_step_off_samples_with_the_weights_of_the_step_before(one_step_off: RunResult) -> None:
     is_in_float16(ledger(one_step_off))
     # Its first two syncs send the same weights under two labels.
-    assert [step["mismatch/lag_mean"] for step in one_step_off.steps] == [0, 1, 1]
+    assert run_of(one_step_off).mismatch.series("mismatch/lag_mean") == {1: 0, 2: 1, 3: 1}
     is_measured_by_lag(one_step_off)
 
 

@@ -9,13 +9,19 @@ import wrapt
 from fp16_patch.patching.call_arguments import argument
 from fp16_patch.patching.guarded_hook import Hook, guarded
 from fp16_patch.plan.errors import Conflict, PlanError
-from fp16_patch.runtime.activation import current_plan, our_part
-from fp16_patch.verl.trainers.v0_drivers import VerlV0Driver, driver_of
+from fp16_patch.runtime.activation import current_plan, ledger, our_part
+from fp16_patch.verl.trainers.driver import prepare
+from fp16_patch.verl.trainers.v0_drivers import VerlV0Driver, driver_of, is_rollouter
 
 
 def create_dataloader(wrapped: Any, trainer: Any, args: Any, kwargs: Any) -> Any:
     """`RayPPOTrainer._create_dataloader`, before workers start: reconcile plan and configuration, open the record."""
-    driver_of(trainer).begin()
+    if is_rollouter(trainer):
+        # It starts the samplers by a copy of the configuration of its own; another actor trains, and judges.
+        ledger().kind = "rollouter"
+        prepare(trainer.config)
+    else:
+        driver_of(trainer).begin()
     return wrapped(*args, **kwargs)
 
 

@@ -57,6 +57,11 @@ def served_beside_the_policy(rollouter: Any) -> list[Any]:
     return VerlSeparateDriver(rollouter).own_servers()
 
 
+def is_rollouter(trainer: Any) -> bool:
+    """Return whether it has samples made for a trainer in another actor, on verl's base of trainers."""
+    return hasattr(trainer, "reset_staleness")
+
+
 def driver_of(trainer: Any) -> VerlV0Driver:
     """Return the driver of a trainer that is a `RayPPOTrainer`, or made of one."""
     return (VerlSeparateDriver if hasattr(trainer, "_fit_collect_metrics") else VerlV0Driver).of(trainer)

@@ -65,7 +65,7 @@ def score(observation: Any, batch: DataProto, scorer: Scorer, *order: Any) -> An
     from fp16_patch.verl.legacy.observation import compute_log_prob
 
     if order:
-        batch.meta_info[observation.ORDER] = json.dumps(order)
+        batch.meta_info[observation.ORDER] = json.dumps([*order, 1, False, False])
     return compute_log_prob(scorer, ACTOR, (), {"data": batch})
 
 

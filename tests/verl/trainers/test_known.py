@@ -16,6 +16,9 @@ from fp16_patch.verl.trainers.v0_drivers import driver_of
 
 pytestmark = pytest.mark.verl
 
+# What is imported while patches are live keeps our wrappers, in every test that follows.
+fp16_patch.deactivate()
+
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer
 
 if not hasattr(RayPPOTrainer, "_update_actor"):
